@@ -1,0 +1,30 @@
+# make run    set up and start the service         make check        static checks
+# make test   set up and run all tests             make docker-test  build and run the container files
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX_URL ?=
+PIP_FLAGS = $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+BIN = $(VENV)/bin
+
+.PHONY: run test check docker-test
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+run: $(VENV)/.installed
+	$(BIN)/python -m service
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docker-test:
+	$(if $(DOCKER_SMOKE),$(DOCKER_SMOKE),./deploy/docker-test.sh)

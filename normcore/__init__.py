@@ -1,0 +1,1 @@
+"""normcore: the numerical library of normserve. It knows no HTTP."""

@@ -1,0 +1,126 @@
+"""What a fold says of itself: one entry per normalization, one certificate for the network."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Status = Literal["foldable", "folded", "withdrawn", "kept"]
+Verdict = Literal["equivalent", "different", "inconclusive"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanEntry:
+    """One normalization of a checkpoint: what it folds into, or the reason why not.
+
+    Attributes:
+        normalization: name of the normalization node, or its output where the node has no name.
+        operator: its ONNX operator.
+        num_features: channels, where they are known.
+        status: `foldable` in a plan; `folded`, `withdrawn` (a proof failed) or `kept` after a fold.
+        pattern: the operators matched, such as `ConvTranspose -> Add -> BatchNormalization`.
+        rule: name of the rule that matched.
+        into: name of the linear node that takes the normalization.
+        formula: what the rule writes, in words of folding.
+        output: name of the tensor the normalization produced; it keeps this name after the fold.
+        residual: after a fold, the largest relative difference between the affine map stored in the folded operator
+            and the exact one in float64.
+        reason: why it is kept or was withdrawn.
+    """
+
+    normalization: str
+    operator: str
+    num_features: int | None
+    status: Status
+    output: str
+    pattern: str | None = None
+    rule: str | None = None
+    into: str | None = None
+    formula: str | None = None
+    residual: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every normalization of a checkpoint, in the order of the graph."""
+
+    entries: tuple[PlanEntry, ...]
+
+    @property
+    def foldable(self) -> int:
+        return sum(entry.status == "foldable" for entry in self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One probe of one output. Errors are max|a - b| over the output; `scale` is max|reference|, all in float64.
+
+    Attributes:
+        kind: random, constant, large offset, impulse.
+        shapes: shape of every input.
+        output: name of the graph output.
+        error_original: unfolded in native precision against unfolded in float64.
+        error_folded: folded in native precision against unfolded in float64.
+        error_between: folded against unfolded, both native.
+        error_exact: folded in float64 against unfolded in float64.
+        bound: what error_folded may be.
+        conclusive: whether the output varies enough for the probe to tell anything.
+        equivalent: whether the bounds hold.
+    """
+
+    kind: str
+    seed: int
+    shapes: dict[str, tuple[int, ...]]
+    output: str
+    scale: float
+    error_original: float
+    error_folded: float
+    error_between: float
+    error_exact: float
+    bound: float
+    conclusive: bool
+    equivalent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One normalization's output, compared in float64 where it still exists in the folded graph."""
+
+    output: str
+    error: float
+    scale: float
+    equivalent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """The comparison of two checkpoint files, whoever made them."""
+
+    verdict: Verdict
+    sentence: str
+    original_sha256: str
+    folded_sha256: str
+    probes: tuple[Probe, ...]
+    regions: tuple[Region, ...]
+    reference: str
+
+    @property
+    def failed_outputs(self) -> tuple[str, ...]:
+        return tuple(region.output for region in self.regions if not region.equivalent)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldReport:
+    """All that is known of one fold."""
+
+    entries: tuple[PlanEntry, ...]
+    nodes_before: int
+    nodes_after: int
+    certificate: Certificate | None
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def folded(self) -> int:
+        return sum(entry.status == "folded" for entry in self.entries)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"folded": self.folded, "normalizations": len(self.entries)}

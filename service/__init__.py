@@ -1,0 +1,1 @@
+"""normserve: the HTTP service. A thin shell around normcore."""

@@ -1,0 +1,84 @@
+"""What every engine offers: a spec, an asynchronous infer and a close.
+
+Tensors between codecs, use cases and engines are numpy arrays by name: one representation that holds every
+datatype of the protocol (bfloat16 through ml_dtypes, BYTES as object arrays of `bytes`), shares memory with torch
+and is what onnxruntime takes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+Tensor = NDArray[Any]
+Tensors = Mapping[str, Tensor]
+ParameterValue = str | bool | int | float | None
+Parameters = Mapping[str, ParameterValue]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output: its name, protocol datatype and shape, -1 for a free axis."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What a client may know of a model. `is_checked_by_engine`: any float datatype and rank, checked by its method."""
+
+    name: str
+    version: str
+    platform: str
+    backend: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    is_checked_by_engine: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class InferResult:
+    """Named outputs, response parameters, and nanoseconds in the queue and in the computation."""
+
+    outputs: dict[str, Tensor]
+    parameters: dict[str, ParameterValue] = field(default_factory=dict)
+    queue_ns: int = 0
+    compute_ns: int = 0
+
+
+class Engine(Protocol):
+    """A loaded model."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    async def infer(
+        self,
+        inputs: Tensors,
+        *,
+        outputs: Sequence[str] | None = None,
+        parameters: Parameters | None = None,
+        deadline_s: float,
+    ) -> InferResult:
+        """Compute the named outputs, or all. Raises OverloadedError, DeadlineExceededError or a NormcoreError."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what runs, refuse what waits, free the memory. Calling it again does nothing."""
+        ...
+
+
+__all__ = [
+    "Engine",
+    "InferResult",
+    "ModelSpec",
+    "ParameterValue",
+    "Parameters",
+    "Tensor",
+    "TensorSpec",
+    "Tensors",
+]

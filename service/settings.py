@@ -1,0 +1,69 @@
+"""All settings of the service, read once from the environment with the prefix `NORMSERVE_`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """Immutable; tests pass an instance, nothing reads the environment afterwards."""
+
+    model_config = SettingsConfigDict(env_prefix="NORMSERVE_", frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    data_dir: Path = Field(Path("data"), description="Folder of checkpoint files and the default database.")
+    database_url: str | None = Field(
+        None, description="SQLAlchemy URL of the metadata; empty means SQLite inside data_dir."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log level.")
+    root_path: str = Field("", description="Path prefix under which a proxy publishes the service.")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Host names a request may ask for, comma separated; empty allows every host."
+    )
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins of web pages that may call the service, comma separated; empty allows only its own.",
+    )
+
+    max_body_bytes: int = Field(256 * MIB, gt=0, description="Largest body with tensors, in bytes.")
+    max_json_bytes: int = Field(64 * MIB, gt=0, description="Largest JSON document, in bytes.")
+    max_checkpoint_bytes: int = Field(1024 * MIB, gt=0, description="Largest uploaded checkpoint, in bytes.")
+    receive_budget_bytes: int = Field(
+        1024 * MIB,
+        gt=0,
+        description="Bytes of tensor bodies that may be held at once; beyond it requests get 429.",
+    )
+    body_timeout_s: float = Field(
+        30.0, gt=0, description="Longest silence of a body that is still arriving, in seconds."
+    )
+
+    threads: int = Field(0, ge=0, description="Compute threads of the process; 0 takes the cgroup's CPU quota.")
+    queue_size: int = Field(128, gt=0, description="Requests that may wait for one model; beyond it requests get 429.")
+    infer_deadline_s: float = Field(
+        30.0,
+        gt=0,
+        description="Longest time an inference may wait and run, in seconds; a request may ask for less.",
+    )
+    drain_s: float = Field(1.0, ge=0, description="Seconds between turning not ready and closing the listener.")
+    shutdown_s: float = Field(30.0, gt=0, description="Seconds that work in flight may take after the listener closed.")
+
+    sandbox_memory_bytes: int = Field(
+        4096 * MIB, gt=0, description="Memory of the child process that touches an uploaded graph, in bytes."
+    )
+    sandbox_deadline_s: float = Field(
+        120.0, gt=0, description="Wall and CPU seconds of one operation on an uploaded graph."
+    )
+    sandbox_slots: int = Field(1, gt=0, description="Operations on uploaded graphs that may run at once.")
+    sandbox_queue: int = Field(16, ge=0, description="Operations on uploaded graphs that may wait; beyond it 429.")
+    max_graph_nodes: int = Field(100_000, gt=0, description="Nodes that an uploaded graph may have.")
+    max_tensor_bytes: int = Field(
+        1024 * MIB,
+        gt=0,
+        description="Largest tensor that a constant of an uploaded graph may expand to, in bytes.",
+    )
+    verify_probes: int = Field(6, ge=4, le=64, description="Seeded probes of a fold's certificate.")
