@@ -1,0 +1,37 @@
+"""Admission: the bytes of request bodies that may be held at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from service.errors import OverloadedError, PayloadTooLargeError
+
+
+class ReceiveBudget:
+    """Bytes reserved before a body is read. It belongs to one event loop: nothing between check and count awaits."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._used_bytes = 0
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used_bytes
+
+    @contextmanager
+    def reserve(self, size_bytes: int) -> Iterator[None]:
+        """Hold `size_bytes` while the block runs. Raises OverloadedError while others hold too much."""
+        if size_bytes > self.limit_bytes:
+            raise PayloadTooLargeError(
+                f"a body of {size_bytes} bytes is over the limit of {self.limit_bytes} bytes "
+                "for all bodies together (NORMSERVE_RECEIVE_BUDGET_BYTES)"
+            )
+        if self._used_bytes + size_bytes > self.limit_bytes:
+            raise OverloadedError(
+                f"{self._used_bytes} of {self.limit_bytes} bytes for request bodies are in use, "
+                f"{size_bytes} more do not fit (NORMSERVE_RECEIVE_BUDGET_BYTES); try again"
+            )
+        self._used_bytes += size_bytes
+        try:
+            yield
+        finally:
+            self._used_bytes -= size_bytes
