@@ -1,0 +1,181 @@
+"""Lists of JSON numbers to arrays and back: exact integers, checked ranges, NaN and infinities."""
+
+import math
+from array import array as packed
+from dataclasses import dataclass
+from itertools import chain
+from typing import cast
+
+import numpy as np
+import orjson
+
+from service.codecs import datatypes
+from service.codecs.buffers import MAX_RANK
+from service.codecs.datatypes import BOOL, BYTES, FP32, Datatype
+from service.codecs.json_text import describe, name_of
+from service.engine.protocol import Tensor
+from service.errors import NotAcceptableError, PayloadMalformedError
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def to_array(data: object, datatype: Datatype, shape: tuple[int, ...], *, field: str) -> Tensor:
+    """Return flat or nested row-major data as an array of the shape; its number of elements has to agree."""
+    elements = _flatten(data, field)
+    count, nested = len(elements.flat), elements.shape
+    if count != math.prod(shape):
+        raise PayloadMalformedError(
+            f"{field}: expected {math.prod(shape)} elements for shape {list(shape)}, received {count}"
+        )
+    if len(nested) == len(shape) and nested != shape:
+        raise PayloadMalformedError(f"{field}: expected lists nested as {list(shape)}, received {list(nested)}")
+    return _pack(elements, datatype).reshape(shape)
+
+
+def to_nested_array(data: object, datatype: Datatype, *, field: str) -> Tensor:
+    """Return nested lists as an array of the shape of their nesting; all booleans make a BOOL array."""
+    elements = _flatten(data, field)
+    flat = elements.flat
+    if flat and type(flat[0]) is bool and all(type(element) is bool for element in flat):
+        datatype = BOOL
+    return _pack(elements, datatype).reshape(elements.shape)
+
+
+def to_json(array: Tensor, *, are_tokens_bare: bool) -> Tensor | list[str] | orjson.Fragment:
+    """Return what orjson writes as the flat row-major list of the elements."""
+    if array.dtype == np.object_:
+        return _texts(array)
+    flat = np.ascontiguousarray(array).reshape(-1)
+    if not datatypes.of(array).is_float:
+        return flat
+    if flat.dtype.kind != "f":  # orjson knows no bfloat16
+        flat = flat.astype(np.float32)
+    is_finite = np.isfinite(flat)
+    if is_finite.all():
+        return flat
+    names = [name_of(value) for value in flat[~is_finite].tolist()]
+    tokens = names if are_tokens_bare else [f'"{name}"' for name in names]
+    # in a flat list of numbers orjson writes null for these elements and for nothing else
+    pieces = orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY).decode().split("null")
+    return orjson.Fragment("".join(chain.from_iterable(zip(pieces, [*tokens, ""], strict=True))))
+
+
+@dataclass(frozen=True, slots=True)
+class _Elements:
+    """The scalars of nested lists in row-major order, the shape of the nesting, and the field they stand in."""
+
+    flat: list[object]
+    shape: tuple[int, ...]
+    field: str
+
+    def refusal(self, index: int, expected: str) -> PayloadMalformedError:
+        place: list[str] = []
+        position = index
+        for size in reversed(self.shape):
+            position, axis_position = divmod(position, size)
+            place.append(f"[{axis_position}]")
+        where = "".join(reversed(place))
+        return PayloadMalformedError(f"{self.field}{where}: expected {expected}, received {describe(self.flat[index])}")
+
+
+def _flatten(data: object, field: str) -> _Elements:
+    if type(data) is not list:
+        return _Elements([data], (), field)
+    level = _Elements(data, (len(data),), field)
+    while level.flat and type(level.flat[0]) is list:
+        if len(level.shape) == MAX_RANK:
+            raise PayloadMalformedError(f"{field}: expected at most {MAX_RANK} levels of lists, received more")
+        width = len(level.flat[0])
+        rows = [row for row in level.flat if type(row) is list and len(row) == width]
+        if len(rows) != len(level.flat):
+            odd = next(i for i, row in enumerate(level.flat) if type(row) is not list or len(row) != width)
+            raise level.refusal(odd, f"a list of {width} like the first one")
+        level = _Elements(list(chain.from_iterable(rows)), (*level.shape, width), field)
+    return level
+
+
+def _pack(elements: _Elements, datatype: Datatype) -> Tensor:
+    if not elements.flat:
+        return np.empty(0, datatype.numpy)
+    if datatype is BYTES:
+        return _pack_texts(elements)
+    code = _typecode(datatype)
+    try:
+        values = _convert(code, elements.flat)
+    except (TypeError, OverflowError):
+        values = _convert_named(code, elements, datatype)
+    result: Tensor = np.frombuffer(values, code)
+    if datatype is BOOL:
+        if result.max() > 1:
+            raise elements.refusal(int(np.argmax(result > 1)), _expected(datatype))
+        return result.view(np.bool_)
+    return _narrow(elements, result, datatype) if datatype.is_float else result
+
+
+def _typecode(datatype: Datatype) -> str:
+    if datatype is BOOL:
+        return "B"
+    # no array.array of float16 or bfloat16: they are rounded from double
+    return "d" if datatype.is_float and datatype is not FP32 else datatype.numpy.char
+
+
+def _convert(code: str, flat: list[object]) -> "packed[float]":
+    # array.array, unlike numpy, refuses null, strings and integers out of range while it converts
+    return packed(code, cast("list[float]", flat))
+
+
+def _convert_named(code: str, elements: _Elements, datatype: Datatype) -> "packed[float]":
+    flat = elements.flat
+    if datatype.is_float:
+        flat = [_NON_FINITE.get(element, element) if type(element) is str else element for element in flat]
+    try:
+        return _convert(code, flat)
+    except (TypeError, OverflowError):
+        index = next(index for index, element in enumerate(flat) if _is_refused(code, element))
+        raise elements.refusal(index, _expected(datatype)) from None
+
+
+def _is_refused(code: str, element: object) -> bool:
+    try:
+        _convert(code, [element])
+    except (TypeError, OverflowError):
+        return True
+    return False
+
+
+def _expected(datatype: Datatype) -> str:
+    if datatype is BOOL:
+        return "true or false"
+    if datatype.is_float:
+        return f'a number in the range of {datatype.name}, or "NaN", "Infinity", "-Infinity"'
+    limits = np.iinfo(datatype.numpy)
+    return f"an integer from {limits.min} to {limits.max} for {datatype.name}"
+
+
+def _narrow(elements: _Elements, wide: Tensor, datatype: Datatype) -> Tensor:
+    with np.errstate(over="ignore"):
+        result: Tensor = wide.astype(datatype.numpy, copy=False)
+    is_infinite = np.isinf(result)
+    for index in np.flatnonzero(is_infinite).tolist() if is_infinite.any() else ():
+        element = elements.flat[index]
+        if isinstance(element, int | float) and not (isinstance(element, float) and math.isinf(element)):
+            raise elements.refusal(index, _expected(datatype))
+    return result
+
+
+def _pack_texts(elements: _Elements) -> Tensor:
+    result = np.empty(len(elements.flat), np.object_)
+    for index, element in enumerate(elements.flat):
+        if type(element) is not str:
+            raise elements.refusal(index, "a string for BYTES")
+        result[index] = element.encode()
+    return result
+
+
+def _texts(array: Tensor) -> list[str]:
+    try:
+        return [element.decode() for element in array.reshape(-1).tolist()]
+    except UnicodeDecodeError as error:
+        raise NotAcceptableError(
+            f"BYTES output: JSON carries UTF-8 text only ({error.reason}); ask for binary data"
+        ) from None

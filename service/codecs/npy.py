@@ -1,0 +1,122 @@
+"""`application/x-npy`: the tensor `input` in, the tensor `output` out, as `numpy.load` and `numpy.save` know it.
+
+numpy has no bfloat16: it saves one as two opaque bytes, `V2`. So `V2` is BF16 here, in both directions, and a reader
+calls `.view(ml_dtypes.bfloat16)`. Objects and pickles are not read.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import orjson
+
+from service.codecs import datatypes
+from service.codecs.body import EncodedBody, TensorBody, from_query
+from service.codecs.buffers import Buffer, check_shape, check_size, to_bytes, view
+from service.codecs.datatypes import BYTES, DATATYPES, Datatype
+from service.codecs.json_text import printable
+from service.engine.protocol import Tensor, Tensors
+from service.errors import NotAcceptableError, PayloadMalformedError, PayloadTooLargeError
+
+MEDIA_TYPE = "application/x-npy"
+ONLY_OUTPUT: str | None = "output"
+DIAGNOSTICS_HEADER = "Normserve-Diagnostics"
+_MAGIC = b"\x93NUMPY"
+_MAX_HEADER_BYTES = 10_000  # numpy's own limit
+_ALIGNMENT = 64
+_QUOTED = r"(?:'([^'\"]*)'|\"([^'\"]*)\")"
+_INTEGERS = r"\(((?:\s*[0-9]{1,18}\s*,)*(?:\s*[0-9]{1,18}\s*)?)\)"
+_DESCR, _FORTRAN_ORDER, _SHAPE = (
+    re.compile(rf"""\s*['"]{key}['"]\s*:\s*{value}\s*""")
+    for key, value in (("descr", _QUOTED), ("fortran_order", "(True|False)"), ("shape", _INTEGERS))
+)
+_EMPTIED = re.compile(r"\{,{0,3}\}\s*")
+_DESCR_CODES = {datatype.numpy.str[1:]: datatype for datatype in DATATYPES if datatype is not BYTES}
+
+
+def decode(body: Buffer, /, *, tensor_names: Collection[str], query_parameters: Mapping[str, str]) -> TensorBody:
+    """Decode the tensor `input`; parameters come from the query string."""
+    tensors = {"input": read(body, field="body")}
+    return from_query(tensors, tensor_names=tensor_names, query_parameters=query_parameters)
+
+
+def encode(method: str, outputs: Tensors, diagnostics: Mapping[str, object]) -> EncodedBody:
+    """Encode the tensor `output`, which has to be the only one; the diagnostics become a header."""
+    if list(outputs) != [ONLY_OUTPUT]:
+        raise NotAcceptableError(
+            f"{MEDIA_TYPE}: holds the one tensor output, received {', '.join(outputs) or 'none'}; "
+            f"select outputs=output or accept application/x-npz"
+        )
+    return EncodedBody(write(outputs["output"]), MEDIA_TYPE, headers=diagnostics_header(diagnostics))
+
+
+def diagnostics_header(diagnostics: Mapping[str, object]) -> dict[str, str]:
+    """Return the header that carries diagnostics where a body has no room for them."""
+    text = orjson.dumps(printable(diagnostics, are_tokens_bare=False)).decode()
+    return {DIAGNOSTICS_HEADER: text.encode("ascii", "backslashreplace").decode()} if diagnostics else {}
+
+
+def read(data: Buffer, *, field: str) -> Tensor:
+    """Return the array of a file of format 1, 2 or 3; a view where it is in C order and native byte order."""
+    header, offset = _header(data, field)
+    parts = [pattern.findall(header) for pattern in (_DESCR, _FORTRAN_ORDER, _SHAPE)]
+    for pattern in (_DESCR, _FORTRAN_ORDER, _SHAPE):
+        header = pattern.sub("", header)
+    if any(len(found) != 1 for found in parts) or not _EMPTIED.fullmatch(header):
+        raise PayloadMalformedError(
+            f"{field}: expected a .npy header with one plain descr, fortran_order and shape; "
+            f"structured types are not read"
+        )
+    (descr,), (fortran_order,), (sizes,) = parts
+    order, datatype = _datatype("".join(descr), field)
+    shape = check_shape([int(size) for size in sizes.split(",") if size.strip()], field=f"{field} shape")
+    check_size(len(data) - offset, datatype, shape, field=field)
+    is_fortran = fortran_order == "True" and len(shape) > 1
+    stored = shape[::-1] if is_fortran else shape
+    array = _view(data, offset, datatype, stored, order=order, field=field)
+    return array.T.copy() if is_fortran else array
+
+
+def write(array: Tensor) -> list[bytes | memoryview]:
+    """Return the chunks of a file of format 1."""
+    header = f"{{'descr': '{datatypes.of(array).numpy.str}', 'fortran_order': False, 'shape': {array.shape}, }}"
+    if array.dtype == np.object_:
+        raise NotAcceptableError(f"{MEDIA_TYPE}: holds no BYTES tensor")
+    prefix_bytes = len(_MAGIC) + 4
+    padding = -(prefix_bytes + len(header) + 1) % _ALIGNMENT
+    text = f"{header}{' ' * padding}\n".encode("ascii")
+    return [_MAGIC + b"\x01\x00" + len(text).to_bytes(2, "little") + text, to_bytes(array)]
+
+
+def _header(data: Buffer, field: str) -> tuple[str, int]:
+    start = bytes(data[: len(_MAGIC) + 6])
+    version = start[len(_MAGIC) : len(_MAGIC) + 2]
+    if not start.startswith(_MAGIC) or version not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
+        raise PayloadMalformedError(f"{field}: expected a .npy file of format 1, 2 or 3, received {start[:8]!r}")
+    offset = len(_MAGIC) + 2 + (2 if version == b"\x01\x00" else 4)
+    length = int.from_bytes(start[len(_MAGIC) + 2 : offset], "little")
+    if length > _MAX_HEADER_BYTES:
+        raise PayloadTooLargeError(
+            f"{field}: expected a .npy header up to {_MAX_HEADER_BYTES} bytes, received {length}"
+        )
+    if offset + length > len(data):
+        raise PayloadMalformedError(f"{field}: expected a .npy header of {length} bytes, received {len(data)} in all")
+    return bytes(data[offset : offset + length]).decode("latin-1"), offset + length
+
+
+def _datatype(descr: str, field: str) -> tuple[str, Datatype]:
+    order, code = (descr[0], descr[1:]) if descr[:1] in tuple("<>|=") else ("=", descr)
+    datatype = _DESCR_CODES.get(code)
+    if datatype is None:
+        raise PayloadMalformedError(
+            f"{field}: expected a descr of {', '.join(_DESCR_CODES)} (V2 is BF16), received {descr[:40]!r}; "
+            f"objects and pickles are not read"
+        )
+    return order, datatype
+
+
+def _view(data: Buffer, offset: int, datatype: Datatype, shape: tuple[int, ...], *, order: str, field: str) -> Tensor:
+    if order != ">" or datatype.itemsize == 1:
+        return view(data, offset, datatype, shape, field=field)
+    swapped = np.frombuffer(data, f">u{datatype.itemsize}", offset=offset)
+    return swapped.astype(f"=u{datatype.itemsize}").view(datatype.numpy).reshape(shape)

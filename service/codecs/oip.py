@@ -1,0 +1,192 @@
+"""Requests and responses of the Open Inference Protocol, JSON with or without binary tensors behind it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import orjson
+
+from service.codecs import datatypes, json_tensors, oip_binary
+from service.codecs.body import EncodedBody
+from service.codecs.buffers import Buffer, check_shape
+from service.codecs.json_text import (
+    describe,
+    expect_list,
+    expect_object,
+    expect_scalar,
+    expect_string,
+    parse_object,
+    printable,
+)
+from service.engine.protocol import Parameters, ParameterValue, Tensor, Tensors
+from service.errors import PayloadMalformedError, UnsupportedError
+
+HEADER = "Inference-Header-Content-Length"
+_RESERVED_PREFIX = "triton_"
+_SHARED_MEMORY = "shared_memory_region"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedOutput:
+    """An output that the client named, and whether it wants its data behind the JSON."""
+
+    name: str
+    is_binary: bool
+    parameters: dict[str, ParameterValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class InferRequest:
+    """A decoded request. `raw`: a body without JSON, for `oip_binary.decode_raw`; then everything else is empty."""
+
+    id: str
+    parameters: dict[str, ParameterValue]
+    inputs: dict[str, Tensor]
+    outputs: tuple[RequestedOutput, ...] = ()
+    wants_binary: bool = False
+    raw: Buffer | None = None
+
+
+def decode_request(body: Buffer, header_length: int | str | None) -> InferRequest:
+    """Decode a request; tensors are views on the body. `header_length` as the header brought it, None without."""
+    json_length = _json_length(header_length, len(body))
+    if json_length == 0 and header_length is not None:
+        return InferRequest("", {}, {}, wants_binary=True, raw=body)
+    document = parse_object(memoryview(body)[:json_length])
+    parameters = _parameters(document.get("parameters"), "parameters")
+    for name in parameters:
+        if name.startswith(_RESERVED_PREFIX):
+            raise PayloadMalformedError(
+                f"parameters: names that begin with triton_ are reserved, received {name[:60]!r}"
+            )
+    wants_binary = _flag(parameters.pop("binary_data_output", False), "parameters.binary_data_output")
+    request_id = document.get("id")
+    return InferRequest(
+        id="" if request_id is None else expect_string(request_id, field="id"),
+        parameters=parameters,
+        inputs=_inputs(document, body, json_length),
+        outputs=_outputs(document.get("outputs"), wants_binary=wants_binary),
+        wants_binary=wants_binary,
+    )
+
+
+def encode_response(
+    model_name: str,
+    model_version: str,
+    outputs: Tensors,
+    *,
+    id: str = "",
+    parameters: Parameters | None = None,
+    requested: tuple[RequestedOutput, ...] = (),
+    wants_binary: bool = False,
+) -> EncodedBody:
+    """Encode the requested outputs in the order of the request, or all; binary ones behind the JSON."""
+    document: dict[str, object] = {"id": id} if id else {}
+    document |= {"model_name": model_name, "model_version": model_version}
+    if parameters:
+        document["parameters"] = printable(parameters, are_tokens_bare=True)
+    entries: list[dict[str, object]] = []
+    chunks: list[bytes | memoryview] = [b""]
+    is_binary_by_name = {output.name: output.is_binary for output in requested} or dict.fromkeys(outputs, wants_binary)
+    for name, is_binary in is_binary_by_name.items():
+        array = _output(outputs, name)
+        entry: dict[str, object] = {"name": name, "datatype": datatypes.of(array).name, "shape": array.shape}
+        if is_binary:
+            chunk = oip_binary.encode(array)
+            entry["parameters"] = {"binary_data_size": len(chunk)}
+            chunks.append(chunk)
+        else:
+            entry["data"] = json_tensors.to_json(array, are_tokens_bare=True)
+        entries.append(entry)
+    document["outputs"] = entries
+    chunks[0] = header = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    if any(is_binary_by_name.values()):
+        return EncodedBody(chunks, "application/octet-stream", json_length=len(header))
+    return EncodedBody(chunks, "application/json")
+
+
+def _json_length(header_length: int | str | None, body_length: int) -> int:
+    if header_length is None:
+        return body_length
+    text = str(header_length)
+    # int() would also take "1_000", "+3" and digits of other scripts
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise PayloadMalformedError(f"{HEADER}: expected a number of bytes, received {text[:40]!r}")
+    length = int(text)
+    if length > body_length:
+        raise PayloadMalformedError(
+            f"{HEADER}: expected at most the {body_length} bytes of the body, received {length}"
+        )
+    return length
+
+
+def _parameters(value: object, place: str) -> dict[str, ParameterValue]:
+    if value is None:
+        return {}
+    found = expect_object(value, field=place)
+    return {name: expect_scalar(item, field=f"{place}.{name[:60]}") for name, item in found.items()}
+
+
+def _flag(value: ParameterValue, place: str) -> bool:
+    if not isinstance(value, bool):
+        raise PayloadMalformedError(f"{place}: expected true or false, received {describe(value)}")
+    return value
+
+
+def _inputs(document: dict[str, object], body: Buffer, json_length: int) -> dict[str, Tensor]:
+    inputs: dict[str, Tensor] = {}
+    offset = json_length
+    for item in expect_list(document.get("inputs"), field="inputs"):
+        entry = expect_object(item, field=f"inputs[{len(inputs)}]")
+        name = expect_string(entry.get("name"), field=f"inputs[{len(inputs)}].name")
+        place = f"input {name[:60]!r}"
+        if name in inputs:
+            raise PayloadMalformedError(f"{place}: expected once, received twice")
+        inputs[name], offset = _input(entry, body, offset, place)
+    if offset != len(body):
+        raise PayloadMalformedError(
+            f"body: expected {offset} bytes (the JSON and every binary_data_size), received {len(body)}"
+        )
+    return inputs
+
+
+def _input(entry: dict[str, object], body: Buffer, offset: int, place: str) -> tuple[Tensor, int]:
+    datatype = datatypes.by_name(entry.get("datatype"), field=f"{place}.datatype")
+    shape = check_shape(entry.get("shape"), field=f"{place}.shape")
+    parameters = _parameters(entry.get("parameters"), f"{place}.parameters")
+    if _SHARED_MEMORY in parameters:
+        raise UnsupportedError(f"{place}: shared memory is not offered, send data or binary_data_size")
+    if ("data" in entry) == ("binary_data_size" in parameters):
+        raise PayloadMalformedError(f"{place}: expected exactly one of data and parameters.binary_data_size")
+    if "data" in entry:
+        return json_tensors.to_array(entry["data"], datatype, shape, field=f"{place}.data"), offset
+    size_bytes = parameters["binary_data_size"]
+    if type(size_bytes) is not int or size_bytes < 0:
+        raise PayloadMalformedError(
+            f"{place}.parameters.binary_data_size: expected a number of bytes, received {describe(size_bytes)}"
+        )
+    return oip_binary.cut(body, offset, size_bytes, datatype, shape, field=place), offset + size_bytes
+
+
+def _outputs(value: object, *, wants_binary: bool) -> tuple[RequestedOutput, ...]:
+    if value is None:
+        return ()
+    outputs: dict[str, RequestedOutput] = {}
+    for item in expect_list(value, field="outputs"):
+        entry = expect_object(item, field=f"outputs[{len(outputs)}]")
+        name = expect_string(entry.get("name"), field=f"outputs[{len(outputs)}].name")
+        place = f"output {name[:60]!r}"
+        if name in outputs:
+            raise PayloadMalformedError(f"{place}: expected once, received twice")
+        parameters = _parameters(entry.get("parameters"), f"{place}.parameters")
+        for refused in ("classification", _SHARED_MEMORY):
+            if refused in parameters:
+                raise UnsupportedError(f"{place}: the parameter {refused} is not offered")
+        is_binary = _flag(parameters.pop("binary_data", wants_binary), f"{place}.parameters.binary_data")
+        outputs[name] = RequestedOutput(name, is_binary, parameters)
+    return tuple(outputs.values())
+
+
+def _output(outputs: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in outputs:
+        raise PayloadMalformedError(f"output {name[:60]!r}: expected one of {', '.join(outputs)}")
+    return outputs[name]
