@@ -54,7 +54,7 @@ class Worker:
             raise
         finally:
             timer.cancel()
-            del task  # an error's traceback holds this frame; through the task's future it would hold itself
+            del task  # for the reason given in _step
 
     def stop(self) -> None:
         """Refuse new calls and those that wait; what runs finishes."""
@@ -105,9 +105,11 @@ class Worker:
         task = self._take()
         if task is None:
             return False
-        task.perform(self.name)
+        if task.begin(self.name):
+            task.end(*_outcome(task.call))
         self._is_running = False
         self._finished.append(task)
+        del task  # an error's traceback holds this frame; through the task the error would hold itself
         if not self._is_wake_scheduled:  # the loop wakes once for results that come faster than it takes them
             self._is_wake_scheduled = True
             self._loop.call_soon_threadsafe(self._deliver)
@@ -131,37 +133,37 @@ class Worker:
 class _Task(Generic[T]):
     """A call, who waits for it and until when, and what came of it."""
 
-    __slots__ = ("_call", "_compute_ns", "_deadline_s", "_enqueued_ns", "_error", "_queue_ns", "_result", "future")
+    __slots__ = ("_deadline_s", "_ended_ns", "_enqueued_ns", "_error", "_result", "_started_ns", "call", "future")
 
     def __init__(self, call: Callable[[], T], future: asyncio.Future[tuple[T, int, int]], deadline_s: float) -> None:
         self.future = future
-        self._call = call
+        self.call = call
         self._deadline_s = deadline_s
         self._enqueued_ns = time.perf_counter_ns()
-        self._queue_ns = 0
-        self._compute_ns = 0
+        self._started_ns = 0
+        self._ended_ns = 0
         self._result: T | None = None
         self._error: BaseException | None = None
 
-    def perform(self, name: str) -> None:
-        """In the worker thread: run the call unless it is too late or nobody waits for it any more."""
-        started_ns = time.perf_counter_ns()
-        self._queue_ns = started_ns - self._enqueued_ns
-        if self.future.done():
-            self._error = asyncio.CancelledError()
-            return
-        if self._queue_ns > self._deadline_s * 1e9:
+    def begin(self, name: str) -> bool:
+        """In the worker thread: False if it is too late, or nobody waits any more, and the call must not run."""
+        self._started_ns = time.perf_counter_ns()
+        if self._started_ns - self._enqueued_ns > self._deadline_s * 1e9:
             self._error = self.deadline_error(name)
-            return
-        self._result, self._error = _outcome(self._call)
-        self._compute_ns = time.perf_counter_ns() - started_ns
+        return self._error is None and not self.future.done()
+
+    def end(self, result: T | None, error: BaseException | None) -> None:
+        self._ended_ns = time.perf_counter_ns()
+        self._result = result
+        self._error = error
 
     def deliver(self) -> None:
         """In the event loop."""
         if self._error is not None:
             self.refuse(self._error)
         elif not self.future.done():
-            self.future.set_result((cast("T", self._result), self._queue_ns, self._compute_ns))
+            queue_ns, compute_ns = self._started_ns - self._enqueued_ns, self._ended_ns - self._started_ns
+            self.future.set_result((cast("T", self._result), queue_ns, compute_ns))
 
     def refuse(self, error: BaseException) -> None:
         if self.future.done():

@@ -1,0 +1,69 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from service.engine.threads import cgroup_quota, thread_budget
+
+
+def _files(mount: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = mount / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+V2 = "0::/kubepods/pod1\n"
+V1 = "4:cpu,cpuacct:/docker/abc\n3:cpuset:/\n1:name=systemd:/docker/abc\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "expected"),
+    [
+        pytest.param(V2, {"kubepods/pod1/cpu.max": "150000 100000\n"}, 1.5, id="v2"),
+        pytest.param(V2, {"kubepods/pod1/cpu.max": "max 100000\n"}, None, id="v2 without a limit"),
+        pytest.param(
+            V2,
+            {"kubepods/cpu.max": "200000 100000\n", "kubepods/pod1/cpu.max": "400000 100000\n"},
+            2.0,
+            id="v2, the parent is tighter",
+        ),
+        pytest.param(V2, {"cpu.max": "50000 100000\n"}, 0.5, id="v2 of a container, whose path is the host's"),
+        pytest.param(
+            V1,
+            {
+                "cpu,cpuacct/docker/abc/cpu.cfs_quota_us": "300000\n",
+                "cpu,cpuacct/docker/abc/cpu.cfs_period_us": "100000\n",
+            },
+            3.0,
+            id="v1",
+        ),
+        pytest.param(
+            V1,
+            {"cpu,cpuacct/cpu.cfs_quota_us": "-1\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"},
+            None,
+            id="v1 without a limit",
+        ),
+        pytest.param(V1, {"cpuset/cpu.max": "1 100000\n"}, None, id="other controllers say nothing"),
+        pytest.param("", {}, None, id="no cgroups"),
+    ],
+)
+def test_quota_is_the_tightest_of_the_cgroups(
+    tmp_path: Path, membership: str, files: dict[str, str], expected: float | None
+) -> None:
+    (tmp_path / "membership").write_text(membership)
+    _files(tmp_path / "mount", files)
+
+    assert cgroup_quota(tmp_path / "mount", tmp_path / "membership") == expected
+
+
+def test_quota_without_files_is_unlimited(tmp_path: Path) -> None:
+    assert cgroup_quota(tmp_path / "nothing", tmp_path / "nowhere") is None
+
+
+def test_budget_is_the_setting_if_there_is_one() -> None:
+    assert thread_budget(7) == 7
+
+
+def test_budget_is_at_least_one_and_within_the_affinity() -> None:
+    assert 1 <= thread_budget(0) <= len(os.sched_getaffinity(0))
