@@ -1,0 +1,1 @@
+"""Checkpoints: files of untrusted origin to models, hardened; what they hold, described without running them."""
