@@ -100,13 +100,13 @@ def _open(path: Path, *, name: str, version: str, threads: int) -> tuple[onnxrun
         backend=BACKEND,
         inputs=tuple(_tensor_spec(info) for info in signature.inputs),
         outputs=tuple(_tensor_spec(info) for info in signature.outputs),
-        is_checked_by_engine=any(info.shape is None for info in signature.inputs),
+        # onnxruntime tells a free rank like a scalar's, and checks either itself
+        is_checked_by_engine=any(not info.shape for info in signature.inputs),
     )
 
 
 def _tensor_spec(info: TensorInfo) -> TensorSpec:
-    """A free rank, which the protocol cannot say, is announced as one free axis."""
-    return TensorSpec(info.name, info.datatype, (-1,) if info.shape is None else info.shape)
+    return TensorSpec(info.name, info.datatype, info.shape or ())
 
 
 def _encoded(array: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""Small ONNX graphs, some of them hostile."""
+
+from pathlib import Path
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+F32 = TensorProto.FLOAT
+
+
+def value(name: str, shape: list[int | str] | None, elem_type: int = F32) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, elem_type, shape)
+
+
+def save(model: ModelProto, folder: Path) -> Path:
+    path = folder / f"{model.graph.name}.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def model(name: str, nodes: list[NodeProto], inputs: list[ValueInfoProto], outputs: list[ValueInfoProto]) -> ModelProto:
+    graph: GraphProto = helper.make_graph(nodes, name, inputs, outputs)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def constant(name: str, array: object, dtype: str = "int64") -> NodeProto:
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(array, dtype=dtype)))
+
+
+def doubling() -> ModelProto:
+    nodes = [helper.make_node("Add", ["x", "x"], ["sum"]), helper.make_node("Neg", ["x"], ["negative"])]
+    outputs = [value("sum", ["N", 3]), value("negative", ["N", 3])]
+    return model("doubling", nodes, [value("x", ["N", 3])], outputs)
+
+
+def free_rank() -> ModelProto:
+    return model("free_rank", [helper.make_node("Neg", ["x"], ["y"])], [value("x", None)], [value("y", None)])
+
+
+def text() -> ModelProto:
+    nodes = [helper.make_node("Identity", ["x"], ["y"])]
+    return model("text", nodes, [value("x", ["N"], TensorProto.STRING)], [value("y", ["N"], TensorProto.STRING)])
+
+
+def endless_loop() -> ModelProto:
+    """A Loop without a trip count whose condition stays true."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Identity", ["state"], ["next"])],
+        "body",
+        [value("turn", [], TensorProto.INT64), value("go", [], TensorProto.BOOL), value("state", ["N", 3])],
+        [value("go_on", [], TensorProto.BOOL), value("next", ["N", 3])],
+    )
+    nodes = [constant("always", True, "bool"), helper.make_node("Loop", ["", "always", "x"], ["y"], body=body)]
+    return model("endless_loop", nodes, [value("x", ["N", 3])], [value("y", ["N", 3])])
+
+
+def memory_bomb() -> ModelProto:
+    """64 GiB out of the shape of any input."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"], end=1),
+        constant("zero", [0]),
+        constant("side", [2**17]),
+        helper.make_node("Mul", ["shape", "zero"], ["nothing"]),
+        helper.make_node("Add", ["nothing", "side"], ["rows"]),
+        helper.make_node("Concat", ["rows", "rows"], ["huge"], axis=0),
+        helper.make_node("ConstantOfShape", ["huge"], ["ones"]),
+        helper.make_node("ReduceSum", ["ones"], ["y"], keepdims=0),
+    ]
+    return model("memory_bomb", nodes, [value("x", ["N", 3])], [value("y", [])])
+
+
+def batch_norm(*, training: bool) -> ModelProto:
+    channels = [(name, np.ones(2, dtype=np.float32)) for name in ("weight", "bias", "mean", "var")]
+    nodes = [constant(name, array, "float32") for name, array in channels]
+    outputs = ["y", "new_mean", "new_var"] if training else ["y"]
+    nodes.append(
+        helper.make_node(
+            "BatchNormalization", ["x", *(name for name, _ in channels)], outputs, training_mode=int(training)
+        )
+    )
+    return model("batch_norm", nodes, [value("x", ["N", 2])], [value("y", ["N", 2])])
