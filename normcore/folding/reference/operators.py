@@ -1,0 +1,252 @@
+"""Operators that onnx.reference computes slowly, in float32, or with the semantics of another version.
+
+The class names are the operators' names: onnx.reference finds the attributes' defaults by them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_batch_normalization import BatchNormalization_14
+from onnx.reference.ops.op_max_pool import MaxPool as SlowMaxPool
+from onnx.reference.ops.op_resize import _interpolate_nd, _linear_coeffs, _nearest_coeffs
+from torch import Tensor
+from torch.nn import functional
+
+Array = NDArray[Any]
+Pads = list[tuple[int, int]]
+
+_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+_TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
+_MAX_POOLS = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
+_VALUE_AXIS_VERSION = 13  # before it, Softmax and its kin flattened their input at `axis`, 1 by default
+
+
+class Conv(OpRun):
+    def _run(self, x: Array, weight: Array, bias: Array | None = None, **attributes: Any) -> tuple[Array]:
+        window = _Window(x, weight.shape[2:], attributes)
+        padded = _pad(x, window.pads)
+        convolve = _CONVOLUTIONS[window.rank]
+        y = convolve(
+            padded,
+            _tensor(weight),
+            None if bias is None else _tensor(bias),
+            stride=window.strides,
+            dilation=window.dilations,
+            groups=attributes.get("group") or 1,
+        )
+        return (y.numpy(),)
+
+
+class ConvTranspose(OpRun):
+    def _run(self, x: Array, weight: Array, bias: Array | None = None, **attributes: Any) -> tuple[Array]:
+        window = _Window(x, weight.shape[2:], attributes)
+        extra = list(attributes.get("output_padding") or [0] * window.rank)
+        deconvolve = _TRANSPOSED[window.rank]
+        y = deconvolve(
+            _tensor(x),
+            _tensor(weight),
+            stride=window.strides,
+            dilation=window.dilations,
+            groups=attributes.get("group") or 1,
+        )
+        sizes = [size + more for size, more in zip(y.shape[2:], extra, strict=True)]
+        crops = [
+            (-begin, more - end)
+            for more, (begin, end) in zip(extra, window.transposed_pads(sizes, attributes), strict=True)
+        ]
+        y = functional.pad(y, _flat(crops))
+        if bias is not None:
+            y = y + _tensor(bias).reshape(-1, *[1] * window.rank)
+        return (y.numpy(),)
+
+
+class MaxPool(OpRun):
+    def _run(self, x: Array, **attributes: Any) -> tuple[Array, ...]:
+        if len(self.output) > 1:  # with indices
+            slow = SlowMaxPool(self.onnx_node, self.run_params)
+            return tuple(slow.run(x))  # type: ignore[no-untyped-call]  # onnx leaves OpRun.run untyped
+        window = _Window(x, attributes["kernel_shape"], attributes)
+        padded = functional.pad(_tensor(x), _flat(window.pads_to_fill()), value=float("-inf"))
+        pool = _MAX_POOLS[window.rank]
+        y = pool(padded, window.kernel, stride=window.strides, dilation=window.dilations)
+        return (window.crop(y).numpy(),)
+
+
+class AveragePool(OpRun):
+    def _run(self, x: Array, **attributes: Any) -> tuple[Array]:
+        window = _Window(x, attributes["kernel_shape"], attributes)
+        counted = torch.ones((1, 1, *x.shape[2:]), dtype=torch.float64)
+        if attributes.get("count_include_pad"):
+            counted = functional.pad(counted, _flat(window.pads), value=1.0)
+            counted = functional.pad(counted, _flat(window.overhang()))
+        else:
+            counted = functional.pad(counted, _flat(window.pads_to_fill()))
+        rows = functional.pad(_tensor(x), _flat(window.pads_to_fill()))
+        sums = self._sums(rows.reshape(-1, 1, *rows.shape[2:]), window)
+        y = sums / self._sums(counted, window)
+        return (window.crop(y.reshape(*x.shape[:2], *y.shape[2:])).numpy(),)
+
+    @staticmethod
+    def _sums(rows: Tensor, window: "_Window") -> Tensor:
+        ones = torch.ones((1, 1, *window.kernel), dtype=torch.float64)
+        convolve = _CONVOLUTIONS[window.rank]
+        return convolve(rows, ones, stride=window.strides, dilation=window.dilations)
+
+
+class BatchNormalization(OpRun):
+    """In inference mode in every opset: onnx.reference takes versions below 14 for training."""
+
+    def _run(
+        self, x: Array, scale: Array, bias: Array, mean: Array, var: Array, **attributes: Any
+    ) -> tuple[Array, ...]:
+        if attributes.get("training_mode"):
+            training = BatchNormalization_14(self.onnx_node, self.run_params)
+            outputs = training.run(x, scale, bias, mean, var)  # type: ignore[no-untyped-call]  # as above
+            return tuple(outputs)
+        eps = attributes["epsilon"]
+        scale, bias, mean, var = (tensor.reshape(-1, *[1] * (x.ndim - 2)) for tensor in (scale, bias, mean, var))
+        return ((x - mean) / np.sqrt(var + eps) * scale + bias,)
+
+
+class Erf(OpRun):
+    def _run(self, x: Array) -> tuple[Array]:
+        return (torch.special.erf(_tensor(x)).numpy(),)
+
+
+class Upsample(OpRun):
+    """The predecessor of Resize: asymmetric coordinates; `scales` is an attribute in opset 7, then an input."""
+
+    def _run(self, x: Array, scales: Any, mode: str = "nearest", **_: Any) -> tuple[Array]:
+        coefficients = _linear_coeffs if mode in ("linear", "bilinear") else _floor_coefficients
+        y = _interpolate_nd(
+            x, coefficients, scale_factors=np.asarray(scales).tolist(), coordinate_transformation_mode="asymmetric"
+        )
+        return (y,)
+
+
+class _AlongAxis(OpRun):
+    def _along(self, x: Array, function: Any) -> tuple[Array]:
+        version = self.run_params["opsets"][""]
+        given = [attribute.i for attribute in self.onnx_node.attribute if attribute.name == "axis"]
+        if version >= _VALUE_AXIS_VERSION:
+            return (function(x, given[0] if given else -1),)
+        axis = (given[0] if given else 1) % (x.ndim or 1)
+        rows = x.reshape(int(np.prod(x.shape[:axis])), -1)
+        return (function(rows, 1).reshape(x.shape),)
+
+
+class Softmax(_AlongAxis):
+    def _run(self, x: Array, **_: Any) -> tuple[Array]:
+        return self._along(x, lambda rows, axis: torch.softmax(_tensor(rows), axis).numpy())
+
+
+class LogSoftmax(_AlongAxis):
+    def _run(self, x: Array, **_: Any) -> tuple[Array]:
+        return self._along(x, lambda rows, axis: torch.log_softmax(_tensor(rows), axis).numpy())
+
+
+class Hardmax(_AlongAxis):
+    def _run(self, x: Array, **_: Any) -> tuple[Array]:
+        return self._along(x, _hardmax)
+
+
+class _Window:
+    """The sliding window of a convolution or pool: kernel, strides, dilations and pads of every spatial axis."""
+
+    def __init__(self, x: Array, kernel: Sequence[int], attributes: dict[str, Any]) -> None:
+        self.rank = len(kernel)
+        self.kernel = list(kernel)
+        self.sizes = x.shape[2:]
+        self.strides = list(attributes.get("strides") or [1] * self.rank)
+        self.dilations = list(attributes.get("dilations") or [1] * self.rank)
+        self.auto_pad = attributes.get("auto_pad") or "NOTSET"
+        self.spans = [dilation * (size - 1) + 1 for dilation, size in zip(self.dilations, self.kernel, strict=True)]
+        self.pads = self._pads(attributes.get("pads") or [0] * 2 * self.rank)
+        self.ceil = bool(attributes.get("ceil_mode"))
+
+    def pads_to_fill(self) -> Pads:
+        """The pads, and behind them what the last window needs where the output's size is rounded up."""
+        return [(begin, end + more) for (begin, end), (_, more) in zip(self.pads, self.overhang(), strict=True)]
+
+    def overhang(self) -> Pads:
+        sizes = zip(self._outputs(), self.strides, self.spans, self.sizes, self.pads, strict=True)
+        return [(0, max(0, (out - 1) * stride + span - size - sum(pads))) for out, stride, span, size, pads in sizes]
+
+    def crop(self, y: Tensor) -> Tensor:
+        for axis, size in enumerate(self._outputs(), start=2):
+            y = y.narrow(axis, 0, size)
+        return y
+
+    def transposed_pads(self, sizes: list[int], attributes: dict[str, Any]) -> Pads:
+        """What a transposed convolution cuts off its full output of these sizes."""
+        wanted = attributes.get("output_shape")
+        if wanted is None and self.auto_pad.startswith("SAME"):
+            wanted = [size * stride for size, stride in zip(self.sizes, self.strides, strict=True)]
+        if wanted is None:
+            return self.pads
+        pads = []
+        for size, out in zip(sizes, wanted[-self.rank :], strict=True):
+            half, total = max(0, size - out) // 2, size - out
+            begin = half if self.auto_pad == "SAME_UPPER" else max(0, total) - half
+            pads.append((begin, total - begin))
+        return pads
+
+    def _pads(self, pads: Sequence[int]) -> Pads:
+        if not self.auto_pad.startswith("SAME"):
+            return list(zip(pads[: self.rank], pads[self.rank :], strict=True))
+        same = []
+        for size, stride, span in zip(self.sizes, self.strides, self.spans, strict=True):
+            total = max(0, (-(-size // stride) - 1) * stride + span - size)
+            half = total // 2
+            same.append((half, total - half) if self.auto_pad == "SAME_UPPER" else (total - half, half))
+        return same
+
+    def _outputs(self) -> list[int]:
+        outputs = []
+        for size, stride, span, (begin, end) in zip(self.sizes, self.strides, self.spans, self.pads, strict=True):
+            room = size + begin + end - span
+            out = (-(-room // stride) if self.ceil else room // stride) + 1
+            starts_behind_input = self.ceil and (out - 1) * stride >= size + begin
+            outputs.append(out - 1 if starts_behind_input else out)
+        return outputs
+
+
+def _tensor(array: Array) -> Tensor:
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def _flat(pads: Pads) -> list[int]:
+    """Pads in torch's order: the last axis first."""
+    return [amount for pair in reversed(pads) for amount in pair]
+
+
+def _pad(x: Array, pads: Pads) -> Tensor:
+    return functional.pad(_tensor(x), _flat(pads))
+
+
+def _floor_coefficients(ratio: float, _: float) -> Array:
+    return np.asarray(_nearest_coeffs(ratio, "floor"))
+
+
+def _hardmax(rows: Array, axis: int) -> Array:
+    hard = np.zeros_like(rows)
+    np.put_along_axis(hard, np.expand_dims(rows.argmax(axis), axis), 1, axis)
+    return hard
+
+
+OPERATORS: list[type[OpRun]] = [
+    Conv,
+    ConvTranspose,
+    MaxPool,
+    AveragePool,
+    BatchNormalization,
+    Erf,
+    Upsample,
+    Softmax,
+    LogSoftmax,
+    Hardmax,
+]
