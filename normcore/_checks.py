@@ -1,0 +1,82 @@
+"""Checks of arguments; each error names the argument, what was expected and what came."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from normcore.errors import DtypeError, ParameterError, ShapeError, StatisticsError
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_floating(argument: str, tensor: Tensor) -> None:
+    """Refuse everything but float16, bfloat16, float32 and float64."""
+    if tensor.dtype not in _FLOATING:
+        expected = "float16, bfloat16, float32 or float64"
+        raise DtypeError(argument, expected=expected, received=_dtype_name(tensor))
+
+
+def check_rank(argument: str, tensor: Tensor, *, minimum: int) -> None:
+    if tensor.ndim < minimum:
+        expected = f"at least {minimum} dimensions"
+        raise ShapeError(argument, expected=expected, received=f"shape {tuple(tensor.shape)}")
+
+
+def check_axis(argument: str, axis: int, *, rank: int) -> int:
+    """The axis counted from the front; a negative one counts from the back."""
+    _check_is_number(argument, axis, "an integer")
+    if not isinstance(axis, int) or not -rank <= axis < rank:
+        expected = f"an integer from {-rank} to {rank - 1} for an input of {rank} dimensions"
+        raise ParameterError(argument, expected=expected, received=repr(axis))
+    return axis % rank
+
+
+def check_per_channel(argument: str, tensor: Tensor, *, num_features: int) -> None:
+    """Refuse what is not one floating value per channel."""
+    check_floating(argument, tensor)
+    if tuple(tensor.shape) != (num_features,):
+        expected = f"shape ({num_features},), one value per channel of the input"
+        raise ShapeError(argument, expected=expected, received=f"shape {tuple(tensor.shape)}")
+
+
+def check_eps(argument: str, eps: float, *, is_zero_allowed: bool) -> None:
+    expected = "a finite number >= 0" if is_zero_allowed else "a finite number > 0 in training"
+    _check_is_number(argument, eps, expected)
+    if not math.isfinite(eps) or eps < 0 or (eps == 0 and not is_zero_allowed):
+        raise ParameterError(argument, expected=expected, received=repr(eps))
+
+
+def check_fraction(argument: str, fraction: float) -> None:
+    expected = "a number from 0 to 1"
+    _check_is_number(argument, fraction, expected)
+    if not 0 <= fraction <= 1:
+        raise ParameterError(argument, expected=expected, received=repr(fraction))
+
+
+def check_variance(argument: str, variance: Tensor) -> None:
+    """Refuse a variance that is negative or NaN in any channel."""
+    is_refused = ~(variance >= 0)
+    if bool(is_refused.any()):
+        worst = float(variance[is_refused][0])
+        raise StatisticsError(argument, expected="values >= 0", received=f"{worst:g}")
+
+
+def check_batch_count(argument: str, count: Tensor) -> None:
+    """Refuse what is not a single whole number >= 0; a whole number held in a floating tensor is taken."""
+    if count.dtype == torch.bool or count.is_complex():
+        raise DtypeError(argument, expected="an integer", received=_dtype_name(count))
+    if count.numel() != 1:
+        raise ShapeError(argument, expected="a single value", received=f"shape {tuple(count.shape)}")
+    value = float(count)
+    if not (value >= 0 and value.is_integer()):
+        raise StatisticsError(argument, expected="a whole number >= 0", received=f"{value:g}")
+
+
+def _check_is_number(argument: str, value: object, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ParameterError(argument, expected=expected, received=repr(value))
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
