@@ -34,17 +34,17 @@ class Limits:
         _lower(resource.RLIMIT_CPU, self.cpu_s)
         _lower(resource.RLIMIT_CORE, 0)
         _lower(resource.RLIMIT_NOFILE, _OPEN_FILES)
-        with suppress(OSError):  # when the machine runs out of memory, the kernel takes this process first
-            Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def isolate() -> None:
-    """Give up new privileges and the network, for this process and its children.
+    """Give up new privileges, the network, and survival when the machine runs out of memory; children inherit it.
 
     A network of its own needs a privilege or user namespaces; where neither is allowed, the network stays. It is one
     wall of several: the graphs run on operators that open no sockets.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
+    with suppress(OSError):  # not Linux
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    libc = ctypes.CDLL(None)
     with suppress(AttributeError):  # not Linux
         libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         if libc.unshare(_CLONE_NEWNET) != 0:

@@ -14,6 +14,9 @@ from service.engine.zygote import FORK, READY
 from service.errors import ShuttingDownError
 
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "TMPDIR")
+# What starts threads at its import: they would be lost in every fork, with the locks they hold. onnxruntime's is the
+# sender of its telemetry, which a child has no network for anyway.
+_SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
 _START_S = 120.0
 _STOP_S = 5.0
 
@@ -100,7 +103,7 @@ class _Running:
 def _spawn(arguments: list[str], inherited_fd: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(path or os.curdir for path in sys.path)
-    environment["OPENBLAS_NUM_THREADS"] = "1"  # its threads would start with the import, and be lost in every fork
+    environment |= _SINGLE_THREADED
     return subprocess.Popen(
         [sys.executable, "-m", "service.engine.zygote", *arguments],
         env=environment,

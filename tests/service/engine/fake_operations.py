@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,9 +33,9 @@ def surroundings(_: Mapping[str, Any], __: Report) -> Result:
         "environment": dict(os.environ),
         "limits": limits,
         "interfaces": [name for _, name in socket.if_nameindex()],
+        "oom_score": int(Path("/proc/self/oom_score_adj").read_text()),
         "no_new_privileges": "NoNewPrivs:\t1" in status,
         "files": len(list(Path("/proc/self/fd").iterdir())),
-        "modules": len(sys.modules),
     }
 
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -66,6 +68,13 @@ async def _eventually(holds: Callable[[], bool]) -> bool:
     return False
 
 
+def _may_leave_the_network() -> bool:
+    tool = shutil.which("unshare")
+    if tool is None:
+        return False
+    return any(subprocess.run([tool, flags, "true"], check=False).returncode == 0 for flags in ("-n", "-rn"))
+
+
 async def test_run_returns_the_result_and_reports_progress(sandbox: Sandbox) -> None:
     seen: list[tuple[str, int, int]] = []
 
@@ -102,6 +111,8 @@ async def test_child_has_limits_and_nothing_of_the_server(monkeypatch: pytest.Mo
     assert found["no_new_privileges"]
     assert "NORMSERVE_SECRET" not in found["environment"]
     assert found["files"] <= 7
+    assert found["oom_score"] == 1000
+    assert found["interfaces"] == ["lo"] or not _may_leave_the_network()
 
 
 @pytest.mark.parametrize(
