@@ -1,0 +1,58 @@
+"""The normalization methods as built-in models: `normcore.<method>`."""
+
+from collections.abc import Sequence
+
+import torch
+
+from normcore.normalization.method import JSON, Method
+from service.engine.protocol import InferResult, ModelSpec, Parameters, Tensor, Tensors, TensorSpec
+from service.engine.tensors import from_torch, to_torch
+from service.engine.worker import Worker
+
+PREFIX = "normcore."
+
+
+class NormalizationEngine:
+    """Implements Engine for one method. All methods share one worker: torch's threads serve one call at a time."""
+
+    def __init__(self, method: Method, worker: Worker) -> None:
+        self._method = method
+        self._worker = worker
+        self._spec = ModelSpec(
+            name=f"{PREFIX}{method.name}",
+            version="1",
+            platform="normcore",
+            backend="normcore",
+            inputs=tuple(
+                TensorSpec(tensor.name, "FP32", (-1,), is_optional=not tensor.is_required) for tensor in method.tensors
+            ),
+            outputs=tuple(TensorSpec(output.name, "FP32", (-1,)) for output in method.outputs),
+            is_checked_by_engine=True,
+        )
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    async def infer(
+        self,
+        inputs: Tensors,
+        *,
+        outputs: Sequence[str] | None = None,
+        parameters: Parameters | None = None,
+        deadline_s: float,
+    ) -> InferResult:
+        """See Engine. Torch cannot be interrupted: after the deadline the worker finishes in the background."""
+
+        def compute() -> tuple[dict[str, Tensor], dict[str, JSON]]:
+            with torch.inference_mode():
+                tensors = {name: to_torch(array, argument=name) for name, array in inputs.items()}
+                result = self._method(tensors, parameters or {}, outputs)
+                return {name: from_torch(tensor) for name, tensor in result.outputs.items()}, result.diagnostics
+
+        (computed, diagnostics), queue_ns, compute_ns = await self._worker.submit(compute, deadline_s=deadline_s)
+        return InferResult(computed, diagnostics=diagnostics, queue_ns=queue_ns, compute_ns=compute_ns)
+
+    async def close(self) -> None:
+        """See Engine. It closes the worker, and so all methods."""
+        await self._worker.close()
