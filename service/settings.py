@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 1024 * 1024
@@ -67,3 +67,10 @@ class Settings(BaseSettings):
         description="Largest tensor that a constant of an uploaded graph may expand to, in bytes.",
     )
     verify_probes: int = Field(6, ge=4, le=64, description="Seeded probes of a fold's certificate.")
+
+    @field_validator("allowed_hosts", "allowed_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value

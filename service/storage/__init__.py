@@ -1,0 +1,1 @@
+"""What survives a restart: content-addressed files and a table of what they are."""

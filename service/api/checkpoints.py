@@ -1,0 +1,188 @@
+"""/v1/checkpoints: upload, list, read, plan, fold, delete; /v1/fold: fold a file in one call."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import FileResponse
+from starlette.types import Receive, Scope, Send
+
+from service.api import body
+from service.api.dependencies import ServicesDep, document_schema, read_document
+from service.api.multipart import FileField
+from service.api.schemas import Checkpoint, CheckpointList, FoldAnswer, FoldPlan, FoldRequest
+from service.application.folding import FoldedFile, FoldOptions
+from service.errors import CheckpointNotFoundError, PayloadMalformedError
+from service.state import Services
+
+router = APIRouter(prefix="/v1", tags=["checkpoints"])
+
+_FILE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+_UPLOAD_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": _FILE_BODY["requestBody"]["content"]
+        | {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {"file": {"type": "string", "format": "binary"}},
+                }
+            }
+        },
+    }
+}
+Freeze = Annotated[bool, Query(description="Treat initializers that are also graph inputs as constants.")]
+
+
+@router.post("/checkpoints", status_code=201, openapi_extra=_UPLOAD_BODY)
+async def upload_checkpoint(
+    request: Request,
+    response: Response,
+    services: ServicesDep,
+    filename: Annotated[str, Query(max_length=255, description="Name to show; it decides nothing.")] = "",
+) -> Checkpoint:
+    """Upload a checkpoint and see every normalization in it.
+
+    The body is the file itself, or a multipart form with the field `file`. The format is found from the content.
+    The answer lists every normalization with what it would fold into, or the reason why not. The same bytes again
+    answer 200 with the same id.
+    """
+    services.health.refuse_while_draining()
+    field, chunks = _upload(request, services)
+    staged = await services.checkpoints.stage(chunks)
+    name = filename or (field.filename if field else "") or "checkpoint"
+    record, is_new = await services.checkpoints.keep(staged, filename=name)
+    response.status_code = 201 if is_new else 200
+    response.headers["Location"] = f"/v1/checkpoints/{record.id}"
+    return Checkpoint.of(record)
+
+
+@router.get("/checkpoints")
+async def list_checkpoints(services: ServicesDep) -> CheckpointList:
+    """List the kept checkpoints, oldest first."""
+    return CheckpointList(checkpoints=[Checkpoint.of(record) for record in await services.checkpoints.list()])
+
+
+@router.get("/checkpoints/{checkpoint_id}")
+async def read_checkpoint(checkpoint_id: str, services: ServicesDep) -> Checkpoint:
+    """Read what is known of one checkpoint."""
+    return Checkpoint.of(await services.checkpoints.get(checkpoint_id))
+
+
+@router.get("/checkpoints/{checkpoint_id}/content", response_class=FileResponse)
+async def download_checkpoint(checkpoint_id: str, request: Request, services: ServicesDep) -> Response:
+    """Download the file. Its ETag is its id."""
+    record = await services.checkpoints.get(checkpoint_id)
+    etag = f'"{record.id}"'
+    if etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers={"ETag": etag})
+    path = services.checkpoints.path(checkpoint_id)
+    return FileResponse(path, media_type="application/octet-stream", filename=record.filename, headers={"ETag": etag})
+
+
+@router.delete("/checkpoints/{checkpoint_id}", status_code=204)
+async def delete_checkpoint(checkpoint_id: str, services: ServicesDep) -> None:
+    """Delete a checkpoint that no model uses."""
+    await services.checkpoints.delete(checkpoint_id)
+
+
+@router.get("/checkpoints/{checkpoint_id}/plan")
+async def plan_fold(checkpoint_id: str, services: ServicesDep, freeze_initializers: Freeze = False) -> FoldPlan:
+    """See what a fold would do, without doing it."""
+    entries = await services.checkpoints.plan(checkpoint_id, freeze_initializers=freeze_initializers)
+    foldable = sum(entry["status"] == "foldable" for entry in entries)
+    return FoldPlan(checkpoint=checkpoint_id, foldable=foldable, normalizations=entries)
+
+
+@router.post(
+    "/checkpoints/{checkpoint_id}/fold",
+    status_code=201,
+    openapi_extra=document_schema(FoldRequest, example={"probes": 6, "seed": 0}, is_required=False),
+)
+async def fold_checkpoint(
+    checkpoint_id: str, request: Request, response: Response, services: ServicesDep
+) -> FoldAnswer:
+    """Fold a checkpoint into a new one, with a report and a certificate.
+
+    Each fold is proven at its own output and the network on seeded probes, in float64 and in the checkpoint's own
+    precision. A fold that fails its proof is withdrawn. When nothing folds the answer is 200 with the same checkpoint,
+    and the report says why.
+    """
+    services.health.refuse_while_draining()
+    wanted = await read_document(request, FoldRequest)
+    options = FoldOptions(freeze_initializers=wanted.freeze_initializers, probes=wanted.probes, seed=wanted.seed)
+    outcome = await services.folding.fold(checkpoint_id, options)
+    response.status_code = 201 if outcome.is_new else 200
+    response.headers["Location"] = f"/v1/checkpoints/{outcome.checkpoint.id}"
+    return FoldAnswer(checkpoint=Checkpoint.of(outcome.checkpoint), report=outcome.report)
+
+
+@router.get("/checkpoints/{checkpoint_id}/report")
+async def read_report(checkpoint_id: str, services: ServicesDep) -> dict[str, Any]:
+    """Read the report of the fold that made a checkpoint."""
+    record = await services.checkpoints.get(checkpoint_id)
+    if record.report is None:
+        raise CheckpointNotFoundError(f"report: checkpoint {record.id} was uploaded, not folded here")
+    return record.report
+
+
+@router.post("/fold", openapi_extra=_FILE_BODY, response_class=FileResponse)
+async def fold_file(request: Request, services: ServicesDep, freeze_initializers: Freeze = False) -> Response:
+    """Fold a file in one call: checkpoint in, folded checkpoint out, nothing kept.
+
+    The headers `Normserve-Verdict`, `Normserve-Folded` and `Normserve-Normalizations` carry the verdict and counts.
+    Example: `curl --data-binary @model.onnx http://127.0.0.1:8000/v1/fold -o folded.onnx`.
+    """
+    services.health.refuse_while_draining()
+    chunks = _bounded(request, services)
+    async with AsyncExitStack() as stack:
+        folded = await stack.enter_async_context(
+            services.folding.fold_once(chunks, FoldOptions(freeze_initializers=freeze_initializers))
+        )
+        return _FoldedResponse(folded, release=stack.pop_all().aclose)
+
+
+class _FoldedResponse(FileResponse):
+    """Sends a folded file and releases it, whether or not the client stays."""
+
+    def __init__(self, folded: FoldedFile, *, release: Callable[[], Awaitable[None]]) -> None:
+        certificate = folded.report["certificate"]
+        headers = {
+            "Normserve-Verdict": certificate["verdict"] if certificate else "unchanged",
+            "Normserve-Folded": str(folded.report["folded"]),
+            "Normserve-Normalizations": str(folded.report["normalizations"]),
+        }
+        super().__init__(folded.path, media_type="application/octet-stream", filename="folded.onnx", headers=headers)
+        self._release = release
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._release()
+
+
+def _upload(request: Request, services: Services) -> tuple[FileField | None, AsyncIterator[bytes]]:
+    chunks = _bounded(request, services)
+    content_type = request.headers.get("content-type", "")
+    if content_type.lower().startswith("multipart/form-data"):
+        field = FileField(content_type)
+        return field, field.content(chunks)
+    return None, chunks
+
+
+async def _bounded(request: Request, services: Services) -> AsyncIterator[bytes]:
+    empty = True
+    async for chunk in body.stream(request.receive, request.headers, timeout_s=services.settings.body_timeout_s):
+        empty = False
+        yield chunk
+    if empty:
+        raise PayloadMalformedError("body: expected a checkpoint file, received nothing")

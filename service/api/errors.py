@@ -1,0 +1,133 @@
+"""The one status table, and the one envelope of every error answer.
+
+`{"error": sentence, "code": slug, "request_id": id, "details": {...}}` is a superset of the Open Inference
+Protocol's `{"error": sentence}`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+import normcore.errors as numerical
+import service.errors as own
+from service.telemetry import request_id
+
+
+class InvalidDocumentError(Exception):
+    """A small JSON document that does not fit its schema; `problems` are pydantic's."""
+
+    def __init__(self, problems: Sequence[Any]) -> None:
+        super().__init__()
+        self.problems = problems
+
+
+class Row(NamedTuple):
+    """The answer to one class of error; `v2_status` where the protocol's surface differs."""
+
+    status: int
+    code: str
+    v2_status: int | None = None
+
+
+TABLE: dict[type[Exception], Row] = {
+    own.PayloadMalformedError: Row(400, "payload_malformed"),
+    numerical.CheckpointError: Row(400, "checkpoint_invalid"),
+    own.ForbiddenError: Row(403, "forbidden"),
+    own.ModelNotFoundError: Row(404, "model_not_found"),
+    own.CheckpointNotFoundError: Row(404, "checkpoint_not_found"),
+    own.MethodNotFoundError: Row(404, "method_not_found"),
+    own.NotAcceptableError: Row(406, "not_acceptable"),
+    own.BodyTimeoutError: Row(408, "body_timeout"),
+    own.ConflictError: Row(409, "conflict"),
+    own.PayloadTooLargeError: Row(413, "payload_too_large"),
+    own.MediaTypeError: Row(415, "media_type_unsupported"),
+    numerical.ShapeError: Row(422, "shape_mismatch", v2_status=400),
+    numerical.DtypeError: Row(422, "dtype_mismatch", v2_status=400),
+    numerical.StatisticsError: Row(422, "statistics_invalid", v2_status=400),
+    numerical.ParameterError: Row(422, "parameter_invalid", v2_status=400),
+    numerical.FoldError: Row(422, "fold_refused", v2_status=400),
+    numerical.DeadlineError: Row(504, "deadline_exceeded"),
+    numerical.NormcoreError: Row(422, "parameter_invalid", v2_status=400),
+    own.OverloadedError: Row(429, "overloaded"),
+    own.UnsupportedError: Row(501, "not_implemented"),
+    own.ModelNotReadyError: Row(503, "model_not_ready"),
+    own.ShuttingDownError: Row(503, "shutting_down"),
+    own.DeadlineExceededError: Row(504, "deadline_exceeded"),
+    own.StorageFullError: Row(507, "storage_full"),
+}
+
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
+
+
+def install(app: FastAPI) -> None:
+    """Register the table and the framework's own errors."""
+    for error in TABLE:
+        app.add_exception_handler(error, _answer)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(RequestValidationError, _answer_validation)
+    app.add_exception_handler(InvalidDocumentError, _answer_document)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+
+
+def envelope(
+    status: int,
+    code: str,
+    message: str,
+    *,
+    details: dict[str, Any] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    content = {"error": message, "code": code, "request_id": request_id.get(), "details": details or {}}
+    return JSONResponse(content, status_code=status, headers=headers)
+
+
+def internal_error() -> Response:
+    """The fixed text of a 500; the trace is in the log under the request id."""
+    return envelope(500, "internal", "internal error; the log has the trace under this request id")
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    row = next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
+    is_v2 = request.url.path.startswith(f"{request.scope.get('root_path', '')}/v2")
+    status = row.v2_status if is_v2 and row.v2_status else row.status
+    details: dict[str, Any] = {}
+    if isinstance(error, numerical.ArgumentError):
+        details = {"argument": error.argument, "expected": error.expected, "received": error.received}
+    elif isinstance(error, own.ServiceError):
+        details = error.details
+    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, own.OverloadedError) else {}
+    if isinstance(error, own.ModelNotReadyError | own.ShuttingDownError):
+        headers["Retry-After"] = "1"
+    return envelope(status, row.code, str(error), details=details, headers=headers)
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = _HTTP_CODES.get(error.status_code, "http_error")
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return envelope(error.status_code, code, message, headers=dict(error.headers or {}))
+
+
+async def _answer_validation(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return _answer_problems(error.errors())
+
+
+async def _answer_document(_: Request, error: Exception) -> Response:
+    assert isinstance(error, InvalidDocumentError)
+    return _answer_problems(error.problems)
+
+
+def _answer_problems(problems: Sequence[Any]) -> Response:
+    """A 422 that names every argument at fault, without echoing what was sent."""
+    found = [f"{'.'.join(str(part) for part in problem['loc']) or 'body'}: {problem['msg']}" for problem in problems]
+    return envelope(422, "parameter_invalid", "; ".join(found), details={"problems": found})
+
+
+async def _answer_nobody(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)

@@ -1,0 +1,97 @@
+"""The infer endpoint of the Open Inference Protocol, as plain ASGI: bytes in, bytes out."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import orjson
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from service.api.asgi import send_body, services_of
+from service.api.body import received
+from service.application.models import Entry
+from service.application.usage import Timing
+from service.codecs import oip
+from service.codecs.body import EncodedBody
+from service.codecs.oip_binary import decode_raw
+from service.engine.protocol import InferResult
+from service.errors import PayloadTooLargeError
+from service.state import Services
+
+T = TypeVar("T")
+
+_INLINE_JSON_BYTES = 64 * 1024
+
+
+async def infer(scope: Scope, receive: Receive, send: Send) -> None:
+    """POST /v2/models/{name}[/versions/{version}]/infer."""
+    services = services_of(scope)
+    entry = services.models.find(scope["path_params"]["name"], scope["path_params"].get("version"))
+    entry.engine()
+    headers = Headers(scope=scope)
+    async with received(receive, headers, services) as body:
+        started = time.perf_counter_ns()
+        request = await _decode(body, headers.get("inference-header-content-length"), entry, services)
+        decoded = time.perf_counter_ns()
+        names = [output.name for output in request.outputs] or None
+        result = await services.inference.infer(entry, request.inputs, outputs=names, parameters=request.parameters)
+        computed = time.perf_counter_ns()
+        encoded = await _encode(request, result, entry, services)
+    output_ns = time.perf_counter_ns() - computed
+    entry.usage.succeeded(Timing(result.queue_ns, decoded - started, result.compute_ns, output_ns))
+    await send_body(send, encoded)
+
+
+async def _decode(body: bytearray, header: str | None, entry: Entry, services: Services) -> oip.InferRequest:
+    json_bytes = _json_bytes(body, header)
+    check_json_size(json_bytes, services)
+    request = await run_codec(services, lambda: oip.decode_request(body, header), size_bytes=json_bytes)
+    if request.raw is None:
+        return request
+    return replace(request, inputs=decode_raw(request.raw, entry.engine().spec.inputs))
+
+
+async def _encode(request: oip.InferRequest, result: InferResult, entry: Entry, services: Services) -> EncodedBody:
+    are_binary = {output.name: output.is_binary for output in request.outputs}
+    texts = [tensor.nbytes for name, tensor in result.outputs.items() if not are_binary.get(name, request.wants_binary)]
+    parameters = {"diagnostics": orjson.dumps(result.diagnostics).decode()} if result.diagnostics else None
+    return await run_codec(
+        services,
+        lambda: oip.encode_response(
+            entry.name,
+            str(entry.version),
+            result.outputs,
+            id=request.id,
+            parameters=parameters,
+            requested=request.outputs,
+            wants_binary=request.wants_binary,
+        ),
+        size_bytes=sum(texts),
+    )
+
+
+def _json_bytes(body: bytearray, header: str | None) -> int:
+    if header is None or not (header.isascii() and header.isdigit()):
+        return len(body)
+    return min(int(header[:18]), len(body))
+
+
+async def run_codec(services: Services, call: Callable[[], T], *, size_bytes: int) -> T:
+    """Run a codec: small JSON at once, large JSON on the one JSON thread, since a parser holds the interpreter."""
+    if size_bytes <= _INLINE_JSON_BYTES:
+        return call()
+    return await asyncio.get_running_loop().run_in_executor(services.json_thread, call)
+
+
+def check_json_size(size_bytes: int, services: Services) -> None:
+    """Refuse JSON over its own limit, which is lower than that of bodies. Raises PayloadTooLargeError."""
+    limit = services.settings.max_json_bytes
+    if size_bytes > limit:
+        raise PayloadTooLargeError(
+            f"body: expected at most {limit} bytes of JSON (NORMSERVE_MAX_JSON_BYTES), received {size_bytes}; "
+            "send tensors in a binary encoding",
+            limit_bytes=limit,
+        )

@@ -1,0 +1,91 @@
+"""What surrounds every request: an id, one log line, a fixed 500, and the guard against foreign web pages."""
+
+import logging
+import re
+import secrets
+import time
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import envelope, internal_error
+from service.telemetry import request_id
+
+log = logging.getLogger("service.access")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class RequestContext:
+    """Takes or makes the request's id (`X-Request-Id`), logs one line, and turns a failure into the fixed 500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        offered = Headers(scope=scope).get("x-request-id", "")
+        identity = offered if _REQUEST_ID.fullmatch(offered) else secrets.token_hex(8)
+        token = request_id.set(identity)
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = identity
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:  # the one place that turns the unforeseen into a 500
+            log.exception("unhandled error")
+            if not status:
+                await internal_error()(scope, receive, send_with_id)
+        finally:
+            if log.isEnabledFor(logging.INFO):
+                elapsed_ms = round((time.perf_counter() - started) * 1000, 3)
+                extra = {"method": scope["method"], "path": scope["path"], "status": status, "ms": elapsed_ms}
+                log.info("request", extra=extra)
+            request_id.reset(token)
+
+
+class Guard:
+    """Refuses a foreign `Origin`, so that no web page drives a local service, and unknown hosts if restricted."""
+
+    def __init__(self, app: ASGIApp, *, allowed_hosts: tuple[str, ...], allowed_origins: tuple[str, ...]) -> None:
+        self.app = app
+        self._hosts = frozenset(host.lower() for host in allowed_hosts)
+        self._origins = frozenset(origin.lower().rstrip("/") for origin in allowed_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        problem = self._problem(Headers(scope=scope), scope["path"]) if scope["type"] == "http" else None
+        if problem is None:
+            await self.app(scope, receive, send)
+        else:
+            await envelope(403, "forbidden", problem)(scope, receive, send)
+
+    def _problem(self, headers: Headers, path: str) -> str | None:
+        host = headers.get("host", "").lower()
+        # Probes ask by address, whatever name the service is published under.
+        if self._hosts and "/v2/health/" not in path and _hostname(host) not in self._hosts:
+            return (
+                f"Host: expected one of {', '.join(sorted(self._hosts))} (NORMSERVE_ALLOWED_HOSTS), received {host!r}"
+            )
+        origin = headers.get("origin", "").lower()
+        if origin and origin not in self._origins and urlsplit(origin).netloc != host:
+            return (
+                f"Origin: expected this service's own origin or one of NORMSERVE_ALLOWED_ORIGINS, received {origin!r}"
+            )
+        return None
+
+
+def _hostname(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""

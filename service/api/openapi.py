@@ -1,0 +1,176 @@
+"""The OpenAPI document: the framework's, completed by the plain ASGI routes, whose part is written from the tables."""
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from normcore.normalization import METHODS, Method, Parameter
+from service.api.errors import TABLE
+from service.api.schemas import Problem
+from service.codecs.media import CODECS
+
+_BINARY = {"type": "string", "format": "binary"}
+_KINDS = {"bool": "boolean", "int": "integer", "float": "number", "str": "string"}
+_PROBLEM = {"$ref": "#/components/schemas/Problem"}
+_JSON = "application/json"
+
+INFER_EXAMPLE: dict[str, Any] = {
+    "id": "1",
+    "inputs": [
+        {"name": "input", "datatype": "FP32", "shape": [3, 2], "data": [1, 2, 3, 4, 5, 9]},
+    ],
+    "outputs": [{"name": "output"}],
+    "parameters": {"training": True},
+}
+NORMALIZE_EXAMPLES: dict[str, dict[str, Any]] = {
+    "batch_norm": {
+        "input": [[1, 2], [3, 4], [5, 9]],
+        "training": True,
+        "eps": 1e-5,
+        "momentum": 0.1,
+        "running_mean": [0, 0],
+        "running_var": [1, 1],
+        "outputs": ["output", "mean", "var", "running_mean", "running_var"],
+    }
+}
+
+
+def install(app: FastAPI) -> None:
+    """Make `app.openapi` answer the completed document."""
+    framework = app.openapi
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = framework()
+            schema["components"]["schemas"].setdefault("Problem", Problem.model_json_schema())
+            for path, item in _tensor_paths().items():
+                schema["paths"].setdefault(path, {}).update(item)
+            for item in schema["paths"].values():
+                for operation in item.values():
+                    _describe_errors(operation)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]  # the framework documents this way to extend its document
+
+
+def _tensor_paths() -> dict[str, Any]:
+    paths: dict[str, Any] = {
+        f"/v1/normalizations/{name}": {"post": _normalize(method)} for name, method in METHODS.items()
+    }
+    name = {
+        "name": "name",
+        "in": "path",
+        "required": True,
+        "schema": {"type": "string"},
+        "example": "normcore.batch_norm",
+    }
+    version = {"name": "version", "in": "path", "required": True, "schema": {"type": "integer"}, "example": 1}
+    paths["/v2/models/{name}/infer"] = {"post": _infer("infer", [name])}
+    paths["/v2/models/{name}/versions/{version}/infer"] = {"post": _infer("infer_version", [name, version])}
+    return paths
+
+
+def _normalize(method: Method) -> dict[str, Any]:
+    schema = {
+        "type": "object",
+        "required": [tensor.name for tensor in method.tensors if tensor.is_required],
+        "properties": {tensor.name: {"description": f"{tensor.role} {tensor.shape}"} for tensor in method.tensors}
+        | {parameter.name: _parameter_schema(parameter) for parameter in method.parameters}
+        | {
+            "outputs": {
+                "type": "array",
+                "description": "Which outputs to compute; all that apply if omitted.",
+                "items": {"type": "string", "enum": [output.name for output in method.outputs]},
+            }
+        },
+    }
+    content: dict[str, Any] = {media: {"schema": _BINARY} for media in CODECS if media != _JSON}
+    json_content: dict[str, Any] = {"schema": schema}
+    if method.name in NORMALIZE_EXAMPLES:
+        json_content["example"] = NORMALIZE_EXAMPLES[method.name]
+    return {
+        "tags": ["normalizations"],
+        "operationId": f"normalize_{method.name}",
+        "summary": method.summary,
+        "description": f"`{method.formula}`\n\nSource: {method.source}\n\nA tensor is nested lists (FP32) or "
+        '`{"shape", "datatype", "data"}`. In the binary encodings the parameters travel in the query string.',
+        "parameters": [
+            {
+                "name": parameter.name,
+                "in": "query",
+                "required": False,
+                "description": f"{parameter.description} (binary encodings only)",
+                "schema": _parameter_schema(parameter),
+            }
+            for parameter in method.parameters
+        ],
+        "requestBody": {"required": True, "content": {_JSON: json_content} | content},
+        "responses": {
+            "200": {
+                "description": "Named outputs, and diagnostics where the data makes the result questionable.",
+                "content": {_JSON: {"schema": {"type": "object"}}} | content,
+            }
+        },
+    }
+
+
+def _parameter_schema(parameter: Parameter) -> dict[str, Any]:
+    kind = _KINDS[parameter.kind]
+    schema: dict[str, Any] = {
+        "type": [kind, "null"] if parameter.is_nullable else kind,
+        "description": parameter.description,
+    }
+    if parameter.default is not None:
+        schema["default"] = parameter.default
+    if parameter.choices:
+        schema["enum"] = list(parameter.choices)
+    if parameter.minimum is not None:
+        schema["exclusiveMinimum" if parameter.exclusive_minimum else "minimum"] = parameter.minimum
+    if parameter.maximum is not None:
+        schema["maximum"] = parameter.maximum
+    return schema
+
+
+def _infer(operation: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
+    binary = {"application/octet-stream": {"schema": _BINARY}}
+    return {
+        "tags": ["open inference protocol"],
+        "operationId": operation,
+        "summary": "Infer: tensors in, tensors out",
+        "description": "The body is JSON, or JSON followed by raw tensors, with the length of the JSON in the header "
+        "`Inference-Header-Content-Length`. The Content-Type is not looked at.",
+        "parameters": [
+            *parameters,
+            {
+                "name": "Inference-Header-Content-Length",
+                "in": "header",
+                "required": False,
+                "description": "Bytes of JSON before the raw tensors; absent when the whole body is JSON.",
+                "schema": {"type": "integer", "minimum": 0},
+            },
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {_JSON: {"schema": {"type": "object"}, "example": INFER_EXAMPLE}} | binary,
+        },
+        "responses": {
+            "200": {
+                "description": "Named outputs, as JSON or binary as the request asks.",
+                "content": {_JSON: {"schema": {"type": "object"}}} | binary,
+            }
+        },
+    }
+
+
+def _describe_errors(operation: dict[str, Any]) -> None:
+    """Every error answer has one form; the statuses come from the one table."""
+    responses = operation["responses"]
+    responses.pop("422", None)
+    statuses = sorted({row.status for row in TABLE.values()} | {500})
+    codes = {status: sorted({row.code for row in TABLE.values() if row.status == status}) for status in statuses}
+    responses["default"] = {
+        "description": "An error: "
+        + "; ".join(f"{status} {', '.join(codes[status] or ['internal'])}" for status in statuses),
+        "content": {_JSON: {"schema": _PROBLEM}},
+    }

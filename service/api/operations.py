@@ -1,0 +1,41 @@
+"""/v1/info: what runs here and within which bounds."""
+
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from fastapi import APIRouter
+
+from service import __version__
+from service.api.dependencies import ServicesDep
+
+router = APIRouter(prefix="/v1", tags=["operations"])
+
+_LIMITS = (
+    "max_body_bytes",
+    "max_json_bytes",
+    "max_checkpoint_bytes",
+    "receive_budget_bytes",
+    "body_timeout_s",
+    "queue_size",
+    "infer_deadline_s",
+    "sandbox_memory_bytes",
+    "sandbox_deadline_s",
+    "max_graph_nodes",
+    "max_tensor_bytes",
+)
+
+
+@router.get("/info")
+async def read_info(services: ServicesDep) -> dict[str, Any]:
+    """Versions, devices, compute threads and limits of this service."""
+    settings = services.settings.model_dump()
+    return {
+        "name": "normserve",
+        "version": __version__,
+        "libraries": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
+        "devices": onnxruntime.get_available_providers(),
+        "threads": services.threads,
+        "limits": {name: settings[name] for name in _LIMITS},
+    }

@@ -1,0 +1,193 @@
+"""/v2 but for inference itself: health, metadata, configuration, statistics, repository."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from service import __version__
+from service.api.body import received_small
+from service.api.dependencies import ServicesDep
+from service.application.models import Entry
+from service.datatypes import by_name
+from service.engine.protocol import TensorSpec
+from service.errors import PayloadMalformedError, UnsupportedError
+from service.state import Services
+
+router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics")
+
+
+@router.get("/health/live")
+async def is_live() -> dict[str, bool]:
+    """Whether the process answers."""
+    return {"live": True}
+
+
+@router.get("/health/ready")
+async def is_ready(services: ServicesDep) -> JSONResponse:
+    """Whether the service takes work: start-up loads were attempted and it does not drain."""
+    ready = services.health.is_ready
+    content = {"ready": ready, "live": True}
+    if ready:
+        return JSONResponse(content)
+    reason = f"the service is {services.health.phase}"
+    return JSONResponse(content | {"error": reason}, status_code=503, headers={"Retry-After": "1"})
+
+
+@router.get("/", include_in_schema=False)
+@router.get("")
+async def read_server_metadata() -> dict[str, Any]:
+    """Name, version and the protocol extensions that work here."""
+    return {"name": "normserve", "version": __version__, "extensions": list(EXTENSIONS)}
+
+
+@router.get("/models")
+async def list_ready_models(services: ServicesDep) -> dict[str, list[str]]:
+    """Names of the models that are ready."""
+    return {"models": sorted({entry.name for entry in services.models.entries() if entry.loaded})}
+
+
+@router.get("/models/stats")
+async def read_all_statistics(services: ServicesDep) -> dict[str, Any]:
+    """Counters of every ready model."""
+    return _statistics(entry for entry in services.models.entries() if entry.loaded)
+
+
+@router.get("/models/{name}/versions/{version}/stats")
+@router.get("/models/{name}/stats")
+async def read_statistics(name: str, services: ServicesDep, version: int | None = None) -> dict[str, Any]:
+    """Counters of one model."""
+    return _statistics([_ready(services, name, version)])
+
+
+@router.get("/models/{name}/versions/{version}/ready")
+@router.get("/models/{name}/ready")
+async def is_model_ready(name: str, services: ServicesDep, version: int | None = None) -> dict[str, Any]:
+    """Whether a model answers; 503 with the reason otherwise."""
+    return {"name": _ready(services, name, version).name, "ready": True}
+
+
+@router.get("/models/{name}/versions/{version}/config")
+@router.get("/models/{name}/config")
+async def read_config(name: str, services: ServicesDep, version: int | None = None) -> dict[str, Any]:
+    """The model configuration, in the form that Triton's clients read."""
+    entry = _ready(services, name, version)
+    spec = entry.engine().spec
+    return {
+        "name": spec.name,
+        "platform": spec.platform,
+        "backend": spec.backend,
+        "version_policy": {"all": {}},
+        "max_batch_size": 0,
+        "input": [_config_input(tensor) for tensor in spec.inputs],
+        "output": [_config_tensor(tensor) for tensor in spec.outputs],
+        "instance_group": [{"name": spec.name, "kind": "KIND_CPU", "count": 1, "gpus": []}],
+        "model_transaction_policy": {"decoupled": False},
+        "parameters": {},
+        "model_warmup": [],
+    }
+
+
+@router.get("/models/{name}/versions/{version}")
+@router.get("/models/{name}")
+async def read_model_metadata(name: str, services: ServicesDep, version: int | None = None) -> dict[str, Any]:
+    """Versions, inputs and outputs of a model."""
+    spec = _ready(services, name, version).engine().spec
+    return {
+        "name": spec.name,
+        "versions": services.models.ready_versions(name),
+        "platform": spec.platform,
+        "inputs": [_metadata_tensor(tensor) for tensor in spec.inputs],
+        "outputs": [_metadata_tensor(tensor) for tensor in spec.outputs],
+    }
+
+
+@router.post("/repository/index")
+async def index_repository(request: Request, services: ServicesDep) -> list[dict[str, str]]:
+    """Every version of every model and its state; `{"ready": true}` asks for the ready ones only."""
+    document = await _document(request, services)
+    wants_ready = document.get("ready", False)
+    if not isinstance(wants_ready, bool):
+        raise PayloadMalformedError(f"ready: expected true or false, received {wants_ready!r}")
+    return [
+        {"name": entry.name, "version": str(entry.version), "state": entry.state, "reason": entry.reason}
+        for entry in services.models.entries()
+        if entry.loaded or not wants_ready
+    ]
+
+
+@router.post("/repository/models/{name}/load")
+async def load_model(name: str, request: Request, services: ServicesDep) -> Response:
+    """Load every version of a registered model; a loaded one is swapped only when the new one is ready."""
+    services.health.refuse_while_draining()
+    document = await _document(request, services)
+    parameters = document.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise PayloadMalformedError("parameters: expected an object")
+    if parameters:
+        names = ", ".join(sorted(parameters))
+        raise UnsupportedError(
+            f"parameters: received {names}; a load takes no overrides, register with POST /v1/models"
+        )
+    await services.models.load(name)
+    return Response(status_code=200)
+
+
+@router.post("/repository/models/{name}/unload")
+async def unload_model(name: str, request: Request, services: ServicesDep) -> Response:
+    """Unload every version of a model; it stays registered."""
+    await _document(request, services)
+    await services.models.unload(name)
+    return Response(status_code=200)
+
+
+@router.api_route("/models/{name}/trace/setting", methods=["GET", "POST"], include_in_schema=False)
+@router.api_route("/trace/setting", methods=["GET", "POST"], include_in_schema=False)
+@router.api_route("/logging", methods=["GET", "POST"], include_in_schema=False)
+@router.api_route("/systemsharedmemory/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
+@router.api_route("/cudasharedmemory/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
+async def refuse_extension(request: Request) -> None:
+    """Extensions of the protocol that this service does not have."""
+    raise UnsupportedError(f"{request.url.path}: trace settings, log settings and shared memory are not supported")
+
+
+def _ready(services: Services, name: str, version: int | None) -> Entry:
+    entry = services.models.find(name, version)
+    entry.engine()
+    return entry
+
+
+def _statistics(entries: Iterable[Entry]) -> dict[str, Any]:
+    return {
+        "model_stats": [
+            {"name": entry.name, "version": str(entry.version)} | entry.usage.to_dict() for entry in entries
+        ]
+    }
+
+
+def _metadata_tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
+
+
+def _config_tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "data_type": by_name(spec.datatype).triton, "dims": list(spec.shape)}
+
+
+def _config_input(spec: TensorSpec) -> dict[str, Any]:
+    return _config_tensor(spec) | {"format": "FORMAT_NONE", "optional": spec.is_optional, "is_shape_tensor": False}
+
+
+async def _document(request: Request, services: Services) -> dict[str, Any]:
+    """A small JSON object; Content-Type is ignored and an empty body is an empty object, as clients send them."""
+    body = await received_small(request.receive, request.headers, services)
+    try:
+        document = orjson.loads(body) if body.strip() else {}
+    except orjson.JSONDecodeError as error:
+        raise PayloadMalformedError(f"body: expected a JSON object, received text that is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise PayloadMalformedError("body: expected a JSON object")
+    return document

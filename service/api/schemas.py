@@ -1,0 +1,146 @@
+"""The JSON documents of our own API. Tensors never pass through here."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.application.models import Entry
+from service.engine.protocol import TensorSpec
+from service.storage.metadata import CheckpointRecord
+
+
+class Request(BaseModel):
+    """A request document: strict, and unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class FoldRequest(Request):
+    """How to fold."""
+
+    freeze_initializers: bool = Field(
+        False, description="Fold initializers that are also graph inputs, and remove those inputs."
+    )
+    probes: int | None = Field(
+        None, ge=4, le=64, description="Probes of the certificate; default NORMSERVE_VERIFY_PROBES."
+    )
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the probes.")
+
+
+class ModelRequest(Request):
+    """What to serve, and under which name."""
+
+    name: str = Field(description="Letters, digits, dots, underscores, hyphens and spaces, at most 128.")
+    checkpoint: str = Field(description="Id of an uploaded checkpoint.")
+    version: int | None = Field(None, ge=1, le=2**31 - 1, description="Default: the highest version plus one.")
+    fold: bool = Field(True, description="Serve the certified fold where there is one.")
+
+
+class Checkpoint(BaseModel):
+    """A kept checkpoint."""
+
+    id: str = Field(description="SHA-256 of the file.")
+    filename: str
+    format: str
+    bytes: int
+    created_at: str
+    tensors: int = Field(description="Constant tensors in the file.")
+    summary: dict[str, Any] = Field(description="Operators, inputs and outputs, as far as the format shows them.")
+    normalizations: list[dict[str, Any]] = Field(description="Each normalization: what it folds into, or why not.")
+    folded_from: str | None = Field(description="Id of the checkpoint this one was folded from.")
+
+    @classmethod
+    def of(cls, record: CheckpointRecord) -> "Checkpoint":
+        return cls(
+            id=record.id,
+            filename=record.filename,
+            format=record.format,
+            bytes=record.bytes,
+            created_at=record.created_at,
+            tensors=record.summary["tensors"],
+            summary=record.summary,
+            normalizations=record.normalizations,
+            folded_from=record.folded_from,
+        )
+
+
+class CheckpointList(BaseModel):
+    """All kept checkpoints, oldest first."""
+
+    checkpoints: list[Checkpoint]
+
+
+class FoldPlan(BaseModel):
+    """What a fold would do."""
+
+    checkpoint: str
+    foldable: int
+    normalizations: list[dict[str, Any]]
+
+
+class FoldAnswer(BaseModel):
+    """A folded checkpoint and the report of its fold."""
+
+    checkpoint: Checkpoint
+    report: dict[str, Any]
+
+
+class Tensor(BaseModel):
+    """An input or output of a model; -1 is a free axis."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    optional: bool = False
+
+    @classmethod
+    def of(cls, spec: TensorSpec) -> "Tensor":
+        return cls(name=spec.name, datatype=spec.datatype, shape=list(spec.shape), optional=spec.is_optional)
+
+
+class Model(BaseModel):
+    """A version of a model."""
+
+    name: str
+    version: int
+    state: str
+    reason: str = Field(description="Why it is not ready; empty otherwise.")
+    platform: str | None
+    checkpoint: str | None = Field(description="The checkpoint it was made from; none for a built-in model.")
+    served_checkpoint: str | None = Field(description="The checkpoint that runs: the same, or its certified fold.")
+    fold: dict[str, Any] | None
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    infer: str = Field(description="Path of its Open Inference Protocol endpoint.")
+
+    @classmethod
+    def of(cls, entry: Entry) -> "Model":
+        record, spec = entry.record, entry.loaded.spec if entry.loaded else None
+        return cls(
+            name=entry.name,
+            version=entry.version,
+            state=entry.state,
+            reason=entry.reason,
+            platform=spec.platform if spec else None,
+            checkpoint=record.checkpoint if record else None,
+            served_checkpoint=record.served_checkpoint if record else None,
+            fold=record.fold if record else None,
+            inputs=[Tensor.of(tensor) for tensor in spec.inputs] if spec else [],
+            outputs=[Tensor.of(tensor) for tensor in spec.outputs] if spec else [],
+            infer=f"/v2/models/{entry.name}/versions/{entry.version}/infer",
+        )
+
+
+class ModelList(BaseModel):
+    """All models, by name and version."""
+
+    models: list[Model]
+
+
+class Problem(BaseModel):
+    """Every error answer."""
+
+    error: str = Field(description="A sentence: what was expected and what came.")
+    code: str
+    request_id: str
+    details: dict[str, Any]

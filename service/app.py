@@ -1,0 +1,219 @@
+"""The composition root: makes and opens the services in order, closes them in reverse, hands them to the routes."""
+
+import asyncio
+import contextlib
+import logging
+import math
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from starlette.middleware import Middleware
+from starlette.routing import Route
+
+from normcore.normalization import METHODS
+from service import __version__
+from service.api import checkpoints, errors, infer, models, normalizations, openapi, operations, protocol
+from service.api.asgi import Endpoint
+from service.api.middleware import Guard, RequestContext
+from service.application.checkpoints import Checkpoints
+from service.application.folding import Folding
+from service.application.health import Health
+from service.application.inference import Inference
+from service.application.models import Models
+from service.engine.admission import ReceiveBudget
+from service.engine.normalization import NormalizationEngine
+from service.engine.onnx_runtime import OnnxEngine
+from service.engine.protocol import Engine
+from service.engine.sandbox import Sandbox
+from service.engine.threads import thread_budget
+from service.engine.worker import Worker
+from service.settings import Settings
+from service.state import Services
+from service.storage.blobs import Blobs
+from service.storage.metadata import Metadata
+
+log = logging.getLogger(__name__)
+
+
+class LifespanState(TypedDict):
+    """What every request's scope carries."""
+
+    services: Services
+
+
+def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
+    """The service as an ASGI app; nothing is opened before its lifespan starts. Who stops it shares `health`."""
+    health = health or Health()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[LifespanState]:
+        async with AsyncExitStack() as stack:
+            services = await _open(settings, health, stack)
+            yield {"services": services}
+
+    app = FastAPIOffline(
+        title="normserve",
+        version=__version__,
+        summary="Compute normalization, fold it with proof, serve with frozen statistics.",
+        root_path=settings.root_path,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        middleware=[
+            Middleware(RequestContext),
+            Middleware(Guard, allowed_hosts=settings.allowed_hosts, allowed_origins=settings.allowed_origins),
+        ],
+    )
+    # Tensor routes are plain ASGI: a declared body would be parsed before any check, and costs a third of the rate.
+    for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version:int}/infer"):
+        app.router.routes.append(Route(path, Endpoint(infer.infer), methods=["POST"]))
+    app.router.routes.append(Route("/v1/normalizations/{method}", Endpoint(normalizations.normalize), methods=["POST"]))
+    for module in (protocol, normalizations, checkpoints, models, operations):
+        app.include_router(module.router)
+    errors.install(app)
+    openapi.install(app)
+    return app
+
+
+def serve(settings: Settings) -> int:
+    """Run until SIGTERM or SIGINT; then turn not ready, drain, and return 0."""
+    health = Health()
+    config = uvicorn.Config(
+        create_app(settings, health),
+        host=settings.host,
+        port=settings.port,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_s),
+    )
+    server = _Server(config, health, drain_s=settings.drain_s)
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(server.serve())
+    return 0 if server.started else 3
+
+
+class _Server(uvicorn.Server):
+    """Owns its signals: uvicorn's would close the listener before readiness has turned false, and end with 143."""
+
+    def __init__(self, config: uvicorn.Config, health: Health, *, drain_s: float) -> None:
+        super().__init__(config)
+        self._health = health
+        self._drain_s = drain_s
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, self._drain)
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in self.servers:
+            host, port = listener.sockets[0].getsockname()[:2]
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            sys.stdout.write(f"normserve {__version__} listens on {url}, documentation at {url}/docs\n")
+            sys.stdout.flush()
+
+    def _drain(self) -> None:
+        if self._health.phase == "draining":
+            self.should_exit = True
+            return
+        log.info("draining", extra={"drain_s": self._drain_s})
+        self._health.phase = "draining"
+        asyncio.get_running_loop().call_later(self._drain_s, self._stop)
+
+    def _stop(self) -> None:
+        self.should_exit = True
+
+
+async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Services:
+    threads = thread_budget(settings.threads)
+    torch.set_num_threads(threads)
+    json_thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="json"))
+    await asyncio.to_thread(settings.data_dir.mkdir, parents=True, exist_ok=True)
+    blobs = Blobs(settings.data_dir)
+    await asyncio.to_thread(blobs.open)
+    stack.callback(blobs.close)
+    metadata = Metadata(settings.database_url or f"sqlite:///{settings.data_dir / 'normserve.db'}")
+    await metadata.open()
+    stack.push_async_callback(metadata.close)
+    sandbox = Sandbox(
+        memory_bytes=settings.sandbox_memory_bytes,
+        deadline_s=settings.sandbox_deadline_s,
+        slots=settings.sandbox_slots,
+        queue=settings.sandbox_queue,
+    )
+    await sandbox.start()
+    stack.push_async_callback(sandbox.close)
+    checkpoints = Checkpoints(blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings)
+    folding = Folding(
+        checkpoints=checkpoints, blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings, threads=threads
+    )
+    models = await _open_models(settings, metadata, checkpoints, folding, sandbox, threads, stack)
+    restoring = asyncio.create_task(_restore(models, health))
+    stack.callback(restoring.cancel)
+    return Services(
+        settings=settings,
+        threads=threads,
+        health=health,
+        budget=ReceiveBudget(settings.receive_budget_bytes),
+        json_thread=json_thread,
+        checkpoints=checkpoints,
+        folding=folding,
+        models=models,
+        inference=Inference(deadline_s=settings.infer_deadline_s),
+    )
+
+
+async def _restore(models: Models, health: Health) -> None:
+    await models.restore()
+    if health.phase == "starting":
+        health.phase = "serving"
+
+
+async def _open_models(
+    settings: Settings,
+    metadata: Metadata,
+    checkpoints: Checkpoints,
+    folding: Folding,
+    sandbox: Sandbox,
+    threads: int,
+    stack: AsyncExitStack,
+) -> Models:
+    async def load_engine(path: Path, name: str, version: str) -> Engine:
+        return await OnnxEngine.load(
+            path,
+            name=name,
+            version=version,
+            threads=threads,
+            queue_size=settings.queue_size,
+            deadline_s=settings.sandbox_deadline_s,
+        )
+
+    models = Models(
+        metadata=metadata,
+        checkpoints=checkpoints,
+        folding=folding,
+        sandbox=sandbox,
+        load_engine=load_engine,
+        settings=settings,
+        threads=threads,
+    )
+    stack.push_async_callback(models.close)
+    worker = Worker("normalization", settings.queue_size)
+    for method in METHODS.values():
+        models.add_builtin(NormalizationEngine(method, worker))
+    await models.open()
+    return models

@@ -1,0 +1,102 @@
+"""Uploaded checkpoints: kept as files, inspected in a child process before anything else may touch them."""
+
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from service.errors import CheckpointNotFoundError, ConflictError
+from service.settings import Settings
+from service.storage.blobs import Blobs, StagedBlob
+from service.storage.metadata import CheckpointRecord, Metadata, now
+
+
+class GraphSandbox(Protocol):
+    """Where an uploaded graph may be parsed, folded, proven and first loaded."""
+
+    async def run(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]: ...
+
+
+class Checkpoints:
+    """Add, list, read and delete checkpoints."""
+
+    def __init__(self, *, blobs: Blobs, metadata: Metadata, sandbox: GraphSandbox, settings: Settings) -> None:
+        self._blobs = blobs
+        self._metadata = metadata
+        self._sandbox = sandbox
+        self._settings = settings
+
+    async def stage(self, chunks: AsyncIterator[bytes]) -> StagedBlob:
+        """Receive a file that the caller must keep or discard."""
+        return await self._blobs.stage(chunks, limit_bytes=self._settings.max_checkpoint_bytes)
+
+    async def add(self, chunks: AsyncIterator[bytes], *, filename: str) -> tuple[CheckpointRecord, bool]:
+        """Receive, inspect and keep a file; the flag says whether it is new. Raises CheckpointError."""
+        return await self.keep(await self.stage(chunks), filename=filename)
+
+    async def keep(
+        self, staged: StagedBlob, *, filename: str, folded_from: str | None = None, report: dict[str, Any] | None = None
+    ) -> tuple[CheckpointRecord, bool]:
+        """Inspect a staged file and keep it; it is gone afterwards if the inspection refuses it."""
+        try:
+            known = await self._metadata.checkpoint(staged.id)
+            if known is not None:
+                return known, False
+            found = await self.inspect(staged.path)
+            record = CheckpointRecord(
+                id=staged.id,
+                filename=filename,
+                format=found["format"],
+                bytes=staged.bytes,
+                created_at=now(),
+                summary=found["summary"],
+                normalizations=found["normalizations"],
+                folded_from=folded_from,
+                report=report,
+            )
+            await self._blobs.keep(staged)
+            is_new = await self._metadata.add_checkpoint(record)
+        finally:
+            await self._blobs.discard(staged.path)
+        return record, is_new
+
+    async def inspect(self, path: Path, *, freeze_initializers: bool = False) -> dict[str, Any]:
+        """Format, summary and fold plan of a file, found in a child process."""
+        arguments = {"path": str(path), "limits": self.graph_limits(), "freeze_initializers": freeze_initializers}
+        return await self._sandbox.run("inspect", arguments)
+
+    async def plan(self, checkpoint_id: str, *, freeze_initializers: bool) -> list[dict[str, Any]]:
+        """What a fold would do to every normalization; writes nothing."""
+        record = await self.get(checkpoint_id)
+        if not freeze_initializers:
+            return record.normalizations
+        found = await self.inspect(self.path(checkpoint_id), freeze_initializers=True)
+        entries: list[dict[str, Any]] = found["normalizations"]
+        return entries
+
+    async def get(self, checkpoint_id: str) -> CheckpointRecord:
+        record = await self._metadata.checkpoint(checkpoint_id)
+        if record is None:
+            raise CheckpointNotFoundError(f"checkpoint: no checkpoint with the id {checkpoint_id[:80]!r}")
+        return record
+
+    async def list(self) -> list[CheckpointRecord]:
+        return await self._metadata.checkpoints()
+
+    async def delete(self, checkpoint_id: str) -> None:
+        """Forget a checkpoint and its file. Raises ConflictError while a model uses it."""
+        await self.get(checkpoint_id)
+        users = [
+            f"{model.name}/{model.version}"
+            for model in await self._metadata.models()
+            if checkpoint_id in (model.checkpoint, model.served_checkpoint)
+        ]
+        if users:
+            raise ConflictError(f"checkpoint: in use by {', '.join(users)}; delete these models first", models=users)
+        await self._metadata.delete_checkpoint(checkpoint_id)
+        await self._blobs.delete(checkpoint_id)
+
+    def path(self, checkpoint_id: str) -> Path:
+        return self._blobs.path(checkpoint_id)
+
+    def graph_limits(self) -> dict[str, int]:
+        return {"max_nodes": self._settings.max_graph_nodes, "max_tensor_bytes": self._settings.max_tensor_bytes}

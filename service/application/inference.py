@@ -1,0 +1,81 @@
+"""One inference, the same for the protocol and for our own API: check against the spec, run, count."""
+
+import time
+from collections.abc import Sequence
+
+from normcore.errors import DtypeError, ParameterError, ShapeError
+from service import datatypes
+from service.application.models import Entry
+from service.engine.protocol import InferResult, ModelSpec, Parameters, Tensor, Tensors, TensorSpec
+
+RESERVED_PARAMETERS = frozenset(
+    ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_output")
+)
+
+
+class Inference:
+    """Runs loaded models under a deadline."""
+
+    def __init__(self, *, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+
+    async def infer(
+        self, entry: Entry, inputs: Tensors, *, outputs: Sequence[str] | None = None, parameters: Parameters
+    ) -> InferResult:
+        """Compute `outputs` (None: all) of a ready model. A failure is counted and raised."""
+        started = time.perf_counter_ns()
+        try:
+            engine = entry.engine()
+            check_inputs(engine.spec, inputs)
+            check_outputs(engine.spec, outputs)
+            custom = {key: value for key, value in parameters.items() if key not in RESERVED_PARAMETERS}
+            return await engine.infer(
+                inputs, outputs=outputs, parameters=custom, deadline_s=self._deadline(parameters.get("timeout"))
+            )
+        except BaseException:
+            entry.usage.failed(time.perf_counter_ns() - started)
+            raise
+
+    def _deadline(self, timeout_us: object) -> float:
+        if timeout_us is None or timeout_us == 0:
+            return self._deadline_s
+        if isinstance(timeout_us, bool) or not isinstance(timeout_us, int) or timeout_us < 0:
+            raise ParameterError("timeout", expected="microseconds as a whole number >= 0", received=repr(timeout_us))
+        return min(self._deadline_s, timeout_us / 1e6)
+
+
+def check_inputs(spec: ModelSpec, inputs: Tensors) -> None:
+    """Names, datatypes and shapes against the spec. Raises ParameterError, DtypeError or ShapeError."""
+    known = {tensor.name: tensor for tensor in spec.inputs}
+    for name in inputs:
+        if name not in known:
+            raise ParameterError(name, expected=f"one of the inputs {', '.join(known)}", received="an unknown input")
+    for tensor in spec.inputs:
+        if tensor.name not in inputs:
+            if not tensor.is_optional:
+                raise ParameterError(tensor.name, expected=f"a tensor of {_wanted(tensor)}", received="no such input")
+        elif not spec.is_checked_by_engine:
+            _check_tensor(tensor, inputs[tensor.name])
+
+
+def check_outputs(spec: ModelSpec, outputs: Sequence[str] | None) -> None:
+    known = {tensor.name for tensor in spec.outputs}
+    for name in outputs or ():
+        if name not in known:
+            expected = f"one of {', '.join(sorted(known))}"
+            raise ParameterError("outputs", expected=expected, received=f"the unknown output {name!r}")
+
+
+def _check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
+    datatype = datatypes.of(tensor).name
+    if datatype != spec.datatype:
+        raise DtypeError(spec.name, expected=spec.datatype, received=datatype)
+    fits = len(tensor.shape) == len(spec.shape) and all(
+        wanted in (-1, size) for wanted, size in zip(spec.shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        raise ShapeError(spec.name, expected=f"shape {list(spec.shape)}", received=f"shape {list(tensor.shape)}")
+
+
+def _wanted(spec: TensorSpec) -> str:
+    return f"datatype {spec.datatype} and shape {list(spec.shape)}"

@@ -1,0 +1,27 @@
+"""What the lifespan makes and every handler may use."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from service.application.checkpoints import Checkpoints
+from service.application.folding import Folding
+from service.application.health import Health
+from service.application.inference import Inference
+from service.application.models import Models
+from service.engine.admission import ReceiveBudget
+from service.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The use cases and the shared bounds of one running service."""
+
+    settings: Settings
+    threads: int
+    health: Health
+    budget: ReceiveBudget
+    json_thread: ThreadPoolExecutor
+    checkpoints: Checkpoints
+    folding: Folding
+    models: Models
+    inference: Inference

@@ -1,0 +1,154 @@
+"""What the files are: checkpoints and models in a SQL database, SQLite by default."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import sqlalchemy as sql
+from sqlalchemy.pool import ConnectionPoolEntry
+
+T = TypeVar("T")
+JsonObject = dict[str, Any]
+
+_schema = sql.MetaData()
+
+_checkpoints = sql.Table(
+    "checkpoints",
+    _schema,
+    sql.Column("id", sql.String(64), primary_key=True),
+    sql.Column("filename", sql.Text, nullable=False),
+    sql.Column("format", sql.String(32), nullable=False),
+    sql.Column("bytes", sql.BigInteger, nullable=False),
+    sql.Column("created_at", sql.String(32), nullable=False),
+    sql.Column("summary", sql.JSON, nullable=False),
+    sql.Column("normalizations", sql.JSON, nullable=False),
+    sql.Column("folded_from", sql.String(64)),
+    sql.Column("report", sql.JSON),
+)
+
+_models = sql.Table(
+    "models",
+    _schema,
+    sql.Column("name", sql.String(128), primary_key=True),
+    sql.Column("version", sql.Integer, primary_key=True),
+    sql.Column("checkpoint", sql.String(64), nullable=False),
+    sql.Column("served_checkpoint", sql.String(64), nullable=False),
+    sql.Column("fold", sql.JSON, nullable=False),
+    sql.Column("is_loaded", sql.Boolean, nullable=False),
+    sql.Column("created_at", sql.String(32), nullable=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """A kept checkpoint: its file's id, what the inspection found, and, if we folded it, from what and the report."""
+
+    id: str
+    filename: str
+    format: str
+    bytes: int
+    created_at: str
+    summary: JsonObject
+    normalizations: list[JsonObject]
+    folded_from: str | None = None
+    report: JsonObject | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """A version of a model: the checkpoint it was asked for, the one that is served, and why they may differ."""
+
+    name: str
+    version: int
+    checkpoint: str
+    served_checkpoint: str
+    fold: JsonObject
+    is_loaded: bool
+    created_at: str
+
+
+def now() -> str:
+    """The present moment in UTC, as records keep it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Metadata:
+    """The database, reached through one thread so that nothing waits on the event loop."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = sql.create_engine(url)
+        if self._engine.dialect.name == "sqlite":
+            sql.event.listen(self._engine, "connect", _make_durable)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="metadata")
+
+    async def open(self) -> None:
+        await self._run(lambda: _schema.create_all(self._engine))
+
+    async def close(self) -> None:
+        await self._run(self._engine.dispose)
+        self._thread.shutdown()
+
+    async def add_checkpoint(self, record: CheckpointRecord) -> bool:
+        """Whether the record is new; a row with its id is left as it is."""
+        try:
+            await self._write(_checkpoints.insert().values(**asdict(record)))
+        except sql.exc.IntegrityError:
+            return False
+        return True
+
+    async def set_report(self, checkpoint_id: str, *, folded_from: str, report: JsonObject) -> None:
+        statement = _checkpoints.update().where(_checkpoints.c.id == checkpoint_id)
+        await self._write(statement.values(folded_from=folded_from, report=report))
+
+    async def checkpoint(self, checkpoint_id: str) -> CheckpointRecord | None:
+        rows = await self._read(_checkpoints.select().where(_checkpoints.c.id == checkpoint_id))
+        return CheckpointRecord(**rows[0]) if rows else None
+
+    async def checkpoints(self) -> list[CheckpointRecord]:
+        rows = await self._read(_checkpoints.select().order_by(_checkpoints.c.created_at, _checkpoints.c.id))
+        return [CheckpointRecord(**row) for row in rows]
+
+    async def delete_checkpoint(self, checkpoint_id: str) -> None:
+        await self._write(_checkpoints.delete().where(_checkpoints.c.id == checkpoint_id))
+
+    async def add_model(self, record: ModelRecord) -> None:
+        await self._write(_models.insert().values(**asdict(record)))
+
+    async def models(self) -> list[ModelRecord]:
+        rows = await self._read(_models.select().order_by(_models.c.name, _models.c.version))
+        return [ModelRecord(**row) for row in rows]
+
+    async def set_loaded(self, name: str, version: int, *, is_loaded: bool) -> None:
+        await self._write(_models.update().where(_is_model(name, version)).values(is_loaded=is_loaded))
+
+    async def delete_model(self, name: str, version: int) -> None:
+        await self._write(_models.delete().where(_is_model(name, version)))
+
+    async def _read(self, statement: sql.Select[Any]) -> list[JsonObject]:
+        def read() -> list[JsonObject]:
+            with self._engine.connect() as connection:
+                return [dict(row) for row in connection.execute(statement).mappings()]
+
+        return await self._run(read)
+
+    async def _write(self, statement: sql.Executable) -> None:
+        def write() -> None:
+            with self._engine.begin() as connection:
+                connection.execute(statement)
+
+        await self._run(write)
+
+    async def _run(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+
+def _is_model(name: str, version: int) -> sql.ColumnElement[bool]:
+    return sql.and_(_models.c.name == name, _models.c.version == version)
+
+
+def _make_durable(connection: Any, _: ConnectionPoolEntry) -> None:
+    for pragma in ("journal_mode=WAL", "synchronous=FULL"):
+        connection.execute(f"PRAGMA {pragma}")
