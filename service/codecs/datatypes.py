@@ -1,4 +1,4 @@
-"""The one table of datatypes, with their names in the protocol, numpy, torch, Triton and safetensors.
+"""The one table of datatypes, with their names in the protocol, numpy, Triton configurations and safetensors.
 
 BYTES is an object array of `bytes`; its `itemsize` is 0 because its elements have lengths of their own.
 """
@@ -8,42 +8,40 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
-from service.engine.protocol import Tensor
 from service.errors import PayloadMalformedError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
 class Datatype:
-    """One row of the table; `torch` and `safetensors` are None where the other side has no such type."""
+    """One row of the table; `safetensors` is None where that format has no such type."""
 
     name: str
     itemsize: int
     numpy: np.dtype[Any]
-    torch: torch.dtype | None
     triton: str
     safetensors: str | None
     is_float: bool = False
 
 
-BYTES = Datatype("BYTES", 0, np.dtype(object), None, "TYPE_STRING", None)
-BOOL = Datatype("BOOL", 1, np.dtype(np.bool_), torch.bool, "TYPE_BOOL", "BOOL")
-FP32 = Datatype("FP32", 4, np.dtype(np.float32), torch.float32, "TYPE_FP32", "F32", is_float=True)
+BYTES = Datatype("BYTES", 0, np.dtype(object), "TYPE_STRING", None)
+BOOL = Datatype("BOOL", 1, np.dtype(np.bool_), "TYPE_BOOL", "BOOL")
+FP32 = Datatype("FP32", 4, np.dtype(np.float32), "TYPE_FP32", "F32", is_float=True)
 DATATYPES = (
     BOOL,
-    Datatype("UINT8", 1, np.dtype(np.uint8), torch.uint8, "TYPE_UINT8", "U8"),
-    Datatype("UINT16", 2, np.dtype(np.uint16), torch.uint16, "TYPE_UINT16", "U16"),
-    Datatype("UINT32", 4, np.dtype(np.uint32), torch.uint32, "TYPE_UINT32", "U32"),
-    Datatype("UINT64", 8, np.dtype(np.uint64), torch.uint64, "TYPE_UINT64", "U64"),
-    Datatype("INT8", 1, np.dtype(np.int8), torch.int8, "TYPE_INT8", "I8"),
-    Datatype("INT16", 2, np.dtype(np.int16), torch.int16, "TYPE_INT16", "I16"),
-    Datatype("INT32", 4, np.dtype(np.int32), torch.int32, "TYPE_INT32", "I32"),
-    Datatype("INT64", 8, np.dtype(np.int64), torch.int64, "TYPE_INT64", "I64"),
-    Datatype("FP16", 2, np.dtype(np.float16), torch.float16, "TYPE_FP16", "F16", is_float=True),
-    Datatype("BF16", 2, np.dtype(ml_dtypes.bfloat16), torch.bfloat16, "TYPE_BF16", "BF16", is_float=True),
+    Datatype("UINT8", 1, np.dtype(np.uint8), "TYPE_UINT8", "U8"),
+    Datatype("UINT16", 2, np.dtype(np.uint16), "TYPE_UINT16", "U16"),
+    Datatype("UINT32", 4, np.dtype(np.uint32), "TYPE_UINT32", "U32"),
+    Datatype("UINT64", 8, np.dtype(np.uint64), "TYPE_UINT64", "U64"),
+    Datatype("INT8", 1, np.dtype(np.int8), "TYPE_INT8", "I8"),
+    Datatype("INT16", 2, np.dtype(np.int16), "TYPE_INT16", "I16"),
+    Datatype("INT32", 4, np.dtype(np.int32), "TYPE_INT32", "I32"),
+    Datatype("INT64", 8, np.dtype(np.int64), "TYPE_INT64", "I64"),
+    Datatype("FP16", 2, np.dtype(np.float16), "TYPE_FP16", "F16", is_float=True),
+    Datatype("BF16", 2, np.dtype(ml_dtypes.bfloat16), "TYPE_BF16", "BF16", is_float=True),
     FP32,
-    Datatype("FP64", 8, np.dtype(np.float64), torch.float64, "TYPE_FP64", "F64", is_float=True),
+    Datatype("FP64", 8, np.dtype(np.float64), "TYPE_FP64", "F64", is_float=True),
     BYTES,
 )
 _BY_NAME = {row.name: row for row in DATATYPES}
@@ -59,31 +57,9 @@ def by_name(name: object, *, field: str = "datatype") -> Datatype:
     return row
 
 
-def of(array: Tensor) -> Datatype:
+def of(array: NDArray[Any]) -> Datatype:
     """Return the row of an array in native byte order."""
     row = _BY_NUMPY.get(array.dtype)
     if row is None:
         raise UnsupportedError(f"tensor of numpy type {array.dtype}: expected one of {', '.join(_BY_NAME)}")
     return row
-
-
-def to_torch(array: Tensor) -> torch.Tensor:
-    """Return a tensor on the array's memory; read-only, misaligned or reversed arrays are copied first."""
-    if of(array) is BYTES:
-        raise UnsupportedError("BYTES tensor: torch holds no strings")
-    if not (array.flags.writeable and array.flags.aligned) or any(stride < 0 for stride in array.strides):
-        array = array.copy()
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def from_torch(tensor: torch.Tensor) -> Tensor:
-    """Return a C-contiguous array, on the tensor's memory where that is contiguous and on the CPU."""
-    tensor = tensor.detach().cpu().resolve_neg().contiguous()
-    array: Tensor
-    if tensor.dtype == torch.bfloat16:
-        array = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    else:
-        array = tensor.numpy()
-    return array

@@ -48,9 +48,10 @@ def to_json(array: Tensor, *, are_tokens_bare: bool) -> Tensor | list[str] | orj
     flat = np.ascontiguousarray(array).reshape(-1)
     if not datatypes.of(array).is_float:
         return flat
-    if flat.dtype.kind != "f":  # orjson knows no bfloat16
-        flat = flat.astype(np.float32)
-    is_finite = np.isfinite(flat)
+    with np.errstate(invalid="ignore"):  # raised by signaling NaN
+        if flat.dtype.kind != "f":  # orjson knows no bfloat16
+            flat = flat.astype(np.float32)
+        is_finite = np.isfinite(flat)
     if is_finite.all():
         return flat
     names = [name_of(value) for value in flat[~is_finite].tolist()]
@@ -153,7 +154,7 @@ def _expected(datatype: Datatype) -> str:
 
 
 def _narrow(elements: _Elements, wide: Tensor, datatype: Datatype) -> Tensor:
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         result: Tensor = wide.astype(datatype.numpy, copy=False)
     is_infinite = np.isinf(result)
     for index in np.flatnonzero(is_infinite).tolist() if is_infinite.any() else ():

@@ -4,11 +4,11 @@ numpy has no bfloat16: it saves one as two opaque bytes, `V2`. So `V2` is BF16 h
 calls `.view(ml_dtypes.bfloat16)`. Objects and pickles are not read.
 """
 
+import json
 import re
 from collections.abc import Collection, Mapping
 
 import numpy as np
-import orjson
 
 from service.codecs import datatypes
 from service.codecs.body import EncodedBody, TensorBody, from_query
@@ -25,12 +25,12 @@ _MAGIC = b"\x93NUMPY"
 _MAX_HEADER_BYTES = 10_000  # numpy's own limit
 _ALIGNMENT = 64
 _QUOTED = r"(?:'([^'\"]*)'|\"([^'\"]*)\")"
-_INTEGERS = r"\(((?:\s*[0-9]{1,18}\s*,)*(?:\s*[0-9]{1,18}\s*)?)\)"
+_INTEGERS = r"\(((?:\s*[0-9]{1,18}\s*,)*(?:\s*[0-9]{1,18})?)\s*\)"
 _DESCR, _FORTRAN_ORDER, _SHAPE = (
-    re.compile(rf"""\s*['"]{key}['"]\s*:\s*{value}\s*""")
+    re.compile(rf"""['"]{key}['"]\s*:\s*{value}""")
     for key, value in (("descr", _QUOTED), ("fortran_order", "(True|False)"), ("shape", _INTEGERS))
 )
-_EMPTIED = re.compile(r"\{,{0,3}\}\s*")
+_EMPTIED = re.compile(r"\{,{2,3}\}")
 _DESCR_CODES = {datatype.numpy.str[1:]: datatype for datatype in DATATYPES if datatype is not BYTES}
 
 
@@ -52,8 +52,10 @@ def encode(method: str, outputs: Tensors, diagnostics: Mapping[str, object]) -> 
 
 def diagnostics_header(diagnostics: Mapping[str, object]) -> dict[str, str]:
     """Return the header that carries diagnostics where a body has no room for them."""
-    text = orjson.dumps(printable(diagnostics, are_tokens_bare=False)).decode()
-    return {DIAGNOSTICS_HEADER: text.encode("ascii", "backslashreplace").decode()} if diagnostics else {}
+    if not diagnostics:
+        return {}
+    # json, unlike orjson, escapes what is not ASCII
+    return {DIAGNOSTICS_HEADER: json.dumps(printable(diagnostics, are_tokens_bare=False), separators=(",", ":"))}
 
 
 def read(data: Buffer, *, field: str) -> Tensor:
@@ -62,7 +64,7 @@ def read(data: Buffer, *, field: str) -> Tensor:
     parts = [pattern.findall(header) for pattern in (_DESCR, _FORTRAN_ORDER, _SHAPE)]
     for pattern in (_DESCR, _FORTRAN_ORDER, _SHAPE):
         header = pattern.sub("", header)
-    if any(len(found) != 1 for found in parts) or not _EMPTIED.fullmatch(header):
+    if any(len(found) != 1 for found in parts) or not _EMPTIED.fullmatch("".join(header.split())):
         raise PayloadMalformedError(
             f"{field}: expected a .npy header with one plain descr, fortran_order and shape; "
             f"structured types are not read"
