@@ -79,3 +79,19 @@ def batch_norm(*, training: bool) -> ModelProto:
         )
     )
     return model("batch_norm", nodes, [value("x", ["N", 2])], [value("y", ["N", 2])])
+
+
+def convolution_with_batch_norm() -> ModelProto:
+    generator = np.random.default_rng(7)
+    weights = {"kernel": generator.normal(size=(4, 3, 3, 3)), "weight": np.full(4, 1.5), "bias": np.arange(4)}
+    weights |= {"mean": generator.normal(size=4), "var": np.full(4, 0.5)}
+    nodes = [
+        helper.make_node("Conv", ["x", "kernel"], ["features"], name="conv", pads=[1, 1, 1, 1]),
+        helper.make_node("BatchNormalization", ["features", "weight", "bias", "mean", "var"], ["y"], name="norm"),
+    ]
+    network = model(
+        "convolution", nodes, [value("x", ["N", 3, "height", "width"])], [value("y", ["N", 4, "height", "width"])]
+    )
+    for name, array in weights.items():
+        network.graph.initializer.append(numpy_helper.from_array(np.asarray(array, dtype=np.float32), name))
+    return network

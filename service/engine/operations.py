@@ -1,0 +1,120 @@
+"""What a sandbox's child does with uploaded graphs: JSON in, JSON out. Runs in the child only (sandbox.py)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+from onnx import ModelProto
+
+from normcore.checkpoints.onnx import GraphLimits, inspect_onnx, load_onnx
+from normcore.errors import CheckpointError, DeadlineError, NormcoreError
+from normcore.execution import ExecutionError, describe, open_session, run
+from normcore.folding.fold import fold_checkpoint
+from normcore.folding.plan import plan_onnx
+from normcore.folding.probes import Feeds, NoProbeError, find_shapes
+from normcore.folding.verify import ProbeOptions, certify
+from service.engine.zygote import Operation, Report
+
+Arguments = Mapping[str, Any]
+Result = dict[str, Any]
+
+_ALLOCATION_FAILURES = ("Failed to allocate memory", "bad_alloc", "bad allocation")
+
+
+def inspect(arguments: Arguments, _: Report) -> Result:
+    """`{path, limits, freeze_initializers}` -> `{format, summary, normalizations}`."""
+    model = load_onnx(Path(arguments["path"]), limits=_limits(arguments))
+    summary = inspect_onnx(model)
+    plan = plan_onnx(model, freeze_initializers=arguments["freeze_initializers"])
+    return {
+        "format": summary.format,
+        "summary": asdict(summary),
+        "normalizations": [asdict(entry) for entry in plan.entries],
+    }
+
+
+def fold(arguments: Arguments, report: Report) -> Result:
+    """`{source, target, limits, freeze_initializers, verify}` -> the fold's report; writes the file `target`."""
+    verify = arguments["verify"]
+    return fold_checkpoint(
+        Path(arguments["source"]),
+        Path(arguments["target"]),
+        limits=_limits(arguments),
+        freeze_initializers=arguments["freeze_initializers"],
+        verify=None if verify is None else ProbeOptions(**verify),
+        progress=report,
+    ).to_dict()
+
+
+def compare(arguments: Arguments, _: Report) -> Result:
+    """`{original, folded, verify}` -> the certificate."""
+    options = ProbeOptions(**arguments["verify"])
+    return asdict(certify(Path(arguments["original"]), Path(arguments["folded"]), options))
+
+
+def load(arguments: Arguments, _: Report) -> Result:
+    """`{path, threads, deadline_s}` -> `{inputs, outputs, warm_up}`: the first load of a graph, and a first run.
+
+    `warm_up` is None after a run on small inputs, else why no such inputs were found.
+    """
+    path = Path(arguments["path"])
+    model = ModelProto.FromString(path.read_bytes())
+    if inspect_onnx(model).has_training_mode:
+        raise CheckpointError(
+            "a batch norm or dropout of the graph computes in training mode, so its answers would depend on the other "
+            "rows of a request, or on chance; export the model in inference mode (model.eval())"
+        )
+    with _allocation_failures_as_memory_errors():
+        session = open_session(path, threads=arguments["threads"])
+        signature = describe(session)
+        warm_up = _warm_up(model, session, deadline_s=arguments["deadline_s"])
+    return asdict(signature) | {"warm_up": warm_up}
+
+
+OPERATIONS: Mapping[str, Operation] = {"inspect": inspect, "fold": fold, "compare": compare, "load": load}
+
+
+def _limits(arguments: Arguments) -> GraphLimits:
+    return GraphLimits(**arguments["limits"])
+
+
+def _warm_up(model: ModelProto, session: onnxruntime.InferenceSession, *, deadline_s: float) -> str | None:
+    def accept(feeds: Feeds) -> str | None:
+        try:
+            run(session, feeds, deadline_s=deadline_s)
+        except DeadlineError:
+            raise CheckpointError(f"a first run on small inputs did not end within {deadline_s:g} s") from None
+        except ExecutionError as error:
+            return _reason(error)
+        return None
+
+    try:
+        find_shapes(model, accept, seed=0)
+    except NoProbeError as error:
+        return str(error)
+    return None
+
+
+def _reason(error: ExecutionError) -> str:
+    """Why small inputs were refused, so that others are tried; no others are when memory ran out."""
+    if _is_allocation_failure(error):
+        raise error
+    return str(error)
+
+
+@contextmanager
+def _allocation_failures_as_memory_errors() -> Iterator[None]:
+    """Only the text of onnxruntime's errors tells that memory was what it lacked."""
+    try:
+        yield
+    except NormcoreError as error:
+        if _is_allocation_failure(error):
+            raise MemoryError from error
+        raise
+
+
+def _is_allocation_failure(error: NormcoreError) -> bool:
+    return any(text in str(error) for text in _ALLOCATION_FAILURES)
