@@ -1,0 +1,1 @@
+"""Fold rules for ONNX graphs, one per linear operator."""

@@ -1,0 +1,72 @@
+"""The one cast back from float64 to the datatype of the network's weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from normcore.folding.onnx.refusal import Refusal
+
+Exact = NDArray[np.float64]
+
+_FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64), np.dtype(ml_dtypes.bfloat16))
+_FLOAT16_TOLERANCE = 2.0**-9  # four times the rounding of a normal number
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as it is written, and max|written - exact| / max|exact|."""
+
+    array: NDArray[Any]
+    residual: float
+
+
+def check_float(array: NDArray[Any], name: str) -> None:
+    """Refuse weights that are not floating point numbers a linear operator computes with. Raises Refusal."""
+    if array.dtype not in _FLOATS:
+        raise Refusal(f"{name!r} is of datatype {array.dtype}, and only floating point weights fold")
+
+
+def store(exact: Exact, dtype: np.dtype[Any], role: str, *, rows: Exact | None = None) -> Stored:
+    """Round once.
+
+    Args:
+        exact: the tensor as it is laid out in the file.
+        dtype: datatype of the file.
+        role: what it is, for the reason.
+        rows: of a weight, the same numbers as (C, K): one row per output channel.
+
+    Raises:
+        Refusal: a number overflows, or a whole channel vanishes in float16.
+    """
+    with np.errstate(under="ignore", over="ignore"):
+        array = exact.astype(dtype)
+    largest = float(np.abs(exact).max(initial=0.0))
+    if not np.isfinite(array.astype(np.float64)).all():
+        raise Refusal(f"the folded {role} reaches {largest:.6g}, more than {dtype} can hold")
+    if dtype == np.float16 and rows is not None:
+        _check_rows(rows, role)
+    error = float(np.abs(array.astype(np.float64) - exact).max(initial=0.0))
+    return Stored(array, error / largest if largest else 0.0)
+
+
+def _check_rows(rows: Exact, role: str) -> None:
+    """float16 keeps few digits below 6e-5: a fold must not push a channel there.
+
+    The other datatypes have room down to 1e-38, where no channel tells anything.
+    """
+    with np.errstate(under="ignore"):
+        error = np.abs(rows.astype(np.float16).astype(np.float64) - rows).max(axis=1, initial=0.0)
+    largest = np.abs(rows).max(axis=1, initial=0.0)
+    is_lost = error > _FLOAT16_TOLERANCE * largest
+    if is_lost.any():
+        channel = int(np.argmax(is_lost))
+        raise Refusal(
+            f"the folded {role} of channel {channel} is at most {largest[channel]:.3g}, where float16 would lose "
+            f"{error[channel] / largest[channel]:.0%} of it"
+        )
+
+
+__all__ = ["Exact", "Stored", "check_float", "store"]
