@@ -41,8 +41,9 @@ def main(arguments: list[str]) -> None:
     control_fd, module, memory_bytes, cpu_s = arguments
     limits.isolate()
     operations: Mapping[str, Operation] = importlib.import_module(module).OPERATIONS
-    with socket.socket(fileno=int(control_fd)) as control:
-        serve(control, operations, Limits(int(memory_bytes), int(cpu_s)))
+    control = socket.socket(fileno=int(control_fd))
+    # nothing here is worth the second that an interpreter takes to leave these libraries in order
+    _exit_after(serve, control, operations, Limits(int(memory_bytes), int(cpu_s)))
 
 
 def serve(control: socket.socket, operations: Mapping[str, Operation], child_limits: Limits) -> None:
@@ -61,7 +62,7 @@ def serve(control: socket.socket, operations: Mapping[str, Operation], child_lim
 
 
 def _exit_after(step: Callable[..., None], *arguments: Any) -> None:
-    """Run the last step of a forked process: it must never return into its parent's code."""
+    """Run the last step of a process, at once the last of it: a fork must never return into its parent's code."""
     status = 1
     try:
         step(*arguments)
@@ -96,30 +97,32 @@ def _work(conversation_fd: int, operations: Mapping[str, Operation], child_limit
     child_limits.apply()
     with socket.socket(fileno=conversation_fd) as connection, connection.makefile("rwb") as conversation:
 
-        def say(message: Mapping[str, Any]) -> None:
-            conversation.write(json.dumps(message).encode() + b"\n")
+        def say(line: bytes) -> None:
+            conversation.write(line + b"\n")
             conversation.flush()
 
         request = json.loads(conversation.readline())
         say(reply(operations[request["operation"]], request["arguments"], say))
 
 
-def reply(
-    operation: Operation, arguments: Mapping[str, Any], say: Callable[[Mapping[str, Any]], None]
-) -> Mapping[str, Any]:
+def reply(operation: Operation, arguments: Mapping[str, Any], say: Callable[[bytes], None]) -> bytes:
     """`{"result": ...}`, or `{"error": ...}` with the class names to choose from, the message and scalar attributes."""
     try:
-        return {"result": operation(arguments, lambda *progress: say({"progress": progress}))}
+        return _encode("result", operation(arguments, lambda *progress: say(_encode("progress", progress))))
     except NormcoreError as error:
         classes = [cls.__name__ for cls in type(error).__mro__]
         scalars = {name: value for name, value in vars(error).items() if isinstance(value, str | int | float)}
-        return {"error": {"classes": classes, "message": str(error), "attributes": scalars}}
+        return _encode("error", {"classes": classes, "message": str(error), "attributes": scalars})
     except MemoryError:
-        return {"error": {"classes": [OUT_OF_MEMORY]}}
+        return _encode("error", {"classes": [OUT_OF_MEMORY]})
     except Exception as error:  # noqa: BLE001 - the server raises and logs it
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            return {"error": {"classes": [OUT_OF_DISK]}}
-        return {"error": {"classes": [], "message": traceback.format_exc()}}
+            return _encode("error", {"classes": [OUT_OF_DISK]})
+        return _encode("error", {"classes": [], "message": traceback.format_exc()})
+
+
+def _encode(kind: str, content: object) -> bytes:
+    return json.dumps({kind: content}).encode()
 
 
 if __name__ == "__main__":

@@ -63,6 +63,10 @@ def say(arguments: Mapping[str, Any], _: Report) -> Result:
     return {"text": "x" * arguments["bytes"]}
 
 
+def babble(_: Mapping[str, Any], __: Report) -> Result:
+    return {"no JSON": object()}
+
+
 def die(arguments: Mapping[str, Any], _: Report) -> Result:
     os.kill(os.getpid(), signal.Signals[arguments["signal"]])
     return {}
@@ -87,5 +91,5 @@ def sleep(arguments: Mapping[str, Any], report: Report) -> Result:
 
 OPERATIONS: Mapping[str, Operation] = {
     operation.__name__: operation
-    for operation in (echo, surroundings, ancestors, fail, allocate, say, die, leave, spin, sleep)
+    for operation in (echo, surroundings, ancestors, fail, allocate, say, babble, die, leave, spin, sleep)
 }

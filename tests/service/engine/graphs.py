@@ -54,12 +54,12 @@ def endless_loop() -> ModelProto:
     return model("endless_loop", nodes, [value("x", ["N", 3])], [value("y", ["N", 3])])
 
 
-def memory_bomb() -> ModelProto:
-    """64 GiB out of the shape of any input."""
+def memory_bomb(*, side: int) -> ModelProto:
+    """A square of `side` zeros each way, four bytes each, out of the shape of any input."""
     nodes = [
         helper.make_node("Shape", ["x"], ["shape"], end=1),
         constant("zero", [0]),
-        constant("side", [2**17]),
+        constant("side", [side]),
         helper.make_node("Mul", ["shape", "zero"], ["nothing"]),
         helper.make_node("Add", ["nothing", "side"], ["rows"]),
         helper.make_node("Concat", ["rows", "rows"], ["huge"], axis=0),

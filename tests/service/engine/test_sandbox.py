@@ -143,6 +143,7 @@ async def test_errors_come_out_as_themselves(
         pytest.param("die", {"signal": "SIGKILL"}, CheckpointError, "SANDBOX_MEMORY_BYTES", id="killed"),
         pytest.param("die", {"signal": "SIGXCPU"}, CheckpointError, "CPU time .*SANDBOX_DEADLINE_S", id="CPU limit"),
         pytest.param("leave", {"status": 3}, RuntimeError, "status 3 and without a reply", id="exit"),
+        pytest.param("babble", {}, RuntimeError, "not JSON serializable", id="no JSON"),
         pytest.param("say", {"bytes": 65 * 2**20}, CheckpointError, "over 67108864 bytes", id="endless reply"),
     ],
 )
