@@ -112,8 +112,8 @@ async def test_deadline_that_passes_while_the_loop_is_busy_drops_the_call(worker
     ran = threading.Event()
     late = asyncio.create_task(worker.submit(ran.set, deadline_s=0.01))
     await asyncio.sleep(0)
-    time.sleep(0.05)  # noqa: ASYNC251 - the loop must be late, so that the worker is first to see the deadline
-    gate.opened.set()
+    threading.Timer(0.05, gate.opened.set).start()
+    time.sleep(0.2)  # noqa: ASYNC251 - the loop must be late, so that the worker is first to see the deadline
 
     with pytest.raises(DeadlineExceededError):
         await late
