@@ -11,25 +11,32 @@ from starlette.types import Receive
 from service.errors import BodyTimeoutError, MediaTypeError, PayloadMalformedError, PayloadTooLargeError
 from service.state import Services
 
+_ALIGNMENT = 16
 _PROGRESS_BYTES = 16 * 1024
 _SMALL_BYTES = 1024 * 1024
 
 
 @asynccontextmanager
-async def received(receive: Receive, headers: Headers, services: Services) -> AsyncIterator[bytearray]:
-    """A whole tensor body; its bytes count against the receive budget until the context ends."""
+async def received(
+    receive: Receive, headers: Headers, services: Services, *, aligned_at: int = 0
+) -> AsyncIterator[memoryview]:
+    """A whole tensor body; its bytes count against the receive budget until the context ends.
+
+    The byte at offset `aligned_at` lies at a multiple of 16 in memory, so that tensors that begin there need no copy.
+    """
     settings = services.settings
     declared = _declared_length(headers)
     _check_size(declared or 0, settings.max_body_bytes, "NORMSERVE_MAX_BODY_BYTES")
     _check_encoding(headers)
     # A body of unknown length may grow to the limit, so it is counted as that much from the start.
     expected = settings.max_body_bytes if declared is None else declared
+    padding = -aligned_at % _ALIGNMENT
     with services.budget.reserve(expected) if expected else nullcontext():
-        body = bytearray()
+        body = bytearray(padding)
         async for chunk in stream(receive, headers, timeout_s=settings.body_timeout_s):
             body += chunk
-            _check_size(len(body), settings.max_body_bytes, "NORMSERVE_MAX_BODY_BYTES")
-        yield body
+            _check_size(len(body) - padding, settings.max_body_bytes, "NORMSERVE_MAX_BODY_BYTES")
+        yield memoryview(body)[padding:]
 
 
 async def received_small(receive: Receive, headers: Headers, services: Services) -> bytes:

@@ -16,6 +16,7 @@ from service.application.models import Entry
 from service.application.usage import Timing
 from service.codecs import oip
 from service.codecs.body import EncodedBody
+from service.codecs.json_text import printable
 from service.codecs.oip_binary import decode_raw
 from service.engine.protocol import InferResult
 from service.errors import PayloadTooLargeError
@@ -32,9 +33,10 @@ async def infer(scope: Scope, receive: Receive, send: Send) -> None:
     entry = services.models.find(scope["path_params"]["name"], scope["path_params"].get("version"))
     entry.engine()
     headers = Headers(scope=scope)
-    async with received(receive, headers, services) as body:
+    header = headers.get("inference-header-content-length")
+    async with received(receive, headers, services, aligned_at=_number(header)) as body:
         started = time.perf_counter_ns()
-        request = await _decode(body, headers.get("inference-header-content-length"), entry, services)
+        request = await _decode(body, header, entry, services)
         decoded = time.perf_counter_ns()
         names = [output.name for output in request.outputs] or None
         result = await services.inference.infer(entry, request.inputs, outputs=names, parameters=request.parameters)
@@ -45,7 +47,7 @@ async def infer(scope: Scope, receive: Receive, send: Send) -> None:
     await send_body(send, encoded)
 
 
-async def _decode(body: bytearray, header: str | None, entry: Entry, services: Services) -> oip.InferRequest:
+async def _decode(body: memoryview, header: str | None, entry: Entry, services: Services) -> oip.InferRequest:
     json_bytes = _json_bytes(body, header)
     check_json_size(json_bytes, services)
     request = await run_codec(services, lambda: oip.decode_request(body, header), size_bytes=json_bytes)
@@ -57,7 +59,8 @@ async def _decode(body: bytearray, header: str | None, entry: Entry, services: S
 async def _encode(request: oip.InferRequest, result: InferResult, entry: Entry, services: Services) -> EncodedBody:
     are_binary = {output.name: output.is_binary for output in request.outputs}
     texts = [tensor.nbytes for name, tensor in result.outputs.items() if not are_binary.get(name, request.wants_binary)]
-    parameters = {"diagnostics": orjson.dumps(result.diagnostics).decode()} if result.diagnostics else None
+    diagnostics = orjson.dumps(printable(result.diagnostics, are_tokens_bare=False)).decode()
+    parameters = {"diagnostics": diagnostics} if result.diagnostics else None
     return await run_codec(
         services,
         lambda: oip.encode_response(
@@ -73,10 +76,13 @@ async def _encode(request: oip.InferRequest, result: InferResult, entry: Entry, 
     )
 
 
-def _json_bytes(body: bytearray, header: str | None) -> int:
-    if header is None or not (header.isascii() and header.isdigit()):
-        return len(body)
-    return min(int(header[:18]), len(body))
+def _json_bytes(body: memoryview, header: str | None) -> int:
+    return len(body) if header is None else min(_number(header), len(body))
+
+
+def _number(header: str | None) -> int:
+    """The header's value; 0 where there is none, or none that the codec will accept."""
+    return int(header[:18]) if header is not None and header.isascii() and header.isdigit() else 0
 
 
 async def run_codec(services: Services, call: Callable[[], T], *, size_bytes: int) -> T:

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from service.codecs.datatypes import BOOL, Datatype
 from service.codecs.json_text import describe
+from service.datatypes import BOOL, Datatype
 from service.engine.protocol import Tensor
 from service.errors import PayloadMalformedError
 

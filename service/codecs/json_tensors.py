@@ -9,10 +9,10 @@ from typing import cast
 import numpy as np
 import orjson
 
-from service.codecs import datatypes
+from service import datatypes
 from service.codecs.buffers import MAX_RANK
-from service.codecs.datatypes import BOOL, BYTES, FP32, Datatype
 from service.codecs.json_text import describe, name_of
+from service.datatypes import BOOL, BYTES, FP32, Datatype
 from service.engine.protocol import Tensor
 from service.errors import NotAcceptableError, PayloadMalformedError
 

@@ -4,11 +4,12 @@ from collections.abc import Collection, Mapping
 
 import orjson
 
-from service.codecs import datatypes, json_tensors
+from service import datatypes
+from service.codecs import json_tensors
 from service.codecs.body import EncodedBody, TensorBody
 from service.codecs.buffers import Buffer, check_shape
-from service.codecs.datatypes import BYTES, FP32, Datatype
 from service.codecs.json_text import describe, expect_list, expect_scalar, expect_string, parse_object, printable
+from service.datatypes import BYTES, FP32, Datatype
 from service.engine.protocol import ParameterValue, Tensor, Tensors
 from service.errors import PayloadMalformedError
 

@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from service.codecs import datatypes
+from service import datatypes
 from service.codecs.body import EncodedBody, TensorBody, from_query
 from service.codecs.buffers import Buffer, check_shape, check_size, to_bytes, view
-from service.codecs.datatypes import BYTES, DATATYPES, Datatype
 from service.codecs.json_text import printable
+from service.datatypes import BYTES, DATATYPES, Datatype
 from service.engine.protocol import Tensor, Tensors
 from service.errors import NotAcceptableError, PayloadMalformedError, PayloadTooLargeError
 

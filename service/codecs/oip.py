@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from service.codecs import datatypes, json_tensors, oip_binary
+from service import datatypes
+from service.codecs import json_tensors, oip_binary
 from service.codecs.body import EncodedBody
 from service.codecs.buffers import Buffer, check_shape
 from service.codecs.json_text import (

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from service.codecs import datatypes
+from service import datatypes
 from service.codecs.buffers import Buffer, check_size, to_bytes, view
-from service.codecs.datatypes import BYTES, Datatype
+from service.datatypes import BYTES, Datatype
 from service.engine.protocol import Tensor, TensorSpec
 from service.errors import PayloadMalformedError
 

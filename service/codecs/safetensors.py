@@ -9,11 +9,11 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import orjson
 
-from service.codecs import datatypes
+from service import datatypes
 from service.codecs.body import EncodedBody, TensorBody, from_query
 from service.codecs.buffers import Buffer, check_shape, check_size, to_bytes, view
-from service.codecs.datatypes import DATATYPES, Datatype
 from service.codecs.json_text import describe, expect_object, printable
+from service.datatypes import DATATYPES, Datatype
 from service.engine.protocol import Tensor, Tensors
 from service.errors import NotAcceptableError, PayloadMalformedError, PayloadTooLargeError
 

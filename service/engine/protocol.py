@@ -24,7 +24,7 @@ class TensorSpec:
     name: str
     datatype: str
     shape: tuple[int, ...]
-    optional: bool = False
+    is_optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class InferResult:
 
     outputs: dict[str, Tensor]
     parameters: dict[str, ParameterValue] = field(default_factory=dict)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
     queue_ns: int = 0
     compute_ns: int = 0
 

@@ -19,7 +19,7 @@ def model(
         nodes,
         "graph",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * len(shape))],
         list(initializers),
     )
     opsets = [helper.make_opsetid("", 17), *(helper.make_opsetid(domain, 1) for domain in domains)]
@@ -107,11 +107,11 @@ def endless_loop() -> bytes:
         [
             helper.make_tensor_value_info("step", TensorProto.INT64, []),
             helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("carried", TensorProto.FLOAT, None),
+            helper.make_tensor_value_info("carried", TensorProto.FLOAT, [None, None]),
         ],
         [
             helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("carried_on", TensorProto.FLOAT, None),
+            helper.make_tensor_value_info("carried_on", TensorProto.FLOAT, [None, None]),
         ],
     )
     count = numpy_helper.from_array(np.array(2**62, np.int64), "count")

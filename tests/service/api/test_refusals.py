@@ -241,7 +241,7 @@ async def test_hosts_can_be_restricted(tmp_path: Path) -> None:
         pytest.param(hostile.pickled, ("pickle",), id="pickle"),
         pytest.param(hostile.external_data, ("external",), id="external-data"),
         pytest.param(hostile.custom_domain, ("com.evil",), id="custom-domain"),
-        pytest.param(hostile.gigabytes, ("NORMSERVE_MAX_TENSOR_BYTES",), id="gigabytes"),
+        pytest.param(hostile.gigabytes, ("big", "1099511627776", "268435456"), id="gigabytes"),
         pytest.param(lambda: b"hello, I am no model", (), id="text"),
     ],
 )

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from service.codecs.datatypes import BOOL, BYTES, DATATYPES, Datatype
+from service.datatypes import BOOL, BYTES, DATATYPES, Datatype
 from service.engine.protocol import Tensor
 
 NUMERIC = tuple(datatype for datatype in DATATYPES if datatype is not BYTES)

@@ -4,7 +4,8 @@ import orjson
 import pytest
 from hypothesis import given
 
-from service.codecs import datatypes, json_text
+from service import datatypes
+from service.codecs import json_text
 from service.codecs.json_tensors import to_array, to_json, to_nested_array
 from service.engine.protocol import Tensor
 from service.errors import NotAcceptableError, PayloadMalformedError

@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.codecs import datatypes, oip_binary
-from service.codecs.datatypes import DATATYPES
+from service import datatypes
+from service.codecs import oip_binary
+from service.datatypes import DATATYPES
 from service.engine.protocol import Tensor, TensorSpec
 from service.errors import PayloadMalformedError
 from tests.service.codecs.strategies import arrays, assert_same_bits, thorough

@@ -9,7 +9,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.codecs import datatypes
+from service import datatypes
 from service.codecs import safetensors as codec
 from service.codecs.body import TensorBody
 from service.engine.protocol import Tensor

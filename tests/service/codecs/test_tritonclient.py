@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
-from service.codecs import datatypes
-from service.codecs.datatypes import DATATYPES
+from service import datatypes
 from service.codecs.oip import InferRequest, RequestedOutput, decode_request, encode_response
+from service.datatypes import DATATYPES
 from service.engine.protocol import Tensor
 from tests.service.codecs.strategies import arrays, assert_same_bits, assert_same_numbers, thorough
 

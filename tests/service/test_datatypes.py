@@ -3,8 +3,8 @@ import pytest
 import safetensors.numpy
 from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
 
-from service.codecs import datatypes
-from service.codecs.datatypes import BYTES, DATATYPES, Datatype
+from service import datatypes
+from service.datatypes import BYTES, DATATYPES, Datatype
 from service.errors import PayloadMalformedError, UnsupportedError
 from tests.service.codecs.strategies import NUMERIC
 

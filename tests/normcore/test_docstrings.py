@@ -1,0 +1,20 @@
+"""The examples in normcore's numerical docstrings."""
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = [
+    "normcore.normalization.batch_norm",
+    "normcore.normalization.method",
+    "normcore.statistics.moments",
+    "normcore.statistics.running",
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_hold(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted > 0
+    assert results.failed == 0
