@@ -158,9 +158,7 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
     await sandbox.start()
     stack.push_async_callback(sandbox.close)
     checkpoints = Checkpoints(blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings)
-    folding = Folding(
-        checkpoints=checkpoints, blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings, threads=threads
-    )
+    folding = Folding(checkpoints=checkpoints, blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings)
     models = await _open_models(settings, metadata, checkpoints, folding, sandbox, threads, stack)
     restoring = asyncio.create_task(_restore(models, health))
     stack.callback(restoring.cancel)
@@ -209,7 +207,6 @@ async def _open_models(
         sandbox=sandbox,
         load_engine=load_engine,
         settings=settings,
-        threads=threads,
     )
     stack.push_async_callback(models.close)
     worker = Worker("normalization", settings.queue_size)

@@ -53,10 +53,12 @@ class Settings(BaseSettings):
     shutdown_s: float = Field(30.0, gt=0, description="Seconds that work in flight may take after the listener closed.")
 
     sandbox_memory_bytes: int = Field(
-        4096 * MIB, gt=0, description="Memory of the child process that touches an uploaded graph, in bytes."
+        4096 * MIB,
+        gt=0,
+        description="Memory of the process that touches an uploaded graph, in bytes; its libraries take 240 MB of it.",
     )
     sandbox_deadline_s: float = Field(
-        120.0, gt=0, description="Wall and CPU seconds of one operation on an uploaded graph."
+        120.0, gt=0, description="Longest time of one operation on an uploaded graph, in seconds."
     )
     sandbox_slots: int = Field(1, gt=0, description="Operations on uploaded graphs that may run at once.")
     sandbox_queue: int = Field(16, ge=0, description="Operations on uploaded graphs that may wait; beyond it 429.")

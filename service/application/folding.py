@@ -49,14 +49,12 @@ class Folding:
         metadata: Metadata,
         sandbox: GraphSandbox,
         settings: Settings,
-        threads: int,
     ) -> None:
         self._checkpoints = checkpoints
         self._blobs = blobs
         self._metadata = metadata
         self._sandbox = sandbox
         self._settings = settings
-        self._threads = threads
 
     async def fold(self, checkpoint_id: str, options: FoldOptions) -> FoldOutcome:
         """Fold a kept checkpoint into a new one beside it."""
@@ -93,8 +91,8 @@ class Folding:
         verify = {
             "count": options.probes or self._settings.verify_probes,
             "seed": options.seed,
-            "deadline_s": self._settings.sandbox_deadline_s,
-            "threads": self._threads,
+            "deadline_s": 0.8 * self._settings.sandbox_deadline_s,  # the rest is for the fold itself
+            "threads": 1,  # a proof must not fight the served models for the cores
         }
         arguments = {
             "source": str(source),

@@ -57,7 +57,6 @@ class Models:
         sandbox: GraphSandbox,
         load_engine: LoadEngine,
         settings: Settings,
-        threads: int,
     ) -> None:
         self._metadata = metadata
         self._checkpoints = checkpoints
@@ -65,7 +64,6 @@ class Models:
         self._sandbox = sandbox
         self._load_engine = load_engine
         self._settings = settings
-        self._threads = threads
         self._entries: dict[str, dict[int, Entry]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
@@ -191,7 +189,7 @@ class Models:
     async def _first_load(self, checkpoint_id: str) -> None:
         arguments = {
             "path": str(self._checkpoints.path(checkpoint_id)),
-            "threads": self._threads,
+            "threads": 1,
             "deadline_s": self._settings.infer_deadline_s,
         }
         await self._sandbox.run("load", arguments)

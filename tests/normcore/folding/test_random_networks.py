@@ -48,7 +48,7 @@ def networks(draw: st.DrawFn) -> ModelProto:
 
 
 @given(model=networks())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 def test_fold_equals_unfolded(model: ModelProto) -> None:
     plan = plan_onnx(model)
     folded, entries = fold_onnx(model)

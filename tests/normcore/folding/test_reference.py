@@ -140,7 +140,7 @@ def test_batch_normalization_is_in_inference_mode_in_every_opset(opset: int) -> 
 @pytest.mark.parametrize("operator", ["Softmax", "LogSoftmax", "Hardmax"])
 @pytest.mark.parametrize("axis", [None, 1, -1])
 def test_softmax_flattened_its_input_before_opset_13(operator: str, opset: int, axis: int | None) -> None:
-    attributes = {} if axis is None else {"axis": axis}
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     assert_agrees(graph_of([helper.make_node(operator, ["x"], ["y"], **attributes)], opset=opset), normal(2, 3, 4))
 
 
@@ -156,7 +156,7 @@ OLD: dict[str, tuple[int, onnx.NodeProto, dict[str, Array]]] = {
         {"s": np.array([1, 1, 2, 2], dtype=np.float32)},
     ),
     "resize_nearest": (
-        11,
+        13,
         helper.make_node(
             "Resize", ["x", "", "s"], ["y"], coordinate_transformation_mode="asymmetric", nearest_mode="floor"
         ),
@@ -253,7 +253,8 @@ def test_casts_to_floats_stay_double(nodes: list[onnx.NodeProto]) -> None:
 def test_integers_stay_integers() -> None:
     node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.INT32)
     y = Reference(graph_of([node], output_kind=TensorProto.INT32)).run({"x": np.array([2.7])})["y"]
-    assert (y.dtype, y.tolist()) == (np.int32, [2])
+    assert y.dtype.name == "int32"
+    assert y.tolist() == [2]
 
 
 def test_half_precision_weights_are_read_exactly() -> None:

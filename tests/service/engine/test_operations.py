@@ -147,7 +147,7 @@ async def test_graph_that_takes_gigabytes_is_refused_by_the_memory_limit(sandbox
 @pytest.mark.asyncio(loop_scope="module")
 async def test_process_that_forks_is_single_threaded(sandbox: Sandbox, tmp_path: Path) -> None:
     await sandbox.run("load", _load_arguments(graphs.save(graphs.doubling(), tmp_path)))
-    assert _zygote_threads() == [1]
+    assert set(_zygote_threads()) == {1}  # of every sandbox in this process tree
 
 
 async def test_graph_that_never_ends_is_killed_at_the_sandboxs_deadline(tmp_path: Path) -> None:

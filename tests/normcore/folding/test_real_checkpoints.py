@@ -1,0 +1,100 @@
+"""Networks that others trained or designed, against onnxruntime without optimizations."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, numpy_helper
+
+from normcore.checkpoints.onnx import load_onnx
+from normcore.folding.fold import fold_onnx
+from normcore.folding.report import PlanEntry
+from tests.normcore.folding.builder import difference, evaluate, noise
+
+LIGHT = Path(onnx.__file__).parent / "backend/test/data/light"
+
+
+def with_outputs(model: ModelProto, names: list[str]) -> ModelProto:
+    """Every named tensor as an output too: a wrong layer cannot hide behind a sigmoid."""
+    shown = ModelProto()
+    shown.CopyFrom(model)
+    shown.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in names)
+    return shown
+
+
+def worst_difference(model: ModelProto, folded: ModelProto, entries: tuple[PlanEntry, ...], x: np.ndarray) -> float:
+    names = [entry.output for entry in entries]
+    feeds = {model.graph.input[0].name: x}
+    pairs = zip(*(evaluate(with_outputs(each, names), **feeds) for each in (folded, model)), strict=True)
+    return max(difference(result, expected) for result, expected in list(pairs)[1:])
+
+
+def test_folds_text_direction_classifier(ocr_cls: Path) -> None:
+    model = load_onnx(ocr_cls)
+    folded, entries = fold_onnx(model)
+    assert [entry.status for entry in entries] == ["folded"] * 35
+    assert len(folded.graph.node) == 356
+    assert worst_difference(model, folded, entries, noise(2, 3, 48, 192)) < 1e-5
+
+
+def test_folds_text_detector(ocr_det: Path) -> None:
+    model = load_onnx(ocr_det)
+    folded, entries = fold_onnx(model)
+    assert [entry.pattern for entry in entries if entry.status == "folded"] == [
+        "Conv -> BatchNormalization",
+        "ConvTranspose -> Add -> BatchNormalization",
+        "Conv -> BatchNormalization",
+    ]
+    assert worst_difference(model, folded, entries, noise(1, 3, 64, 96)) < 1e-5
+
+
+def randomized(model: ModelProto) -> ModelProto:
+    """The architecture with weights of the usual size instead of its equal ones."""
+    generator = np.random.default_rng(0)
+    shapes = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    variances = {node.input[4] for node in model.graph.node if node.op_type == "BatchNormalization"}
+    filled = ModelProto()
+    filled.CopyFrom(model)
+    del filled.graph.node[:]
+    for node in model.graph.node:
+        if node.op_type != "ConstantOfShape":
+            filled.graph.node.append(node)
+            continue
+        shape = tuple(int(size) for size in shapes[node.input[0]])
+        name = node.output[0]
+        array = generator.standard_normal(shape) / np.sqrt(max(np.prod(shape[1:]) / 2, 1))
+        array = np.abs(array) + 0.5 if name in variances else array
+        filled.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
+    filled.ir_version = 8
+    inputs = [info for info in filled.graph.input if info.name not in shapes]
+    del filled.graph.input[:]
+    filled.graph.input.extend(inputs)
+    return filled
+
+
+@pytest.mark.parametrize(
+    ("name", "folds", "kept"), [("densenet121", 59, 62), ("resnet50", 53, 0), ("shufflenet", 49, 0)]
+)
+def test_folds_known_architectures(name: str, folds: int, kept: int) -> None:
+    model = randomized(load_onnx(LIGHT / f"light_{name}.onnx"))
+    folded, entries = fold_onnx(model)
+    assert sum(entry.status == "folded" for entry in entries) == folds
+    left = [entry for entry in entries if entry.status == "kept"]
+    assert len(left) == kept
+    assert all("which joins" in (entry.reason or "") or "Pool" in (entry.reason or "") for entry in left)
+    assert worst_difference(model, folded, entries, noise(1, 3, 224, 224)) < 1e-4
+
+
+@pytest.mark.parametrize("path", sorted(LIGHT.glob("*.onnx")), ids=lambda path: path.stem)
+def test_refuses_overridable_weights_until_frozen(path: Path) -> None:
+    """Old exports list every initializer among the inputs, the shapes that ConstantOfShape fills included."""
+    model = load_onnx(path)
+    folded, entries = fold_onnx(model)
+    assert folded == model
+    assert all("freeze_initializers" in (entry.reason or "") for entry in entries if entry.reason is None)
+    frozen, after = fold_onnx(model, freeze_initializers=True)
+    norms = [entry for entry in after if entry.operator == "BatchNormalization"]
+    assert bool(norms) == any(entry.status == "folded" for entry in after)
+    if norms:
+        assert [info.name for info in frozen.graph.input] in (["gpu_0/data_0"], ["data_0"])
