@@ -1,6 +1,7 @@
 """Seeded probe inputs for an ONNX graph: sizes for its free axes, values that make mistakes visible."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,12 @@ from normcore.errors import NormcoreError
 KINDS = ("random", "impulse", "large offset", "random", "constant", "small")
 
 _OFFSET = 10.0
-_BATCHES = (3, 1)
+_ROWS = 3
 # Steps between the sizes of free axes: 32 suits networks that halve five times; odd sizes come later.
 _STEPS = (32, 64, 16, 8, 5, 128, 2, 224)
 _EQUAL_SIZES = (32, 64, 224, 1, 3)
 _MAX_ATTEMPTS = 60
+_MAX_ELEMENTS = 1 << 22
 _DEFAULT_RANGE = 8
 _UNKNOWN = frozenset({"", "?", "unk", "None"})
 
@@ -70,8 +72,7 @@ def find_shapes(model: ModelProto, accept: Accept, *, seed: int) -> Shapes:
     """
     inputs = read_inputs(model)
     reason = None
-    for sizes in itertools.islice(_unique(_assignments(inputs, _known_sizes(model.graph))), _MAX_ATTEMPTS):
-        shapes = {info.name: _fill(info.axes, sizes) for info in inputs}
+    for shapes in itertools.islice(_candidates(inputs, _known_sizes(model.graph)), _MAX_ATTEMPTS):
         reason = accept(make_probe(inputs, shapes, kind="random", seed=seed))
         if reason is None:
             return shapes
@@ -128,36 +129,38 @@ def _fill(axes: tuple[int | str, ...], sizes: Sizes) -> tuple[int, ...]:
     return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
 
 
-def _unique(assignments: Iterator[Sizes]) -> Iterator[Sizes]:
+def _candidates(inputs: tuple[InputInfo, ...], known: frozenset[int]) -> Iterator[Shapes]:
+    """Shapes worth a try, each once, the large ones left out unless the graph fixes them."""
     seen = set()
-    for sizes in assignments:
-        if tuple(sizes.items()) not in seen:
-            seen.add(tuple(sizes.items()))
-            yield sizes
+    for sizes in _assignments(inputs, known):
+        shapes = {info.name: _fill(info.axes, sizes) for info in inputs}
+        key = tuple(shapes.values())
+        is_large = sizes and max(math.prod(shape) for shape in key) > _MAX_ELEMENTS
+        if key not in seen and not is_large:
+            seen.add(key)
+            yield shapes
 
 
 def _assignments(inputs: tuple[InputInfo, ...], known: frozenset[int]) -> Iterator[Sizes]:
     names = list(dict.fromkeys(axis for info in inputs for axis in info.axes if isinstance(axis, str)))
     batches = [name for name in names if any(info.axes[0] == name for info in inputs if info.axes)]
     others = [name for name in names if name not in batches]
+    fixed = frozenset(axis for info in inputs for axis in info.axes if isinstance(axis, int))
     if not names:
         yield {}
         return
-    for step, batch in itertools.product(_STEPS, _BATCHES):
-        for taken in (known, frozenset[int]()):
-            sizes = _distinct(len(others), step, taken)
-            distinct = [size for size in range(batch, 2 * len(names) + 20) if size not in sizes]
-            yield dict(zip(others, sizes, strict=True)) | dict(zip(batches, distinct, strict=False))
-            if len(batches) > 1:
-                yield dict(zip(others, sizes, strict=True)) | dict.fromkeys(batches, batch)
-    for size, batch in itertools.product(_EQUAL_SIZES, _BATCHES):
-        yield dict.fromkeys(others, size) | dict.fromkeys(batches, batch)
-    for size in sorted(known):
-        yield dict.fromkeys(others, size) | dict.fromkeys(batches, _BATCHES[0])
+    for step, taken in itertools.product(_STEPS, (known | fixed, frozenset[int]())):
+        sizes = dict(zip(others, _distinct(len(others), step, step, taken), strict=True))
+        rows = _distinct(len(batches), _ROWS, 1, taken | set(sizes.values()))
+        yield sizes | dict(zip(batches, rows, strict=True))
+        for row in (*rows[:1], 1):
+            yield sizes | dict.fromkeys(batches, row)
+    for size, row in itertools.product((*_EQUAL_SIZES, *sorted(known)), (_ROWS, 1)):
+        yield dict.fromkeys(others, size) | dict.fromkeys(batches, row)
 
 
-def _distinct(count: int, step: int, taken: frozenset[int]) -> list[int]:
-    return list(itertools.islice((size for size in itertools.count(step, step) if size not in taken), count))
+def _distinct(count: int, start: int, step: int, taken: frozenset[int]) -> list[int]:
+    return list(itertools.islice((size for size in itertools.count(start, step) if size not in taken), count))
 
 
 def _values(info: InputInfo, shape: tuple[int, ...], kind: str, generator: np.random.Generator) -> NDArray[Any]:

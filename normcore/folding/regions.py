@@ -2,7 +2,8 @@
 
 The folded graph is evaluated in float64 with each such output replaced, for what follows, by the original's. So every
 difference is the work of one fold. It may be what rounding the stored weights does, and that is measured: the same
-evaluation with every stored weight moved by half a unit in its last place, a few times, channel by channel.
+evaluation with every stored weight moved by half a unit in its last place, a few times, channel by channel,
+with each channel's mean and without.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ from normcore.folding.report import Region
 
 Array = NDArray[Any]
 
-_DRAWS = 2  # of the weights' rounding, per probe
-_FACTOR = 8.0
-_ULPS = 2.0
+_DRAWS = 4  # of the weights' rounding, per probe
+_FACTOR = 3.0
+_ULPS = 0.5
+_FOLDED_IN_FLOAT32 = 2e-6  # of the channel: what a fold computed in float32 may add
 _FLOOR = 1e-12  # of the tensor: float64 itself
 _LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "BatchNormalization"})
@@ -67,7 +69,7 @@ class RegionProof:
 
 @dataclass(slots=True)
 class _Pool:
-    """Per channel, the largest error, noise and element over all probes."""
+    """Per channel, with its mean and without, the largest error, noise and element over all probes."""
 
     error: Array | float = 0.0
     noise: Array | float = 0.0
@@ -88,14 +90,20 @@ class _Pool:
         scale = largest(np.asarray(self.scale))
         if not self.comparable:
             return Region(name, error=float("inf"), scale=scale, equivalent=False)
-        bound = _FACTOR * self.noise + _ULPS * eps * self.scale + _FLOOR * scale
+        relative = max(_ULPS * eps, _FOLDED_IN_FLOAT32)
+        bound = _FACTOR * self.noise + relative * self.scale + _FLOOR * scale
         return Region(name, largest(np.asarray(self.error)), scale, bool(np.all(self.error <= bound)))
 
 
 def _per_channel(values: Array, finite: Array) -> Array:
-    magnitudes = np.abs(np.where(finite, values, 0.0))
-    magnitudes = magnitudes.reshape(*magnitudes.shape[:2], -1)
-    return np.asarray(magnitudes.max(axis=(0, 2), initial=0.0))
+    """Largest magnitude of each channel, then again without the channel's mean.
+
+    The second half does not see the rounding of a bias, which can hide a wrong weight beside a large mean.
+    """
+    rows = np.moveaxis(np.atleast_2d(np.where(finite, values, 0.0)), 1, 0)
+    rows = rows.reshape(len(rows), -1)
+    centred = rows - rows.mean(axis=1, keepdims=True) if rows.size else rows
+    return np.concatenate([np.abs(part).max(axis=1, initial=0.0) for part in (rows, centred)])
 
 
 def _force(folded: ModelProto, regions: set[str]) -> ModelProto:
