@@ -154,10 +154,11 @@ class DeviationSums:
 def deviation_sums(slab: Slab, *, dtype: torch.dtype) -> DeviationSums:
     """Sum in `dtype` within a block and in float64 over blocks; the slab is not empty.
 
-    A constant channel has deviations of exactly zero: the shift starts from an element.
+    A constant channel comes out as constant: a shift that is off by some last places leaves deviations that are all the
+    same small multiple of the last place, and these add up without rounding.
     """
     parts = blocks(slab.values)
-    shift = _shift(parts[0].to(dtype))
+    shift = parts[0].to(dtype).mean((0, 2), keepdim=True)
     total = torch.zeros(shift.shape[1], dtype=torch.float64, device=shift.device)
     squares = torch.zeros_like(total)
     buffer = torch.empty_like(parts[0], dtype=dtype)
@@ -166,12 +167,6 @@ def deviation_sums(slab: Slab, *, dtype: torch.dtype) -> DeviationSums:
         total += deviation.sum((0, 2))
         squares += deviation.square_().sum((0, 2))
     return DeviationSums(slab.count, shift.flatten().double(), total, squares)
-
-
-def _shift(values: Tensor) -> Tensor:
-    """About the mean of the values, exactly the value where a channel is constant; shape (1, C, 1)."""
-    first = values[:1, :, :1]
-    return first + (values - first).mean((0, 2), keepdim=True)
 
 
 def _subtract(values: Tensor, shift: Tensor, *, out: Tensor) -> Tensor:

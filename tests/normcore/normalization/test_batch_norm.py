@@ -192,7 +192,7 @@ def test_diagnostics_name_what_is_questionable() -> None:
     input[:, 1] *= 1e-4
     expected = {"constant_channels": 1, "eps_dominated_channels": 2}
     assert batch_norm(input, training=True).diagnostics() == expected
-    inferred = batch_norm(input[:2], torch.zeros(3), torch.tensor([0.0, 1e-7, 1.0]))
+    inferred = batch_norm(input[:2], torch.zeros(3), torch.tensor([0.0, 0.9e-5, 1.1e-5]))
     assert inferred.diagnostics() == {"eps_dominated_channels": 2}
 
 
