@@ -9,6 +9,7 @@ from service.api.errors import TABLE
 from service.api.schemas import Problem
 from service.codecs.media import CODECS
 
+_OWN = ("infer", "normalize_")
 _BINARY = {"type": "string", "format": "binary"}
 _KINDS = {"bool": "boolean", "int": "integer", "float": "number", "str": "string"}
 _PROBLEM = {"$ref": "#/components/schemas/Problem"}
@@ -47,6 +48,7 @@ def install(app: FastAPI) -> None:
                 schema["paths"].setdefault(path, {}).update(item)
             for item in schema["paths"].values():
                 for operation in item.values():
+                    _summarize(operation)
                     _describe_errors(operation)
             app.openapi_schema = schema
         return app.openapi_schema
@@ -161,6 +163,13 @@ def _infer(operation: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
             }
         },
     }
+
+
+def _summarize(operation: dict[str, Any]) -> None:
+    """The first line of a route's docstring says more than its function's name."""
+    description = operation.setdefault("description", operation["summary"])
+    if "operationId" in operation and not operation["operationId"].startswith(_OWN):
+        operation["summary"] = description.partition("\n")[0].rstrip(".")
 
 
 def _describe_errors(operation: dict[str, Any]) -> None:
