@@ -204,4 +204,7 @@ _FUNCTIONS: dict[str, Function] = {
     "Div": _elementwise(_divide),
 }
 
-__all__ = ["Shape", "Value", "evaluate", "tensor_value"]
+EVALUATED = frozenset(_FUNCTIONS) | {"Constant", "Shape", "Size"}
+"""Operators that `evaluate` knows."""
+
+__all__ = ["EVALUATED", "Shape", "Value", "evaluate", "tensor_value"]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import NodeProto
 
@@ -14,7 +15,7 @@ CHANNEL_AXIS = 1
 
 _OLDEST_OPSET = 7
 _TRAINING_MODE_OPSET = 14
-_DEFAULT_EPS = 1e-5
+_DEFAULT_EPS = float(np.float32(1e-5))  # attributes are float32, and so is the default that runtimes take
 _ROLES = ("scale", "bias", "mean", "variance")
 
 
