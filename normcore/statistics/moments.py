@@ -129,7 +129,10 @@ m2=tensor([26.], dtype=torch.float64))
 
 @dataclass(frozen=True, slots=True)
 class DeviationSums:
-    """Sums over a slab's channels of d and d^2, d = x - shift, with a shift near the mean; float64 of shape (C,)."""
+    """Sums over a slab's channels of d and d^2, d = x - shift, with a shift near the mean; tensors of shape (C,).
+
+    The shift has the datatype summed in, so that shift + offset is a mean of twice its digits; all else is float64.
+    """
 
     count: int
     shift: Tensor
@@ -148,25 +151,34 @@ class DeviationSums:
         return (self.squares - self.count * self.offset.square()).clamp_min(0.0)
 
     def moments(self) -> Moments:
-        return Moments(torch.full_like(self.shift, self.count), self.shift + self.offset, self.m2)
+        mean = self.shift.double() + self.offset
+        return Moments(torch.full_like(mean, self.count), mean, self.m2)
 
 
-def deviation_sums(slab: Slab, *, dtype: torch.dtype) -> DeviationSums:
+def deviation_sums(slab: Slab, *, dtype: torch.dtype, deviations: Tensor | None = None) -> DeviationSums:
     """Sum in `dtype` within a block and in float64 over blocks; the slab is not empty.
 
-    A constant channel comes out as constant: a shift that is off by some last places leaves deviations that are all the
-    same small multiple of the last place, and these add up without rounding.
+    The deviations x - shift are left in `deviations`, a tensor of the slab's shape and `dtype`, where it is given.
+    Those of a constant channel are exactly zero.
     """
     parts = blocks(slab.values)
-    shift = parts[0].to(dtype).mean((0, 2), keepdim=True)
+    shift = _shift(parts[0].to(dtype))
     total = torch.zeros(shift.shape[1], dtype=torch.float64, device=shift.device)
     squares = torch.zeros_like(total)
     buffer = torch.empty_like(parts[0], dtype=dtype)
-    for part in parts:
-        deviation = _subtract(part, shift, out=buffer[: part.shape[0], :, : part.shape[2]])
+    targets = [None] * len(parts) if deviations is None else blocks(deviations)
+    for part, target in zip(parts, targets, strict=True):
+        scratch = buffer[: part.shape[0], :, : part.shape[2]]
+        deviation = _subtract(part, shift, out=scratch if target is None else target)
         total += deviation.sum((0, 2))
-        squares += deviation.square_().sum((0, 2))
-    return DeviationSums(slab.count, shift.flatten().double(), total, squares)
+        squares += torch.mul(deviation, deviation, out=scratch).sum((0, 2))
+    return DeviationSums(slab.count, shift.flatten(), total, squares)
+
+
+def _shift(values: Tensor) -> Tensor:
+    """About the mean of the values, and exactly the value where a channel is constant; shape (1, C, 1)."""
+    first = values[:1, :, :1]
+    return first + (values - first).mean((0, 2), keepdim=True)
 
 
 def _subtract(values: Tensor, shift: Tensor, *, out: Tensor) -> Tensor:
