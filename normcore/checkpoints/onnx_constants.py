@@ -57,7 +57,7 @@ def evaluate(node: NodeProto, operands: Operands, shape: Shape | None, *, max_el
     try:
         with np.errstate(all="ignore"):
             return function(known, attributes, max_elements)
-    except (ValueError, IndexError, TypeError, OverflowError, ZeroDivisionError):
+    except (ValueError, LookupError, TypeError, ArithmeticError):
         return None  # an ill-formed constant is no constant: whoever runs the graph reports it
 
 

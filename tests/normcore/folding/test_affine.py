@@ -3,7 +3,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from normcore.errors import StatisticsError
 from normcore.folding.affine import affine_of
@@ -20,7 +19,7 @@ def test_equals_batch_norm() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16], ids=["fp16", "fp32", "bf16"])
 def test_computes_in_float64(dtype: type) -> None:
-    vector: NDArray[Any] = np.asarray([0.1, 3.0], dtype)
+    vector: np.ndarray[Any, Any] = np.asarray([0.1, 3.0], dtype)
     affine = affine_of(vector, vector, vector, vector, eps=1e-5)
     exact = vector.astype(np.float64)
     scale = exact / np.sqrt(exact + 1e-5)

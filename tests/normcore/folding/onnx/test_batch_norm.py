@@ -143,3 +143,10 @@ def test_keeps_float32_statistics_of_a_float16_network_exact() -> None:
     assert operators(folded) == ["Conv"]
     weight = np.frombuffer(folded.graph.initializer[0].raw_data, np.float16)
     np.testing.assert_array_equal(weight, np.full(12, 30.0, np.float16))
+
+
+def test_refuses_running_statistics_as_outputs() -> None:
+    net = Net()
+    norm = net.norm(net.op("Conv", "x", net.weight(4, 3, 1)), 4)
+    net.nodes[-1].output.extend(["running_mean", "running_var"])
+    assert "also gives running statistics" in refusal(net.model({"x": (2, 3, 5)}, norm))
