@@ -26,5 +26,5 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docker-test:
-	$(if $(DOCKER_SMOKE),$(DOCKER_SMOKE),./deploy/docker-test.sh)
+docker-test: $(VENV)/.installed
+	$(or $(DOCKER_SMOKE),./deploy/docker-test.sh) -- $(BIN)/python -m deploy.container_check 127.0.0.1:8000

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds and runs the container files on the engine that `docker` reaches: hardened, non-root, ready, SIGTERM ends with 0.
+# Builds and runs the container files on the engine that `docker` reaches: hardened, non-root, ready, SIGTERM ends with 0;
+# then runs COMMAND while the compose project is up. Usage: docker-test.sh [-- COMMAND ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 docker info >/dev/null || { echo "docker-test: no container engine; start one or set DOCKER_SMOKE" >&2; exit 1; }
@@ -14,4 +15,5 @@ docker exec "$name" python -m service.probe
 docker stop -t 20 "$name" >/dev/null
 [ "$(docker inspect -f '{{.State.ExitCode}}' "$name")" = 0 ]
 docker compose -p "$name" up -d --build --wait --wait-timeout 120
+if [ "${1:-}" = -- ]; then shift; "$@"; fi
 echo "docker-test: ok"
