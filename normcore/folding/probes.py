@@ -59,8 +59,8 @@ def read_inputs(model: ModelProto) -> tuple[InputInfo, ...]:
 def find_shapes(model: ModelProto, accept: Accept, *, seed: int) -> Shapes:
     """Small shapes that the graph accepts; free axes of different names get different sizes.
 
-    Sizes differ from each other and, where the graph allows it, from the network's own channel counts, so that two
-    axes cannot be taken for one another. When a graph refuses all of them, equal sizes are tried.
+    Sizes differ from each other and, where the graph allows it, from the channel counts of its batch normalizations, so
+    that two axes cannot be taken for one another. When a graph refuses all of them, equal sizes are tried.
 
     Args:
         model: the graph.
@@ -72,7 +72,7 @@ def find_shapes(model: ModelProto, accept: Accept, *, seed: int) -> Shapes:
     """
     inputs = read_inputs(model)
     reason = None
-    for shapes in itertools.islice(_candidates(inputs, _known_sizes(model.graph)), _MAX_ATTEMPTS):
+    for shapes in itertools.islice(_candidates(inputs, model.graph), _MAX_ATTEMPTS):
         reason = accept(make_probe(inputs, shapes, kind="random", seed=seed))
         if reason is None:
             return shapes
@@ -120,19 +120,29 @@ def _table_sizes(graph: GraphProto) -> dict[str, int]:
     }
 
 
-def _known_sizes(graph: GraphProto) -> frozenset[int]:
-    constants = [attribute.t for node in graph.node if node.op_type == "Constant" for attribute in node.attribute]
-    return frozenset(size for tensor in (*graph.initializer, *constants) for size in tensor.dims)
+def _constant_sizes(graph: GraphProto) -> dict[str, tuple[int, ...]]:
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            sizes.update((node.output[0], tuple(entry.t.dims)) for entry in node.attribute)
+    return sizes
+
+
+def _normalized_channels(graph: GraphProto) -> frozenset[int]:
+    sizes = _constant_sizes(graph)
+    norms = [node for node in graph.node if node.op_type == "BatchNormalization"]
+    return frozenset(size for node in norms for size in sizes.get(node.input[1], ()))
 
 
 def _fill(axes: tuple[int | str, ...], sizes: Sizes) -> tuple[int, ...]:
     return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
 
 
-def _candidates(inputs: tuple[InputInfo, ...], known: frozenset[int]) -> Iterator[Shapes]:
+def _candidates(inputs: tuple[InputInfo, ...], graph: GraphProto) -> Iterator[Shapes]:
     """Shapes worth a try, each once, the large ones left out unless the graph fixes them."""
+    known = sorted({size for sizes in _constant_sizes(graph).values() for size in sizes})
     seen = set()
-    for sizes in _assignments(inputs, known):
+    for sizes in _assignments(inputs, _normalized_channels(graph), known):
         shapes = {info.name: _fill(info.axes, sizes) for info in inputs}
         key = tuple(shapes.values())
         is_large = sizes and max(math.prod(shape) for shape in key) > _MAX_ELEMENTS
@@ -141,7 +151,7 @@ def _candidates(inputs: tuple[InputInfo, ...], known: frozenset[int]) -> Iterato
             yield shapes
 
 
-def _assignments(inputs: tuple[InputInfo, ...], known: frozenset[int]) -> Iterator[Sizes]:
+def _assignments(inputs: tuple[InputInfo, ...], channels: frozenset[int], known: list[int]) -> Iterator[Sizes]:
     names = list(dict.fromkeys(axis for info in inputs for axis in info.axes if isinstance(axis, str)))
     batches = [name for name in names if any(info.axes[0] == name for info in inputs if info.axes)]
     others = [name for name in names if name not in batches]
@@ -149,13 +159,13 @@ def _assignments(inputs: tuple[InputInfo, ...], known: frozenset[int]) -> Iterat
     if not names:
         yield {}
         return
-    for step, taken in itertools.product(_STEPS, (known | fixed, frozenset[int]())):
+    for step, taken in itertools.product(_STEPS, (channels | fixed, frozenset[int]())):
         sizes = dict(zip(others, _distinct(len(others), step, step, taken), strict=True))
         rows = _distinct(len(batches), _ROWS, 1, taken | set(sizes.values()))
         yield sizes | dict(zip(batches, rows, strict=True))
         for row in (*rows[:1], 1):
             yield sizes | dict.fromkeys(batches, row)
-    for size, row in itertools.product((*_EQUAL_SIZES, *sorted(known)), (_ROWS, 1)):
+    for size, row in itertools.product((*_EQUAL_SIZES, *known), (_ROWS, 1)):
         yield dict.fromkeys(others, size) | dict.fromkeys(batches, row)
 
 

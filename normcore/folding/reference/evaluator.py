@@ -84,11 +84,12 @@ class Reference:
         """
         start = time.monotonic()
         wanted = list(self._outputs if names is None else names)
-        left = Counter([*wanted, *(name for used in self._implicit for name in used)])
+        steps = self._steps(wanted)
+        left = Counter([*wanted, *(name for _, used in steps for name in used)])
         values: dict[str, Any] = {"": None, **self._constants}
         values.update({name: _as_double(array) for name, array in feeds.items()})
         with np.errstate(all="ignore"):
-            for node, used in zip(self._nodes, self._implicit, strict=True):
+            for node, used in steps:
                 if time.monotonic() > deadline:
                     raise DeadlineError("evaluation in float64", deadline_s=deadline - start)
                 values.update(zip(node.output, _evaluate(node, values), strict=False))
@@ -97,6 +98,16 @@ class Reference:
                     if not left[name] and name not in self._constants:
                         values[name] = None
         return {name: _as_double(np.asarray(values[name])) for name in wanted}
+
+    def _steps(self, wanted: Iterable[str]) -> list[tuple[OpRun, list[str]]]:
+        """The nodes that the wanted tensors depend on, in order, with the names that each reads."""
+        needed = set(wanted)
+        steps = []
+        for node, used in zip(reversed(self._nodes), reversed(self._implicit), strict=True):
+            if needed.intersection(node.output):
+                needed.update(used)
+                steps.append((node, used))
+        return steps[::-1]
 
 
 def _evaluate(node: OpRun, values: dict[str, Any]) -> tuple[Any, ...]:

@@ -44,11 +44,25 @@ def test_fixed_axes_are_kept() -> None:
     assert find({"x": (1, [1, 3, 640, 640])}) == {"x": (1, 3, 640, 640)}
 
 
-def test_sizes_differ_from_the_networks_own() -> None:
-    model = graph_of({"x": (1, ["n", "l", 64])})
-    model.graph.initializer.append(numpy_helper.from_array(np.zeros((64, 32)), "w"))
+@pytest.mark.parametrize("is_initializer", [True, False], ids=["initializer", "constant_node"])
+def test_sizes_differ_from_the_channels_of_normalizations(is_initializer: bool) -> None:
+    gamma = numpy_helper.from_array(np.zeros(32), "gamma")
+    nodes = [helper.make_node("BatchNormalization", ["x", "gamma", "b", "m", "v"], ["y"])]
+    if not is_initializer:
+        nodes.append(helper.make_node("Constant", [], ["gamma"], value=gamma))
+    model = graph_of({"x": (1, ["n", "l", 64])}, nodes)
+    if is_initializer:
+        model.graph.initializer.append(gamma)
     _, length, _ = probes.find_shapes(model, anything, seed=0)["x"]
     assert length not in (32, 64)
+
+
+def test_a_free_channel_axis_gets_a_size_of_the_weights() -> None:
+    model = graph_of({"x": (1, ["n", "c"])})
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((37, 5)), "w"))
+    accept = {37: None}
+    shapes = probes.find_shapes(model, lambda feeds: accept.get(feeds["x"].shape[1], "no"), seed=0)
+    assert shapes["x"][1] == 37
 
 
 ACCEPTED: dict[str, Any] = {
