@@ -163,16 +163,16 @@ def deviation_sums(slab: Slab, *, dtype: torch.dtype, deviations: Tensor | None 
     """
     parts = blocks(slab.values)
     shift = _shift(parts[0].to(dtype))
-    total = torch.zeros(shift.shape[1], dtype=torch.float64, device=shift.device)
-    squares = torch.zeros_like(total)
     buffer = torch.empty_like(parts[0], dtype=dtype)
     targets = [None] * len(parts) if deviations is None else blocks(deviations)
+    totals, squares = [], []
     for part, target in zip(parts, targets, strict=True):
         scratch = buffer[: part.shape[0], :, : part.shape[2]]
         deviation = _subtract(part, shift, out=scratch if target is None else target)
-        total += deviation.sum((0, 2))
-        squares += torch.mul(deviation, deviation, out=scratch).sum((0, 2))
-    return DeviationSums(slab.count, shift.flatten(), total, squares)
+        totals.append(deviation.sum((0, 2)))
+        squares.append(torch.mul(deviation, deviation, out=scratch).sum((0, 2)))
+    total, square = (torch.stack(sums).sum(0, dtype=torch.float64) for sums in (totals, squares))
+    return DeviationSums(slab.count, shift.flatten(), total, square)
 
 
 def _shift(values: Tensor) -> Tensor:
