@@ -133,12 +133,14 @@ def test_training_on_data_with_an_outlying_first_block_is_accurate(monkeypatch: 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [0.0, 7.0, 0.1, -1e-3, math.pi * 1e4])
 def test_constant_channel_gives_exactly_the_bias(value: float, dtype: torch.dtype) -> None:
-    input = torch.randn(7, 3, 11, 13, generator=torch.Generator().manual_seed(2)).to(dtype)
+    input = torch.randn(17, 3, 41, 43, generator=torch.Generator().manual_seed(2)).to(dtype)
     input[:, 1] = value
     bias = torch.tensor([0.3, 0.7, -0.1], dtype=dtype)
     for memory_format in FORMATS:
         result = batch_norm(input.to(memory_format=memory_format), None, None, torch.ones(3), bias, training=True)
-        assert torch.equal(result.output[:, 1], bias[1].expand(7, 11, 13))
+        assert torch.equal(result.output[:, 1], bias[1].expand(17, 41, 43))
+        unbiased = batch_norm(input.to(memory_format=memory_format), None, None, torch.full((3,), 1.7), training=True)
+        assert int(unbiased.output[:, 1].count_nonzero()) == 0
         assert result.diagnostics()["constant_channels"] == 1
 
 
