@@ -10,7 +10,6 @@ import onnx
 from onnx import ModelProto
 
 from normcore.checkpoints.onnx import GraphLimits, load_onnx
-from normcore.checkpoints.onnx_structure import bodies, walk_graphs
 from normcore.folding.onnx.graph import Graph
 from normcore.folding.onnx.rules import fold_normalizations
 from normcore.folding.report import Certificate, FoldReport, PlanEntry
@@ -88,7 +87,7 @@ def fold_checkpoint(
         if verify is not None and outputs:
             report_progress("verify", 3, total)
             certificate = certify(source, target, replace(verify, deadline_s=max(deadline - time.monotonic(), 0.0)))
-        doubted = _doubted(model, outputs, certificate)
+        doubted = _doubted(outputs, certificate)
         if not doubted:
             break
         withdrawn |= doubted
@@ -102,39 +101,20 @@ def fold_checkpoint(
     )
 
 
-def _doubted(model: ModelProto, outputs: Collection[str], certificate: Certificate | None) -> dict[str, str]:
-    """The folds to withdraw, with the reason: those that failed at their own region, else all of a wrong network.
-
-    An error travels downstream, so of the failing regions only those count that no other one feeds.
-    """
+def _doubted(outputs: Collection[str], certificate: Certificate | None) -> dict[str, str]:
+    """The folds to withdraw, with the reason: those that failed at their own region, else all of a wrong network."""
     if certificate is None:
         return {}
-    regions = {region.output: region for region in certificate.regions if region.output in outputs}
-    failed = {name for name, region in regions.items() if not region.equivalent}
+    failed = [region for region in certificate.regions if region.output in outputs and not region.equivalent]
     if failed:
         return {
-            name: f"its proof failed: the result differs by {regions[name].error:.3g} where the largest value is "
-            f"{regions[name].scale:.3g}"
-            for name in _first_of(model, failed)
+            region.output: f"its proof failed: the result differs by {region.error:.3g} where the largest value is "
+            f"{region.scale:.3g}"
+            for region in failed
         }
     if certificate.verdict == "different":
         return dict.fromkeys(outputs, f"the proof of the whole network failed: {certificate.sentence}")
     return {}
-
-
-def _first_of(model: ModelProto, names: Collection[str]) -> list[str]:
-    """Those of the named tensors that do not depend on another one of them."""
-    reached: set[str] = set()
-    first = []
-    for node in model.graph.node:
-        inner = [nested for body in bodies(node) for graph, _ in walk_graphs(body) for nested in graph.node]
-        depends = any(name in reached for reader in (node, *inner) for name in reader.input)
-        own = [name for name in node.output if name in names]
-        if own and not depends:
-            first.extend(own)
-        if own or depends:
-            reached.update(node.output)
-    return first
 
 
 def _mark(entry: PlanEntry, withdrawn: Mapping[str, str]) -> PlanEntry:

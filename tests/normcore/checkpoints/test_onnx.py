@@ -99,6 +99,12 @@ def in_branch(*nodes: NodeProto, constants: tuple[TensorProto, ...] = ()) -> Mod
     return branches(helper.make_graph(list(nodes), "body", [], [inner], list(constants)))
 
 
+def listing(weight: TensorProto) -> ModelProto:
+    node = helper.make_node("Relu", ["x"], ["y"])
+    node.attribute.add(name="values", type=onnx.AttributeProto.TENSORS).tensors.append(weight)
+    return model_of([node])
+
+
 def sparse_model() -> ModelProto:
     model = model_of([helper.make_node("Add", ["x", "w"], ["y"])])
     sparse = helper.make_sparse_tensor(external(), tensor(np.zeros(1, np.int64), "indices"), [4])
@@ -118,6 +124,7 @@ def sparse_model() -> ModelProto:
         pytest.param(
             lambda: in_branch(helper.make_node("Constant", [], ["inner"], value=external())), id="subgraph-attribute"
         ),
+        pytest.param(lambda: listing(external()), id="attribute-list"),
         pytest.param(sparse_model, id="sparse"),
     ],
 )
@@ -384,6 +391,18 @@ def test_refuses_expansion_by_captured_shape(tmp_path: Path) -> None:
     )
     model.graph.initializer.append(int64(2**20, 2**20))
     assert "at most 1073741824 are accepted" in refusal(model, tmp_path)
+
+
+def test_does_not_believe_sizes_that_a_subgraph_claims(tmp_path: Path) -> None:
+    body = helper.make_graph(
+        [helper.make_node("ConstantOfShape", ["s"], ["t"]), helper.make_node("ReduceSum", ["t"], ["inner"])],
+        "body",
+        [],
+        [helper.make_tensor_value_info("inner", FLOAT, ("a", "b"))],
+        [int64(2**20, 2**20)],
+        value_info=[helper.make_tensor_value_info("t", FLOAT, (1, 1))],
+    )
+    assert "at most 1073741824 are accepted" in refusal(branches(body), tmp_path)
 
 
 def test_refuses_large_sparse_tensor(tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ def test_writes_unproven_on_request(tmp_path: Path) -> None:
 def test_copies_file_where_nothing_folds(tmp_path: Path) -> None:
     net = Net()
     source = write(net.model({"x": (2, 3, 9)}, net.norm(net.op("Relu", "x"), 3)), tmp_path)
+    source.write_bytes(source.read_bytes() + b"\x12\x01z")  # a producer's name, where no serializer would put it
     target = tmp_path / "folded.onnx"
     report = fold_checkpoint(source, target, limits=LIMITS, verify=VERIFY)
     assert target.read_bytes() == source.read_bytes()
@@ -177,7 +178,7 @@ class WrongRule(ConvTransposeRule):
 
 
 def test_withdraws_only_the_fold_that_fails_its_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What follows the wrong fold differs too, but only because of it."""
+    """What follows the wrong fold differs too, but only because of it: every region is compared by itself."""
     monkeypatch.setitem(RULES, "ConvTranspose", WrongRule())
     target = tmp_path / "folded.onnx"
     report = fold_checkpoint(write(two_layers(), tmp_path), target, limits=LIMITS, verify=VERIFY)
@@ -191,6 +192,30 @@ def test_withdraws_only_the_fold_that_fails_its_proof(tmp_path: Path, monkeypatc
     assert report.certificate is not None
     assert report.certificate.verdict == "equivalent"
     assert operators(load_onnx(target)) == ["Conv", "Relu", "ConvTranspose", "BatchNormalization", "Conv"]
+
+
+class TamperingRule(ConvTransposeRule):
+    """A rule that changes what is none of its business."""
+
+    def rewrite(self, graph: Graph, region: Region, replacement: Replacement) -> None:
+        super().rewrite(graph, region, replacement)
+        for _, node in graph.nodes():
+            if node.op_type == "Relu":
+                node.op_type = "Abs"
+
+
+def test_withdraws_all_when_the_difference_is_in_no_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "ConvTranspose", TamperingRule())
+    net = Net()
+    normalized = net.norm(net.op("ConvTranspose", "x", net.weight(3, 4, 3)), 4)
+    source, target = (
+        write(net.model({"x": ("N", 3, 9)}, net.op("Relu", normalized)), tmp_path),
+        tmp_path / "folded.onnx",
+    )
+    report = fold_checkpoint(source, target, limits=LIMITS, verify=VERIFY)
+    assert target.read_bytes() == source.read_bytes()
+    assert report.entries[0].status == "withdrawn"
+    assert "the proof of the whole network failed" in (report.entries[0].reason or "")
 
 
 def test_returns_source_when_every_fold_is_withdrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,8 +35,9 @@ def test_refuses_listed_statistics_below_opset_14() -> None:
     assert not np.allclose(evaluate(listed, x=x)[0], evaluate(plain, x=x)[0], atol=0.1)
 
 
-def test_folds_opset_7() -> None:
-    net = Net(opset=7)
+@pytest.mark.parametrize("opset", [7, 8, 9, 13, 14, 15, 21, 23])
+def test_folds_every_form_since_opset_7(opset: int) -> None:
+    net = Net(opset=opset)
     model = net.model({"x": (2, 3, 5)}, net.norm(net.op("Conv", "x", net.weight(4, 3, 1)), 4, momentum=0.5))
     folded, _ = fold_and_compare(model, x=noise(2, 3, 5))
     assert operators(folded) == ["Conv"]

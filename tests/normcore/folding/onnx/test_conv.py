@@ -55,7 +55,9 @@ def test_folds_addition_of_a_constant_per_channel(shape: tuple[int, ...], swappe
     assert entry.pattern == "Conv -> Add -> BatchNormalization"
 
 
-@pytest.mark.parametrize("shape", [(7,), (7, 1), (1, 1, 7), (7, 7, 7), (1, 1, 7, 1, 1), (2, 7, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(7,), (7, 1), (1, 1, 7), (7, 7, 7), (1, 1, 7, 1, 1), (1, 7, 1, 1, 1), (2, 7, 1, 1)], ids=str
+)
 def test_refuses_addition_over_another_axis(shape: tuple[int, ...]) -> None:
     net = Net()
     convolved = net.op("Conv", "x", net.weight(7, 3, 3, 3), pads=[1, 1, 1, 1])
@@ -68,6 +70,12 @@ def test_refuses_addition_that_widens_one_channel() -> None:
     convolved = net.op("Conv", "x", net.weight(1, 3, 3, 3))
     model = net.model({"x": (2, 3, 7, 7)}, net.norm(net.op("Add", convolved, net.weight(4, 1, 1)), 4))
     assert "normalizes 4 channels" in refusal(model)
+
+
+def test_refuses_addition_that_does_not_fit() -> None:
+    net = Net()
+    added = net.op("Add", net.op("Conv", "x", net.weight(4, 3, 3, 3)), net.weight(5, 1, 1))
+    assert "constant of shape (5, 1, 1)" in refusal(net.model({"x": (2, 3, 7, 7)}, net.norm(added, 4)))
 
 
 def test_refuses_sum_of_two_computed_tensors() -> None:

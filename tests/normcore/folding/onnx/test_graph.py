@@ -132,6 +132,14 @@ def test_keeps_names_of_private_weights() -> None:
     assert list(folded.graph.node[0].output) == ["features"]
 
 
+def test_clones_weight_that_is_an_output() -> None:
+    net = Net()
+    weight = net.weight(3, 3, 1)
+    model = net.model({"x": (2, 3, 5)}, net.norm(net.op("Conv", "x", weight), 3), weight)
+    folded, _ = fold_and_compare(model, x=noise(2, 3, 5))
+    assert operators(folded) == ["Conv"]
+
+
 def test_finds_free_name_for_new_bias() -> None:
     net = Net()
     weight, taken = net.constant(noise(4, 3, 1), "layer.weight"), net.constant(noise(4, 1), "layer.bias")
