@@ -1,6 +1,8 @@
 """Checks of arguments; each error names the argument, what was expected and what came."""
 
 import math
+import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch import Tensor
 from normcore.errors import DtypeError, ParameterError, ShapeError, StatisticsError
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = re.compile(r"\s*[+-]?[0-9]{1,18}\s*(,\s*[+-]?[0-9]{1,18}\s*)*")
 
 
 def check_floating(argument: str, tensor: Tensor) -> None:
@@ -32,12 +35,35 @@ def check_axis(argument: str, axis: int, *, rank: int) -> int:
     return axis % rank
 
 
+def check_integers(argument: str, value: str | Sequence[int]) -> tuple[int, ...]:
+    """The integers of a text such as "2,3", which is how a list travels among scalar parameters, or of a sequence."""
+    if isinstance(value, str):
+        if _INTEGERS.fullmatch(value):
+            return tuple(int(part) for part in value.split(","))
+    elif isinstance(value, list | tuple) and value and all(type(part) is int for part in value):
+        return tuple(value)
+    raise ParameterError(argument, expected='integers with commas between them, such as "2,3"', received=repr(value))
+
+
+def check_axes(argument: str, value: str | Sequence[int], *, rank: int) -> tuple[int, ...]:
+    """Different axes in ascending order, counted from the front."""
+    axes = sorted(check_axis(argument, axis, rank=rank) for axis in check_integers(argument, value))
+    if len(set(axes)) < len(axes):
+        raise ParameterError(argument, expected=f"different axes for an input of rank {rank}", received=repr(value))
+    return tuple(axes)
+
+
+def check_shape(argument: str, tensor: Tensor, shape: Sequence[int], *, meaning: str) -> None:
+    """Refuse what is not a floating tensor of one shape, whose meaning the message gives."""
+    check_floating(argument, tensor)
+    if tuple(tensor.shape) != tuple(shape):
+        expected = f"shape {tuple(shape)}, {meaning}"
+        raise ShapeError(argument, expected=expected, received=f"shape {tuple(tensor.shape)}")
+
+
 def check_per_channel(argument: str, tensor: Tensor, *, num_features: int) -> None:
     """Refuse what is not one floating value per channel."""
-    check_floating(argument, tensor)
-    if tuple(tensor.shape) != (num_features,):
-        expected = f"shape ({num_features},), one value per channel of the input"
-        raise ShapeError(argument, expected=expected, received=f"shape {tuple(tensor.shape)}")
+    check_shape(argument, tensor, (num_features,), meaning="one value per channel of the input")
 
 
 def check_eps(argument: str, eps: float, *, is_zero_allowed: bool) -> None:

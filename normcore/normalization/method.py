@@ -65,6 +65,8 @@ class Parameter:
     def check(self, value: ParameterValue) -> ParameterValue:
         """The value in the parameter's own type: an integer serves as a float, a bool never as a number.
 
+        A number whose text is among the choices stands for that choice.
+
         Raises:
             ParameterError: another type, a number out of bounds or not finite, or none of the choices.
         """
@@ -72,6 +74,8 @@ class Parameter:
             if self.is_nullable:
                 return None
             raise self._refusal(value)
+        if not isinstance(value, bool | str):
+            value = next((choice for choice in self.choices if _is_text_of(value, choice)), value)
         if isinstance(value, bool | str):
             is_expected = self.kind == type(value).__name__ and (not self.choices or value in self.choices)
         else:
@@ -208,3 +212,7 @@ class Method:
                 expected = f"outputs that apply to this call ({', '.join(applicable)})"
                 raise ParameterError("outputs", expected=expected, received=f"{output.name!r}: {output.description}")
         return MethodResult({name: applicable[name] for name in applicable if name in outputs}, result.diagnostics())
+
+
+def _is_text_of(number: float, text: str) -> bool:
+    return (text == "inf" or _NUMBER.fullmatch(text) is not None) and float(text) == number

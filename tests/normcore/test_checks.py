@@ -34,7 +34,38 @@ def test_checks_take_the_bounds() -> None:
     checks.check_batch_count("num_batches_tracked", torch.tensor(0))
 
 
+@pytest.mark.parametrize("value", ["2,3", " +2 , 3", [2, 3], (2, 3)], ids=repr)
+def test_check_integers_reads_texts_and_sequences(value: str | list[int]) -> None:
+    assert checks.check_integers("axes", value) == (2, 3)
+    assert checks.check_axes("axes", value, rank=4) == (2, 3)
+
+
+def test_check_axes_sorts_them_from_the_front() -> None:
+    assert checks.check_axes("axes", "-1,0,2", rank=4) == (0, 2, 3)
+
+
 REFUSALS: dict[str, tuple[Callable[[], object], type[ArgumentError], str]] = {
+    "no integers": (
+        lambda: checks.check_integers("axes", ""),
+        ParameterError,
+        """axes: expected integers with commas between them, such as "2,3", received ''""",
+    ),
+    "empty list of integers": (lambda: checks.check_integers("axes", []), ParameterError, "axes"),
+    "text that is no integer": (lambda: checks.check_integers("axes", "1,2.0"), ParameterError, "'1,2.0'"),
+    "trailing comma": (lambda: checks.check_integers("axes", "1,"), ParameterError, "axes"),
+    "endless integer": (lambda: checks.check_integers("axes", "1" * 5000), ParameterError, "axes"),
+    "bools for integers": (lambda: checks.check_integers("axes", [True, 1]), ParameterError, r"\[True, 1\]"),
+    "an axis twice": (
+        lambda: checks.check_axes("axes", "1,-1", rank=2),
+        ParameterError,
+        "axes: expected different axes for an input of rank 2, received '1,-1'",
+    ),
+    "an axis too many": (lambda: checks.check_axes("axes", "0,2", rank=2), ParameterError, "axes: .* received 2"),
+    "another shape": (
+        lambda: checks.check_shape("grad_output", torch.zeros(3), (2, 3), meaning="that of the output"),
+        ShapeError,
+        r"grad_output: expected shape \(2, 3\), that of the output, received shape \(3,\)",
+    ),
     "integer input": (
         lambda: checks.check_floating("input", torch.zeros(1, dtype=torch.int32)),
         DtypeError,

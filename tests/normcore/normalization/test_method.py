@@ -12,6 +12,7 @@ from normcore.normalization import METHODS, Method, Parameter, ParameterValue
 
 BATCH_NORM = METHODS["batch_norm"]
 PARAMETERS = {parameter.name: parameter for parameter in BATCH_NORM.parameters}
+ORDER = Parameter("p", "str", "2", "", choices=("1", "2", "inf"))
 WHOLE = Parameter("size", "int", 5, "", minimum=1, maximum=9)
 POSITIVE = Parameter("alpha", "float", 1.0, "", minimum=0.0, exclusive_minimum=True)
 
@@ -77,6 +78,10 @@ def test_parse_refuses(parameter: Parameter, text: str, message: str) -> None:
         (PARAMETERS["momentum"], None, None),
         (PARAMETERS["training"], True, True),
         (PARAMETERS["channel_axis"], -2, -2),
+        (ORDER, 2, "2"),
+        (ORDER, 1.0, "1"),
+        (ORDER, math.inf, "inf"),
+        (ORDER, "inf", "inf"),
         (PARAMETERS["convention"], "onnx", "onnx"),
     ],
 )
@@ -86,6 +91,12 @@ def test_check_gives_the_value_in_its_own_type(
     checked = parameter.check(value)
     assert checked == expected
     assert type(checked) is type(expected)
+
+
+@pytest.mark.parametrize("value", [3, 1.5, True, math.nan, -math.inf, 10**400, "2.0"])
+def test_check_refuses_a_number_that_is_no_choice(value: ParameterValue) -> None:
+    with pytest.raises(ParameterError, match="p: expected one of 1, 2, inf"):
+        ORDER.check(value)
 
 
 @pytest.mark.parametrize(
