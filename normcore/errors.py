@@ -8,6 +8,7 @@ NormcoreError (a ValueError)
 │   └── StatisticsError  running or batch statistics that cannot be used
 ├── CheckpointError      a file that is not a usable checkpoint
 ├── FoldError            an explicit fold option that cannot be honoured
+├── NotSupportedError    a sound request that normcore has no implementation of
 └── DeadlineError        a run that did not end in time
 """
 
@@ -48,6 +49,10 @@ class CheckpointError(NormcoreError):
 
 class FoldError(NormcoreError):
     """An explicit option of a fold that cannot be honoured."""
+
+
+class NotSupportedError(NormcoreError):
+    """A request that makes sense and that normcore has no implementation of; the message says what to do instead."""
 
 
 class DeadlineError(NormcoreError):
