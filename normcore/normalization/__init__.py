@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from normcore.normalization.batch_norm import BATCH_NORM, BatchNormResult, batch_norm
+from normcore.normalization.lp_norm import LP_NORM, LpNormResult, lp_norm
 from normcore.normalization.method import (
     JSON,
     Method,
@@ -14,12 +15,21 @@ from normcore.normalization.method import (
     TensorArgument,
 )
 
-METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in (BATCH_NORM,)})
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        method.name: method
+        for method in (
+            BATCH_NORM,
+            LP_NORM,
+        )
+    }
+)
 
 __all__ = [
     "JSON",
     "METHODS",
     "BatchNormResult",
+    "LpNormResult",
     "Method",
     "MethodResult",
     "Output",
@@ -27,4 +37,5 @@ __all__ = [
     "ParameterValue",
     "TensorArgument",
     "batch_norm",
+    "lp_norm",
 ]

@@ -1,23 +1,33 @@
 """The ONNX standard's own node tests."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
-from normcore.normalization import batch_norm
+from normcore.normalization import batch_norm, lp_norm
 
-CASES = [
-    "test_batchnorm_example",
-    "test_batchnorm_epsilon",
-    "test_batchnorm_example_training_mode",
-    "test_batchnorm_epsilon_training_mode",
-]
-Array = NDArray[Any]
+CASES = {
+    "BatchNormalization": [
+        "test_batchnorm_example",
+        "test_batchnorm_epsilon",
+        "test_batchnorm_example_training_mode",
+        "test_batchnorm_epsilon_training_mode",
+    ],
+    "LpNormalization": [
+        "test_l1normalization_axis_0",
+        "test_l1normalization_axis_1",
+        "test_l1normalization_axis_last",
+        "test_l2normalization_axis_0",
+        "test_l2normalization_axis_1",
+        "test_lpnormalization_default",
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +43,43 @@ def cases() -> dict[str, Any]:
         return {case.name: case for case in collect_testcases()}
 
 
-def _run(attributes: dict[str, Any], inputs: list[Array]) -> list[Array]:
-    values, scale, bias, mean, var = (torch.from_numpy(array) for array in inputs)
+def _batch_norm(
+    values: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor, attributes: dict[str, Any]
+) -> list[Tensor | None]:
     training = bool(attributes.get("training_mode", 0))
     eps, momentum = attributes.get("epsilon", 1e-5), attributes.get("momentum", "default")
     result = batch_norm(
         values, mean, var, scale, bias, training=training, eps=eps, momentum=momentum, convention="onnx"
     )
-    outputs = [result.output, result.running_mean, result.running_var]
-    return [output.numpy() for output in outputs if output is not None]
+    return [result.output, result.running_mean, result.running_var]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_batch_norm_passes_the_onnx_node_test(name: str, cases: dict[str, Any]) -> None:
+def _lp_norm(values: Tensor, attributes: dict[str, Any]) -> list[Tensor | None]:
+    return [lp_norm(values, p=attributes.get("p", 2), axis=attributes.get("axis", -1)).output]
+
+
+RUN: dict[str, Callable[..., list[Tensor | None]]] = {
+    "BatchNormalization": _batch_norm,
+    "LpNormalization": _lp_norm,
+}
+
+
+@pytest.mark.parametrize("name", [name for names in CASES.values() for name in names])
+def test_method_passes_the_onnx_node_test(name: str, cases: dict[str, Any]) -> None:
     case = cases[name]
     (node,) = case.model.graph.node
     attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     inputs, expected = case.data_sets[0]
-    outputs = _run(attributes, inputs)
+    results = RUN[node.op_type](*(torch.from_numpy(array) for array in inputs), attributes)
+    outputs = [result.numpy() for result in results if result is not None]
     assert len(outputs) == len(expected)
     for output, reference in zip(outputs, expected, strict=True):
         assert output.dtype == reference.dtype
         np.testing.assert_allclose(output, reference, rtol=case.rtol, atol=case.atol)
+
+
+@pytest.mark.parametrize("operator", CASES)
+def test_no_node_test_of_an_operator_is_left_out(operator: str, cases: dict[str, Any]) -> None:
+    graphs = {name: case.model.graph for name, case in cases.items() if case.model is not None}
+    own = [name for name, graph in graphs.items() if [node.op_type for node in graph.node] == [operator]]
+    assert sorted(own) == sorted(CASES[operator])

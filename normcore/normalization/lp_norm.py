@@ -1,0 +1,122 @@
+"""Lp normalization: every vector along an axis divided by its norm."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from normcore._checks import check_axis, check_eps, check_floating, check_rank, check_shape
+from normcore.errors import ParameterError
+from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
+from normcore.normalization.vector_norm import vector_norm
+
+_ORDERS = ("1", "2", "inf")
+
+
+@dataclass(frozen=True, slots=True)
+class LpNormResult:
+    """Outputs of Lp normalization; None for what does not apply.
+
+    Attributes:
+        output: the input's shape and datatype.
+        norm: norms of the vectors, without gradient; the input's shape with 1 along the axis.
+        grad_input: gradient of the input, where grad_output was given.
+        eps: the bound that was put below the norms.
+    """
+
+    output: Tensor
+    norm: Tensor
+    grad_input: Tensor | None = None
+    eps: float = 0.0
+
+    def diagnostics(self) -> dict[str, JSON]:
+        """What makes the result questionable: numbers of vectors."""
+        flags = {
+            "zero_vectors": self.norm == 0,
+            "eps_dominated_vectors": (self.norm < self.eps) & (self.norm > 0),
+            "non_finite_norms": ~self.norm.isfinite(),
+        }
+        counts = {name: int(flag.sum()) for name, flag in flags.items()}
+        return {name: count for name, count in counts.items() if count}
+
+
+def lp_norm(
+    input: Tensor,
+    grad_output: Tensor | None = None,
+    *,
+    p: str | float = "2",
+    axis: int = -1,
+    eps: float = 0.0,
+) -> LpNormResult:
+    """Lp normalization along one axis.
+
+    y = x / max(||x||_p, eps), and 0 where x is a vector of zeros
+    dx = (dy - <dy, y> sign(x) |y|^(p - 1)) / ||x||_p;  dy / eps where ||x||_p < eps, and 0 where x is zero
+
+    Vectors are scaled by a power of two where their norm would overflow or underflow, so that every finite vector that
+    is not zero comes out with norm 1. Sums and quotients are float32 (float64 inputs: float64), rounded once to the
+    input's datatype. No argument is changed. The output is differentiable in the input, to every order.
+
+    torch.nn.functional.normalize has axis 1 and eps 1e-12 by default; ONNX LpNormalization has axis -1 and no eps.
+
+    Args:
+        input: (*), at least one dimension; float16, bfloat16, float32 or float64; it may be empty.
+        grad_output: gradient of the output, of the input's shape; gives grad_input.
+        p: 1, 2 or infinity, as a number or as text ("inf").
+        axis: axis of the vectors, from the back where negative.
+        eps: >= 0.
+
+    Returns:
+        Output, norms (float64 for a float64 input, else float32) and, with grad_output, the input's gradient.
+
+    Raises:
+        DtypeError: a tensor that is not floating.
+        ShapeError: an input without dimensions, or a grad_output that is not of its shape.
+        ParameterError: p, axis or eps out of bounds.
+
+    >>> lp_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).output
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+    check_floating("input", input)
+    check_rank("input", input, minimum=1)
+    axes = (check_axis("axis", axis, rank=input.ndim),)
+    check_eps("eps", eps, is_zero_allowed=True)
+    order = _order(p)
+    norm = vector_norm(input, p=order, axes=axes)
+    divisor = norm.at_least(eps)
+    grad_input = None
+    if grad_output is not None:
+        check_shape("grad_output", grad_output, input.shape, meaning="that of the input")
+        grad_input = divisor.gradient(grad_output, input, p=order, axes=axes).to(input.dtype)
+    return LpNormResult(divisor.divide(input).to(input.dtype), norm.value, grad_input, eps)
+
+
+def _order(p: str | float) -> float:
+    for order in _ORDERS:
+        # A bool equals a number.
+        if not isinstance(p, bool) and p in (order, float(order)):
+            return float(order)
+    raise ParameterError("p", expected=f"one of {', '.join(_ORDERS)}", received=repr(p))
+
+
+LP_NORM = Method(
+    name="lp_norm",
+    summary="Divide every vector along an axis by its norm.",
+    formula="y = x / max(||x||_p, eps), 0 for a vector of zeros",
+    source="ONNX LpNormalization-22; torch.nn.functional.normalize",
+    tensors=(
+        TensorArgument("input", "values to normalize", "(*)", is_required=True),
+        TensorArgument("grad_output", "gradient of the output; gives grad_input", "(*), as the input"),
+    ),
+    parameters=(
+        Parameter("p", "str", "2", "Order of the norm.", choices=_ORDERS),
+        Parameter("axis", "int", -1, "Axis of the vectors; a negative one counts from the back."),
+        Parameter("eps", "float", 0.0, "The least that is divided by; torch has 1e-12.", minimum=0.0),
+    ),
+    outputs=(
+        Output("output", "(*), as the input", "normalized values, in the input's datatype"),
+        Output("norm", "(*), 1 along the axis", "norms of the vectors"),
+        Output("grad_input", "(*), as the input", "gradient of the input; only with grad_output"),
+    ),
+    function=lp_norm,
+)
