@@ -73,6 +73,7 @@ def lp_norm(
         ShapeError: an input without dimensions, or a grad_output that is not of its shape.
         ParameterError: p, axis or eps out of bounds.
 
+    >>> import torch
     >>> lp_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).output
     tensor([[0.6000, 0.8000],
             [0.0000, 0.0000]])

@@ -63,10 +63,12 @@ def vector_norm(values: Tensor, *, p: float, axes: tuple[int, ...]) -> VectorNor
     dtype = accumulation_dtype(values.dtype)
     values = values.to(dtype)
     norm = VectorNorm(_norm(values, p=p, axes=axes))
+    if math.isinf(p) or values.numel() == 0:
+        return norm
     # Squares of what lies within these bounds stay clear of the datatype's own. Comparisons with NaN are false.
     limit = torch.finfo(dtype).max ** 0.4
     is_safe = (norm.scaled > 1 / limit) & (norm.scaled < limit)
-    if math.isinf(p) or bool(is_safe.all()):
+    if bool(is_safe.all()):
         return norm
     scale = _powers_of_two(values.detach().abs().amax(axes, keepdim=True))
     return replace(norm, scaled=_norm(values / scale, p=p, axes=axes), scale=scale)

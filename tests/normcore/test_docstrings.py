@@ -7,6 +7,7 @@ import pytest
 
 MODULES = [
     "normcore.normalization.batch_norm",
+    "normcore.normalization.lp_norm",
     "normcore.normalization.method",
     "normcore.statistics.moments",
     "normcore.statistics.running",
