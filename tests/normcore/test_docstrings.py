@@ -7,8 +7,12 @@ import pytest
 
 MODULES = [
     "normcore.normalization.batch_norm",
+    "normcore.normalization.inverse_root",
+    "normcore.normalization.local_response_norm",
     "normcore.normalization.lp_norm",
     "normcore.normalization.method",
+    "normcore.normalization.whitening",
+    "normcore.statistics.covariance",
     "normcore.statistics.moments",
     "normcore.statistics.running",
 ]
