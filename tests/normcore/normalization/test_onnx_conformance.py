@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from normcore.normalization import batch_norm, lp_norm
+from normcore.normalization import batch_norm, local_response_norm, lp_norm
 
 CASES = {
     "BatchNormalization": [
@@ -19,6 +19,7 @@ CASES = {
         "test_batchnorm_example_training_mode",
         "test_batchnorm_epsilon_training_mode",
     ],
+    "LRN": ["test_lrn", "test_lrn_default"],
     "LpNormalization": [
         "test_l1normalization_axis_0",
         "test_l1normalization_axis_1",
@@ -54,12 +55,19 @@ def _batch_norm(
     return [result.output, result.running_mean, result.running_var]
 
 
+def _local_response_norm(values: Tensor, attributes: dict[str, Any]) -> list[Tensor | None]:
+    names = {"size": "size", "alpha": "alpha", "beta": "beta", "bias": "k"}
+    options = {names[name]: value for name, value in attributes.items()}
+    return [local_response_norm(values, window="onnx", **options).output]
+
+
 def _lp_norm(values: Tensor, attributes: dict[str, Any]) -> list[Tensor | None]:
     return [lp_norm(values, p=attributes.get("p", 2), axis=attributes.get("axis", -1)).output]
 
 
 RUN: dict[str, Callable[..., list[Tensor | None]]] = {
     "BatchNormalization": _batch_norm,
+    "LRN": _local_response_norm,
     "LpNormalization": _lp_norm,
 }
 

@@ -1,0 +1,237 @@
+"""Local response normalization: every value divided by the energy of the channels around it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normcore._checks import check_floating, check_rank, check_shape
+from normcore._precision import accumulation_dtype
+from normcore._slab import Slab, blocks
+from normcore.normalization.method import JSON, Method, Output, Parameter, ParameterValue, TensorArgument
+
+_WINDOWS = ("torch", "onnx")
+# Below this k, float32 squares vanish where float32 values do not, and the division would see it.
+_LEAST_FLOAT32_K = 1e-20
+
+
+@dataclass(frozen=True, slots=True)
+class LocalResponseNormResult:
+    """Outputs of local response normalization; None for what does not apply.
+
+    Attributes:
+        output: the input's shape, datatype and memory format.
+        grad_input: gradient of the input, where grad_output was given.
+    """
+
+    output: Tensor
+    grad_input: Tensor | None = None
+
+    def diagnostics(self) -> dict[str, JSON]:
+        """What makes the result questionable: the number of values that are not finite."""
+        # A sum is much cheaper than the count, and finite only where all values are.
+        if bool(self.output.detach().sum(dtype=accumulation_dtype(self.output.dtype)).isfinite()):
+            return {}
+        count = int((~self.output.isfinite()).sum())
+        return {"non_finite_values": count} if count else {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Response:
+    """The function of one call: the window reaches `before` channels back and `after` forth."""
+
+    before: int
+    after: int
+    scale: float
+    beta: float
+    k: float
+
+    def divisor(self, values: Tensor) -> Tensor:
+        """D = k + scale * sum over the window of x^2; values of shape (outer, channels, inner)."""
+        sums = _window_sums(values.square(), before=self.before, after=self.after)
+        return sums.mul_(self.scale).add_(self.k)
+
+    def output(self, values: Tensor, divisor: Tensor) -> Tensor:
+        return values * self._power(divisor)
+
+    def gradient(self, values: Tensor, grad_output: Tensor, divisor: Tensor) -> Tensor:
+        """The adjoint: a channel is reached by those that it reaches, so the window is mirrored."""
+        power = self._power(divisor)
+        terms = grad_output * values * power / self._positive(divisor)
+        sums = _window_sums(terms, before=self.after, after=self.before)
+        return grad_output * power - values * sums * (2 * self.scale * self.beta)
+
+    def _power(self, divisor: Tensor) -> Tensor:
+        """D^-beta; 0 where D is 0, and so are the values."""
+        positive = self._positive(divisor)
+        if self.beta == 0.75:
+            # Two roots cost a fifth of a power, and are as exact.
+            root = positive.rsqrt()
+            power = root * root.sqrt()
+        else:
+            power = positive.pow(-self.beta)
+        return power if self.k > 0 else power.masked_fill(divisor == 0, 0.0)
+
+    def _positive(self, divisor: Tensor) -> Tensor:
+        return divisor if self.k > 0 else divisor.masked_fill(divisor == 0, 1.0)
+
+
+def local_response_norm(
+    input: Tensor,
+    grad_output: Tensor | None = None,
+    *,
+    size: int = 5,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    window: str = "torch",
+) -> LocalResponseNormResult:
+    """Local response normalization over windows of neighbouring channels.
+
+    D_c = k + alpha / size * sum(x_j^2 for j in the window of c),  y = x * D^-beta
+    dx = dy * D^-beta - 2 alpha beta / size * x * sum(dy_j x_j D_j^(-beta - 1) for all j whose window has c)
+
+    The window of c runs from c - size // 2 to c + (size - 1) // 2 (torch), or from c - (size - 1) // 2 to c + size // 2
+    (onnx): the same for an odd size, mirrored for an even one. Beyond the first and the last channel there are zeros,
+    and the sum is always divided by the size.
+
+    Computed in float32 (float64 inputs, and float32 ones whose squares leave the datatype: float64), rounded once to
+    the input's datatype. No argument is changed. The output is differentiable in the input, to every order.
+
+    Args:
+        input: (N, C, *), float16, bfloat16, float32 or float64; it may be empty.
+        grad_output: gradient of the output, of the input's shape; gives grad_input.
+        size: channels in a window, >= 1; it may exceed their number.
+        alpha: >= 0; divided by the size (TensorFlow and the AlexNet paper do not divide: pass alpha * size).
+        beta: >= 0.
+        k: >= 0; with 0, a window of zeros gives 0, with gradient 0.
+        window: torch or onnx.
+
+    Returns:
+        Output and, with grad_output, the input's gradient.
+
+    Raises:
+        DtypeError: a tensor that is not floating.
+        ShapeError: an input of fewer than two dimensions, or a grad_output that is not of its shape.
+        ParameterError: size, alpha, beta, k or window out of bounds.
+
+    >>> input = torch.tensor([[3.0, 4.0, 0.0]])
+    >>> local_response_norm(input, size=2, alpha=2.0, beta=0.5, k=0.0).output
+    tensor([[1.0000, 0.8000, 0.0000]])
+    >>> local_response_norm(input, size=2, alpha=2.0, beta=0.5, k=0.0, window="onnx").output
+    tensor([[0.6000, 1.0000, 0.0000]])
+    """
+    check_floating("input", input)
+    check_rank("input", input, minimum=2)
+    options: dict[str, ParameterValue] = {"size": size, "alpha": alpha, "beta": beta, "k": k, "window": window}
+    LOCAL_RESPONSE_NORM.check_parameters(options)
+    before = size // 2 if window == "torch" else (size - 1) // 2
+    reach = max(input.shape[1] - 1, 0)
+    response = _Response(min(before, reach), min(size - 1 - before, reach), alpha / size, beta, k)
+    output: Tensor = _LocalResponse.apply(input, response)  # type: ignore[no-untyped-call]  # torch's has no types
+    if grad_output is None:
+        return LocalResponseNormResult(output)
+    check_shape("grad_output", grad_output, input.shape, meaning="that of the input")
+    return LocalResponseNormResult(output, _gradient(input, grad_output, response))
+
+
+class _LocalResponse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, response: _Response) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.response = response
+        slab = Slab.of(input, channel_axis=1)
+        output = torch.empty_like(slab.values)
+        for part, target in zip(blocks(slab.values), blocks(output), strict=True):
+            values, divisor = _with_divisor(part, response)
+            target.copy_(response.output(values, divisor))
+        return slab.restore(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (input,) = ctx.saved_tensors
+        return _gradient(input, grad_outputs[0], ctx.response), None
+
+
+def _gradient(input: Tensor, grad_output: Tensor, response: _Response) -> Tensor:
+    if torch.is_grad_enabled() and (input.requires_grad or grad_output.requires_grad):
+        return _differentiable_gradient(input, grad_output, response)
+    slab = Slab.of(input, channel_axis=1)
+    moved = grad_output.movedim(1, -1) if slab.has_channels_innermost else grad_output
+    grad_values = moved.reshape(slab.values.shape)
+    gradient = torch.empty_like(slab.values)
+    for part, grad_part, target in zip(blocks(slab.values), blocks(grad_values), blocks(gradient), strict=True):
+        values, divisor = _with_divisor(part, response)
+        target.copy_(response.gradient(values, grad_part.to(values.dtype), divisor))
+    return slab.restore(gradient)
+
+
+def _differentiable_gradient(input: Tensor, grad_output: Tensor, response: _Response) -> Tensor:
+    """The same for derivatives of higher order, whole and in float64."""
+    shape = (*input.shape[:2], input.shape[2:].numel())
+    values, grad_values = input.double().reshape(shape), grad_output.double().reshape(shape)
+    gradient = response.gradient(values, grad_values, response.divisor(values))
+    return gradient.reshape(input.shape).to(input.dtype)
+
+
+def _with_divisor(part: Tensor, response: _Response) -> tuple[Tensor, Tensor]:
+    """The values and D, in float64 where squares do not fit float32."""
+    values = part.to(accumulation_dtype(part.dtype))
+    if response.k >= _LEAST_FLOAT32_K and values.numel():
+        divisor = response.divisor(values)
+        if values.dtype == torch.float64 or bool(divisor.amax() < torch.inf):
+            return values, divisor
+    values = values.double()
+    return values, response.divisor(values)
+
+
+def _window_sums(values: Tensor, *, before: int, after: int) -> Tensor:
+    """Sums of the channels from `before` back to `after` forth, zeros beyond the ends; axis 1.
+
+    Sums over 1, 2, 4, ... channels are made of each other, and those in the binary digits of the size are added.
+    """
+    runs = torch.nn.functional.pad(values, (0, 0, before, after))
+    channels, rest, width, offset = values.shape[1], before + 1 + after, 1, 0
+    total: Tensor | None = None
+    while True:
+        if rest % 2:
+            run = runs.narrow(1, offset, channels)
+            total = run if total is None else total + run
+            offset += width
+        rest //= 2
+        if rest == 0 and total is not None:
+            return total
+        length = runs.shape[1] - width
+        runs = runs.narrow(1, 0, length) + runs.narrow(1, width, length)
+        width *= 2
+
+
+LOCAL_RESPONSE_NORM = Method(
+    name="local_response_norm",
+    summary="Divide every value by the energy of the channels around it.",
+    formula="y = x * (k + alpha / size * sum of x^2 over the window of channels)^-beta",
+    source="Krizhevsky et al. 2012; torch.nn.LocalResponseNorm; ONNX LRN-13",
+    tensors=(
+        TensorArgument("input", "values to normalize", "(N, C, *)", is_required=True),
+        TensorArgument("grad_output", "gradient of the output; gives grad_input", "(N, C, *), as the input"),
+    ),
+    parameters=(
+        Parameter("size", "int", 5, "Channels in a window.", minimum=1),
+        Parameter("alpha", "float", 1e-4, "Weight of the window's mean square.", minimum=0.0),
+        Parameter("beta", "float", 0.75, "Exponent.", minimum=0.0),
+        Parameter("k", "float", 1.0, "Added to the weighted mean square.", minimum=0.0),
+        Parameter(
+            "window",
+            "str",
+            "torch",
+            "Where the window of an even size reaches one channel further: torch back, onnx forth.",
+            choices=_WINDOWS,
+        ),
+    ),
+    outputs=(
+        Output("output", "(N, C, *), as the input", "normalized values, in the input's datatype"),
+        Output("grad_input", "(N, C, *), as the input", "gradient of the input; only with grad_output"),
+    ),
+    function=local_response_norm,
+)
