@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from normcore.normalization.batch_norm import BATCH_NORM, BatchNormResult, batch_norm
+from normcore.normalization.group_norm import GROUP_NORM, group_norm
+from normcore.normalization.instance_norm import INSTANCE_NORM, InstanceNormResult, instance_norm
+from normcore.normalization.layer_norm import LAYER_NORM, layer_norm
 from normcore.normalization.local_response_norm import (
     LOCAL_RESPONSE_NORM,
     LocalResponseNormResult,
     local_response_norm,
 )
-from normcore.normalization.group_norm import GROUP_NORM, group_norm
-from normcore.normalization.instance_norm import INSTANCE_NORM, InstanceNormResult, instance_norm
-from normcore.normalization.layer_norm import LAYER_NORM, layer_norm
 from normcore.normalization.lp_norm import LP_NORM, LpNormResult, lp_norm
 from normcore.normalization.method import (
     JSON,
@@ -22,16 +22,20 @@ from normcore.normalization.method import (
     ParameterValue,
     TensorArgument,
 )
-from normcore.normalization.whitening import WHITENING, whitening
-from normcore.normalization.whitening_result import WhiteningResult
 from normcore.normalization.per_sample import PerSampleResult
 from normcore.normalization.rms_norm import RMS_NORM, RmsNormResult, rms_norm
+from normcore.normalization.whitening import WHITENING, whitening
+from normcore.normalization.whitening_result import WhiteningResult
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         method.name: method
         for method in (
             BATCH_NORM,
+            GROUP_NORM,
+            INSTANCE_NORM,
+            LAYER_NORM,
+            RMS_NORM,
             LOCAL_RESPONSE_NORM,
             GROUP_NORM,
             INSTANCE_NORM,

@@ -1,0 +1,128 @@
+"""RMS normalization: every sample divided by its root mean square over its last axes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normcore._precision import accumulation_dtype
+from normcore.normalization.layer_norm import NORMALIZED_SHAPE, STATISTICS, operands_over_trailing_axes
+from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
+from normcore.normalization.per_sample import (
+    GRAD_INPUT,
+    GRAD_OUTPUT,
+    MASK,
+    PerSampleResult,
+    grad_parameter,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNormResult:
+    """Outputs of RMS norm; None for what does not apply.
+
+    Attributes:
+        output: the input's shape and datatype; differentiable to every order.
+        mean_square: of each sample; none for an empty input.
+        invstd: (mean_square + eps)^-1/2; none for an empty input.
+        grad_input: gradient of the input, where grad_output was given.
+        grad_weight: gradient of the weight, where grad_output was given.
+        eps: the number that was added.
+    """
+
+    output: Tensor
+    mean_square: Tensor | None
+    invstd: Tensor | None
+    grad_input: Tensor | None
+    grad_weight: Tensor | None
+    eps: float
+
+    def diagnostics(self) -> dict[str, JSON]:
+        """What makes the result questionable: numbers of groups (samples)."""
+        findings = PerSampleResult(self.output, var=self.mean_square, invstd=self.invstd).diagnostics()
+        if self.mean_square is not None and bool((self.mean_square == 0).any()):
+            findings["zero_groups"] = int((self.mean_square == 0).sum())
+        return findings
+
+
+def rms_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    normalized_shape: str | int | Sequence[int] | None = None,
+    eps: float | None = None,
+) -> RmsNormResult:
+    """RMS normalization over the last axes, D values of each sample.
+
+    y = x / sqrt(mean(x^2) + eps) * weight
+    dx = s * (a - xh * mean(a * xh)), with a = weight * dy, xh = x * s, s = (mean(x^2) + eps)^-1/2
+
+    Squares are summed in float32, in float64 where they would overflow (float64 inputs: always); the output is
+    rounded once to the input's datatype. No argument is changed. The output is differentiable in input and weight, to
+    every order.
+
+    Args:
+        input: (*, normalized_shape), float16, bfloat16, float32 or float64; it may be empty.
+        weight: normalized_shape; 1 where not given.
+        grad_output: gradient of the output, of the input's shape; gives the gradients of input and weight.
+        mask: bool, broadcasts against the input; false where a value shall not count in the mean square.
+        normalized_shape: sizes of the last axes, as integers or as text; None: the last axis.
+        eps: >= 0; None: the machine epsilon of the datatype computed in, 1.19e-7, or 2.22e-16 for a float64 input, as
+            torch has it. ONNX has 1e-5. A sample of zeros with eps 0 gives NaN.
+
+    Returns:
+        Output, and statistics of shape (*, 1, ...), as the gradient of the weight float64 for a float64 input, else
+        float32.
+
+    Raises:
+        DtypeError: a tensor that is not floating, or a mask that is not bool.
+        ShapeError: an input that does not end in normalized_shape, or another tensor that does not fit.
+        ParameterError: normalized_shape or eps out of bounds.
+        StatisticsError: a mask that leaves a sample without any value.
+
+    >>> rms_norm(torch.tensor([[1.0, 7.0], [0.0, 0.0]])).output
+    tensor([[0.2000, 1.4000],
+            [0.0000, 0.0000]])
+    """
+    operands = operands_over_trailing_axes(
+        input, weight, None, grad_output, mask, normalized_shape=normalized_shape, eps=eps
+    )
+    added = torch.finfo(accumulation_dtype(input.dtype)).eps if eps is None else eps
+    found = operands.standardize(eps=added, has_mean=False)
+    return RmsNormResult(found.output, found.var, found.invstd, found.grad_input, found.grad_weight, added)
+
+
+RMS_NORM = Method(
+    name="rms_norm",
+    summary="Divide every sample by its root mean square over its last axes.",
+    formula="y = x / sqrt(mean(x^2) + eps) * weight",
+    source="Zhang and Sennrich, arXiv 1910.07467; ONNX RMSNormalization-23; torch.nn.RMSNorm",
+    tensors=(
+        TensorArgument("input", "values to normalize", "(*, normalized_shape)", is_required=True),
+        TensorArgument("weight", "scale (gamma); 1 where not given", "normalized_shape"),
+        GRAD_OUTPUT,
+        MASK,
+    ),
+    parameters=(
+        NORMALIZED_SHAPE,
+        Parameter(
+            "eps",
+            "float",
+            None,
+            "Added to the mean square; null: machine epsilon of the datatype computed in.",
+            is_nullable=True,
+            minimum=0.0,
+        ),
+    ),
+    outputs=(
+        Output("output", "(*, normalized_shape)", "normalized values, in the input's datatype"),
+        Output("mean_square", STATISTICS, "mean of the squares; none for an empty input"),
+        Output("invstd", STATISTICS, "(mean_square + eps)^-1/2; none for an empty input"),
+        GRAD_INPUT,
+        grad_parameter("weight", "normalized_shape"),
+    ),
+    function=rms_norm,
+)
