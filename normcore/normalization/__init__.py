@@ -24,6 +24,11 @@ from normcore.normalization.method import (
 )
 from normcore.normalization.per_sample import PerSampleResult
 from normcore.normalization.rms_norm import RMS_NORM, RmsNormResult, rms_norm
+from normcore.normalization.weight_standardization import (
+    WEIGHT_STANDARDIZATION,
+    WeightStandardizationResult,
+    weight_standardization,
+)
 from normcore.normalization.whitening import WHITENING, whitening
 from normcore.normalization.whitening_result import WhiteningResult
 
@@ -42,6 +47,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             LAYER_NORM,
             LP_NORM,
             RMS_NORM,
+            WEIGHT_STANDARDIZATION,
             WHITENING,
         )
     }
@@ -62,6 +68,7 @@ __all__ = [
     "PerSampleResult",
     "RmsNormResult",
     "TensorArgument",
+    "WeightStandardizationResult",
     "WhiteningResult",
     "batch_norm",
     "group_norm",
@@ -70,5 +77,6 @@ __all__ = [
     "local_response_norm",
     "lp_norm",
     "rms_norm",
+    "weight_standardization",
     "whitening",
 ]

@@ -11,6 +11,7 @@ MODULES = [
     "normcore.normalization.local_response_norm",
     "normcore.normalization.lp_norm",
     "normcore.normalization.method",
+    "normcore.normalization.weight_standardization",
     "normcore.normalization.whitening",
     "normcore.statistics.covariance",
     "normcore.statistics.moments",
