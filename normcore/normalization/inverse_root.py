@@ -74,7 +74,7 @@ def _root(covariance: Tensor, mode: str, *, iterations: int) -> InverseRoot:
         return _principal(covariance)
     if mode == "cholesky":
         return _triangular(covariance)
-    return InverseRoot(_newton_schulz(covariance, iterations=iterations), _factorized(covariance.detach())[1])
+    return InverseRoot(_newton_schulz(covariance, iterations=iterations), _inverse_factor(covariance.detach())[1])
 
 
 def _symmetric(covariance: Tensor) -> InverseRoot:
@@ -176,9 +176,7 @@ class _TriangularRoot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        factor, definiteness = _factorized(covariance)
-        identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-        matrix = torch.linalg.solve_triangular(factor, identity, upper=False)
+        matrix, definiteness = _inverse_factor(covariance)
         ctx.save_for_backward(matrix)
         ctx.mark_non_differentiable(definiteness)
         return matrix, definiteness
@@ -189,12 +187,18 @@ class _TriangularRoot(torch.autograd.Function):
         return _triangular_pullback(matrix, grads[0])
 
 
-def _factorized(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky's factor, and its smallest pivot over the largest variance: 0 where there is no factor."""
+def _inverse_factor(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of Cholesky's factor, and a definiteness: 0 where there is no factor.
+
+    Pivots alone would call some singular matrices definite. The sum of all squares of the inverse is the trace of
+    S^-1, which is one to d times what the smallest eigenvalue adds to it.
+    """
     factor, failure = torch.linalg.cholesky_ex(covariance)
-    smallest = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    matrix = torch.linalg.solve_triangular(factor, identity, upper=False)
+    smallest = matrix.square().sum((1, 2)).reciprocal()
     largest = covariance.diagonal(dim1=-2, dim2=-1).amax(-1)
-    return factor, (smallest / largest).masked_fill(failure != 0, 0.0)
+    return matrix, (smallest / largest).masked_fill(failure != 0, 0.0)
 
 
 def _triangular_pullback(matrix: Tensor, grad_matrix: Tensor) -> Tensor:

@@ -119,6 +119,16 @@ def test_gradient_is_finite_and_accurate_for_an_ill_conditioned_batch(mode: str)
     assert float((by_zca * input * scales).sum().abs()) <= 1e-9
 
 
+@pytest.mark.parametrize("mode", CLOSED_FORM_MODES)
+def test_a_large_mean_costs_no_digits(mode: str) -> None:
+    """On a grid that float64 holds with and without the mean; the mean itself is rounded by 1e-7."""
+    input, grad_output = (_randn(7, 3) * 2**20).round() / 2**20, _randn(7, 3, seed=1)
+    near = whitening(input, grad_output=grad_output, mode=mode, training=True)
+    far = whitening(input + 2.0**30, grad_output=grad_output, mode=mode, training=True)
+    for name in ("output", "grad_input", "grad_weight"):
+        assert torch.allclose(getattr(far, name), getattr(near, name), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", CLOSED_FORM_MODES)
 def test_gradients_are_rounded_once(mode: str, dtype: torch.dtype) -> None:
