@@ -158,8 +158,7 @@ def _gradient(input: Tensor, grad_output: Tensor, response: _Response) -> Tensor
     if torch.is_grad_enabled() and (input.requires_grad or grad_output.requires_grad):
         return _differentiable_gradient(input, grad_output, response)
     slab = Slab.of(input, channel_axis=1)
-    moved = grad_output.movedim(1, -1) if slab.has_channels_innermost else grad_output
-    grad_values = moved.reshape(slab.values.shape)
+    grad_values = slab.seen_alike(grad_output)
     gradient = torch.empty_like(slab.values)
     for part, grad_part, target in zip(blocks(slab.values), blocks(grad_values), blocks(gradient), strict=True):
         values, divisor = _with_divisor(part, response)

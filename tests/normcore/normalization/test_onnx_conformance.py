@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from normcore.normalization import batch_norm, local_response_norm, lp_norm
+from normcore.normalization import batch_norm, local_response_norm, lp_norm, mean_variance_norm
 
 CASES = {
     "BatchNormalization": [
@@ -28,6 +28,7 @@ CASES = {
         "test_l2normalization_axis_1",
         "test_lpnormalization_default",
     ],
+    "MeanVarianceNormalization": ["test_mvn"],
 }
 
 
@@ -61,6 +62,10 @@ def _local_response_norm(values: Tensor, attributes: dict[str, Any]) -> list[Ten
     return [local_response_norm(values, window="onnx", **options).output]
 
 
+def _mean_variance_norm(values: Tensor, attributes: dict[str, Any]) -> list[Tensor | None]:
+    return [mean_variance_norm(values, axes=attributes.get("axes", "0,2,3")).output]
+
+
 def _lp_norm(values: Tensor, attributes: dict[str, Any]) -> list[Tensor | None]:
     return [lp_norm(values, p=attributes.get("p", 2), axis=attributes.get("axis", -1)).output]
 
@@ -69,6 +74,7 @@ RUN: dict[str, Callable[..., list[Tensor | None]]] = {
     "BatchNormalization": _batch_norm,
     "LRN": _local_response_norm,
     "LpNormalization": _lp_norm,
+    "MeanVarianceNormalization": _mean_variance_norm,
 }
 
 
