@@ -13,6 +13,11 @@ from normcore.normalization.local_response_norm import (
     local_response_norm,
 )
 from normcore.normalization.lp_norm import LP_NORM, LpNormResult, lp_norm
+from normcore.normalization.mean_variance_norm import (
+    MEAN_VARIANCE_NORM,
+    MeanVarianceNormResult,
+    mean_variance_norm,
+)
 from normcore.normalization.method import (
     JSON,
     Method,
@@ -24,6 +29,8 @@ from normcore.normalization.method import (
 )
 from normcore.normalization.per_sample import PerSampleResult
 from normcore.normalization.rms_norm import RMS_NORM, RmsNormResult, rms_norm
+from normcore.normalization.spectral_norm import SPECTRAL_NORM, SpectralNormResult, spectral_norm
+from normcore.normalization.weight_norm import WEIGHT_NORM, WeightNormResult, weight_norm
 from normcore.normalization.weight_standardization import (
     WEIGHT_STANDARDIZATION,
     WeightStandardizationResult,
@@ -46,7 +53,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             INSTANCE_NORM,
             LAYER_NORM,
             LP_NORM,
+            MEAN_VARIANCE_NORM,
             RMS_NORM,
+            SPECTRAL_NORM,
+            WEIGHT_NORM,
             WEIGHT_STANDARDIZATION,
             WHITENING,
         )
@@ -60,6 +70,7 @@ __all__ = [
     "InstanceNormResult",
     "LocalResponseNormResult",
     "LpNormResult",
+    "MeanVarianceNormResult",
     "Method",
     "MethodResult",
     "Output",
@@ -67,7 +78,9 @@ __all__ = [
     "ParameterValue",
     "PerSampleResult",
     "RmsNormResult",
+    "SpectralNormResult",
     "TensorArgument",
+    "WeightNormResult",
     "WeightStandardizationResult",
     "WhiteningResult",
     "batch_norm",
@@ -76,7 +89,10 @@ __all__ = [
     "layer_norm",
     "local_response_norm",
     "lp_norm",
+    "mean_variance_norm",
     "rms_norm",
+    "spectral_norm",
+    "weight_norm",
     "weight_standardization",
     "whitening",
 ]
