@@ -50,6 +50,7 @@ TABLE: dict[type[Exception], Row] = {
     numerical.DtypeError: Row(422, "dtype_mismatch", v2_status=400),
     numerical.StatisticsError: Row(422, "statistics_invalid", v2_status=400),
     numerical.ParameterError: Row(422, "parameter_invalid", v2_status=400),
+    numerical.NotSupportedError: Row(501, "not_implemented"),
     numerical.FoldError: Row(422, "fold_refused", v2_status=400),
     numerical.DeadlineError: Row(504, "deadline_exceeded"),
     numerical.NormcoreError: Row(422, "parameter_invalid", v2_status=400),

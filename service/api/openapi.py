@@ -6,6 +6,7 @@ from fastapi import FastAPI
 
 from normcore.normalization import METHODS, Method, Parameter
 from service.api.errors import TABLE
+from service.api.examples import NORMALIZATIONS
 from service.api.schemas import Problem
 from service.codecs.media import CODECS
 
@@ -22,17 +23,6 @@ INFER_EXAMPLE: dict[str, Any] = {
     ],
     "outputs": [{"name": "output"}],
     "parameters": {"training": True},
-}
-NORMALIZE_EXAMPLES: dict[str, dict[str, Any]] = {
-    "batch_norm": {
-        "input": [[1, 2], [3, 4], [5, 9]],
-        "training": True,
-        "eps": 1e-5,
-        "momentum": 0.1,
-        "running_mean": [0, 0],
-        "running_var": [1, 1],
-        "outputs": ["output", "mean", "var", "running_mean", "running_var"],
-    }
 }
 
 
@@ -88,9 +78,7 @@ def _normalize(method: Method) -> dict[str, Any]:
         },
     }
     content: dict[str, Any] = {media: {"schema": _BINARY} for media in CODECS if media != _JSON}
-    json_content: dict[str, Any] = {"schema": schema}
-    if method.name in NORMALIZE_EXAMPLES:
-        json_content["example"] = NORMALIZE_EXAMPLES[method.name]
+    json_content = {"schema": schema, "example": NORMALIZATIONS[method.name]}
     return {
         "tags": ["normalizations"],
         "operationId": f"normalize_{method.name}",
