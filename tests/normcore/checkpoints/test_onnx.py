@@ -428,7 +428,7 @@ def test_refuses_contradicting_shapes_or_leaves_them_to_the_runtime(tmp_path: Pa
     ("opset", "attributes", "statistics"),
     [(17, {"training_mode": 1}, ["mean", "var"]), (9, {}, ["mean", "var", "saved_mean", "saved_var"])],
 )
-def test_describes_training_mode(opset: int, attributes: dict[str, int], statistics: list[str], tmp_path: Path) -> None:
+def test_describes_training_mode(opset: int, attributes: dict[str, Any], statistics: list[str], tmp_path: Path) -> None:
     net = Net(opset=opset)
     net.norm("x", 3, **attributes)
     net.nodes[-1].output.extend(statistics)
