@@ -74,7 +74,7 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
         ],
     )
     # Tensor routes are plain ASGI: a declared body would be parsed before any check, and costs a third of the rate.
-    for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version:int}/infer"):
+    for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
         app.router.routes.append(Route(path, Endpoint(infer.infer), methods=["POST"]))
     app.router.routes.append(Route("/v1/normalizations/{method}", Endpoint(normalizations.normalize), methods=["POST"]))
     for module in (protocol, normalizations, checkpoints, models, operations):
