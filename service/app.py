@@ -24,6 +24,7 @@ from normcore.normalization import METHODS
 from service import __version__
 from service.api import checkpoints, errors, infer, models, normalizations, openapi, operations, protocol
 from service.api.asgi import Endpoint
+from service.api.connection import Connection
 from service.api.middleware import Guard, RequestContext
 from service.application.checkpoints import Checkpoints
 from service.application.folding import Folding
@@ -92,6 +93,7 @@ def serve(settings: Settings) -> int:
         host=settings.host,
         port=settings.port,
         lifespan="on",
+        http=Connection.within(settings.body_timeout_s),
         log_config=None,
         access_log=False,
         server_header=False,

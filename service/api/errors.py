@@ -131,7 +131,8 @@ def _answer_problems(request: Request, problems: Sequence[Any]) -> Response:
 
 
 def _is_v2(request: Request) -> bool:
-    return request.url.path.startswith(f"{request.scope.get('root_path', '')}/v2")
+    path: str = request.scope["path"]  # a proxy may have taken the prefix away
+    return path.removeprefix(request.scope.get("root_path", "")).startswith("/v2")
 
 
 async def _answer_nobody(_: Request, __: Exception) -> Response:
