@@ -66,7 +66,6 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
         title="normserve",
         version=__version__,
         summary="Compute normalization, fold it with proof, serve with frozen statistics.",
-        root_path=settings.root_path,
         redirect_slashes=False,
         lifespan=lifespan,
         middleware=[
@@ -92,6 +91,7 @@ def serve(settings: Settings) -> int:
         create_app(settings, health),
         host=settings.host,
         port=settings.port,
+        root_path=settings.root_path,
         lifespan="on",
         http=Connection.within(settings.body_timeout_s),
         log_config=None,

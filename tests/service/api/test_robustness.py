@@ -121,9 +121,8 @@ async def test_refusals_leave_the_budget_as_it_was(tmp_path: Path) -> None:
         assert (await client.post(BATCH_NORM, json={"input": ROWS, "training": True})).status_code == 200
 
 
-@pytest.mark.filterwarnings("ignore:The `root_path` parameter is deprecated")
 async def test_v2_has_its_statuses_behind_a_prefix(tmp_path: Path) -> None:
-    async with running_app(small_settings(tmp_path, root_path="/base")) as app, http(app) as client:
+    async with running_app(small_settings(tmp_path)) as app, http(app, root_path="/base") as client:
         for prefix in ("", "/base"):
             refused(await client.get(f"{prefix}/v2/models/m/versions/x"), 400, "parameter_invalid", "version")
             refused(await client.delete(f"{prefix}/v1/models/m/versions/x"), 422, "parameter_invalid", "version")
