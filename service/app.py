@@ -24,6 +24,7 @@ from normcore.normalization import METHODS
 from service import __version__
 from service.api import checkpoints, errors, infer, models, normalizations, openapi, operations, protocol
 from service.api.asgi import Endpoint
+from service.api.connection import Connection
 from service.api.middleware import Guard, RequestContext
 from service.application.checkpoints import Checkpoints
 from service.application.folding import Folding
@@ -65,7 +66,6 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
         title="normserve",
         version=__version__,
         summary="Compute normalization, fold it with proof, serve with frozen statistics.",
-        root_path=settings.root_path,
         redirect_slashes=False,
         lifespan=lifespan,
         middleware=[
@@ -74,7 +74,7 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
         ],
     )
     # Tensor routes are plain ASGI: a declared body would be parsed before any check, and costs a third of the rate.
-    for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version:int}/infer"):
+    for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
         app.router.routes.append(Route(path, Endpoint(infer.infer), methods=["POST"]))
     app.router.routes.append(Route("/v1/normalizations/{method}", Endpoint(normalizations.normalize), methods=["POST"]))
     for module in (protocol, normalizations, checkpoints, models, operations):
@@ -91,7 +91,9 @@ def serve(settings: Settings) -> int:
         create_app(settings, health),
         host=settings.host,
         port=settings.port,
+        root_path=settings.root_path,
         lifespan="on",
+        http=Connection.within(settings.body_timeout_s),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -39,7 +39,7 @@ class Settings(BaseSettings):
         description="Bytes of tensor bodies that may be held at once; beyond it requests get 429.",
     )
     body_timeout_s: float = Field(
-        30.0, gt=0, description="Longest silence of a body that is still arriving, in seconds."
+        30.0, gt=0, description="Longest silence of a client that sends a request or takes an answer, in seconds."
     )
 
     threads: int = Field(0, ge=0, description="Compute threads of the process; 0 takes the cgroup's CPU quota.")

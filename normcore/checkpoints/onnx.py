@@ -39,6 +39,7 @@ _DATATYPES: dict[int, str] = {
     TensorProto.STRING: "BYTES",
 }
 _DEFAULT_LIMITS = GraphLimits()
+_TRAINING_MODE_OPSET = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +112,14 @@ def load_onnx(path: Path, *, limits: GraphLimits = _DEFAULT_LIMITS) -> ModelProt
 
 def inspect_onnx(model: ModelProto) -> CheckpointSummary:
     """Describe a model from `load_onnx`."""
+    opset = opset_of(model)
     graphs = [graph for graph, _ in walk_graphs(model.graph)]
     nodes = [node for graph in graphs for node in graph.node]
     weights = [tensor for graph in graphs for tensor in _weights(graph)]
     defaults = {tensor.name for tensor in model.graph.initializer}
     return CheckpointSummary(
         format="onnx",
-        opset=opset_of(model),
+        opset=opset,
         ir_version=model.ir_version,
         producer=" ".join(part for part in (model.producer_name, model.producer_version) if part),
         inputs=tuple(_summarize(info) for info in model.graph.input if info.name not in defaults),
@@ -127,7 +129,7 @@ def inspect_onnx(model: ModelProto) -> CheckpointSummary:
         parameters=sum(count_elements(tuple(tensor.dims)) for tensor in weights),
         bytes=sum(_size_bytes(tensor) for tensor in weights),
         operators=dict(sorted(Counter(node.op_type for node in nodes).items())),
-        has_training_mode=any(_has_training_mode(node, graph) for graph in graphs for node in graph.node),
+        has_training_mode=any(_has_training_mode(node, graph, opset) for graph in graphs for node in graph.node),
     )
 
 
@@ -168,8 +170,10 @@ def _size_bytes(tensor: TensorProto) -> int:
     return (count_elements(tuple(tensor.dims)) * element_bits(tensor.data_type) + 7) // 8
 
 
-def _has_training_mode(node: NodeProto, graph: GraphProto) -> bool:
+def _has_training_mode(node: NodeProto, graph: GraphProto, opset: int) -> bool:
     if node.op_type == "BatchNormalization":
+        if opset < _TRAINING_MODE_OPSET and len(node.output) > 1:
+            return True  # before the attribute existed, listing the statistics as outputs meant training
         return any(attribute.name == "training_mode" and attribute.i for attribute in node.attribute)
     if node.op_type != "Dropout" or len(node.input) < 3 or not node.input[2]:
         return False

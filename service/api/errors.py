@@ -94,8 +94,7 @@ def internal_error() -> Response:
 
 async def _answer(request: Request, error: Exception) -> Response:
     row = next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
-    is_v2 = request.url.path.startswith(f"{request.scope.get('root_path', '')}/v2")
-    status = row.v2_status if is_v2 and row.v2_status else row.status
+    status = row.v2_status if _is_v2(request) and row.v2_status else row.status
     details: dict[str, Any] = {}
     if isinstance(error, numerical.ArgumentError):
         details = {"argument": error.argument, "expected": error.expected, "received": error.received}
@@ -114,20 +113,27 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     return envelope(error.status_code, code, message, headers=dict(error.headers or {}))
 
 
-async def _answer_validation(_: Request, error: Exception) -> Response:
+async def _answer_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return _answer_problems(error.errors())
+    return _answer_problems(request, error.errors())
 
 
-async def _answer_document(_: Request, error: Exception) -> Response:
+async def _answer_document(request: Request, error: Exception) -> Response:
     assert isinstance(error, InvalidDocumentError)
-    return _answer_problems(error.problems)
+    return _answer_problems(request, error.problems)
 
 
-def _answer_problems(problems: Sequence[Any]) -> Response:
-    """A 422 that names every argument at fault, without echoing what was sent."""
+def _answer_problems(request: Request, problems: Sequence[Any]) -> Response:
+    """Names every argument at fault, without echoing what was sent."""
+    row = TABLE[numerical.ParameterError]
+    status = row.v2_status if _is_v2(request) and row.v2_status else row.status
     found = [f"{'.'.join(str(part) for part in problem['loc']) or 'body'}: {problem['msg']}" for problem in problems]
-    return envelope(422, "parameter_invalid", "; ".join(found), details={"problems": found})
+    return envelope(status, row.code, "; ".join(found), details={"problems": found})
+
+
+def _is_v2(request: Request) -> bool:
+    path: str = request.scope["path"]  # a proxy may have taken the prefix away
+    return path.removeprefix(request.scope.get("root_path", "")).startswith("/v2")
 
 
 async def _answer_nobody(_: Request, __: Exception) -> Response:

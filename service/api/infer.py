@@ -12,25 +12,26 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.asgi import send_body, services_of
 from service.api.body import received
-from service.application.models import Entry
+from service.application.models import Entry, Models
 from service.application.usage import Timing
 from service.codecs import oip
 from service.codecs.body import EncodedBody
 from service.codecs.json_text import printable
 from service.codecs.oip_binary import decode_raw
 from service.engine.protocol import InferResult
-from service.errors import PayloadTooLargeError
+from service.errors import ModelNotFoundError, PayloadTooLargeError
 from service.state import Services
 
 T = TypeVar("T")
 
+_VERSION_DIGITS = 18
 _INLINE_JSON_BYTES = 64 * 1024
 
 
 async def infer(scope: Scope, receive: Receive, send: Send) -> None:
     """POST /v2/models/{name}[/versions/{version}]/infer."""
     services = services_of(scope)
-    entry = services.models.find(scope["path_params"]["name"], scope["path_params"].get("version"))
+    entry = _find(services.models, **scope["path_params"])
     entry.engine()
     headers = Headers(scope=scope)
     header = headers.get("inference-header-content-length")
@@ -45,6 +46,14 @@ async def infer(scope: Scope, receive: Receive, send: Send) -> None:
     output_ns = time.perf_counter_ns() - computed
     entry.usage.succeeded(Timing(result.queue_ns, decoded - started, result.compute_ns, output_ns))
     await send_body(send, encoded)
+
+
+def _find(models: Models, name: str, version: str | None = None) -> Entry:
+    if version is None:
+        return models.find(name)
+    if len(version) > _VERSION_DIGITS or not version.isascii() or not version.isdigit():
+        raise ModelNotFoundError(f"model {name[:128]!r} has no version {version[:40]!r}")
+    return models.find(name, int(version))
 
 
 async def _decode(body: memoryview, header: str | None, entry: Entry, services: Services) -> oip.InferRequest:

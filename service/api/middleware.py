@@ -77,10 +77,17 @@ class Guard:
                 f"Host: expected one of {', '.join(sorted(self._hosts))} (NORMSERVE_ALLOWED_HOSTS), received {host!r}"
             )
         origin = headers.get("origin", "").lower()
-        if origin and origin not in self._origins and urlsplit(origin).netloc != host:
+        if origin and origin not in self._origins and _authority(origin) != host:
             return (
                 f"Origin: expected this service's own origin or one of NORMSERVE_ALLOWED_ORIGINS, received {origin!r}"
             )
+        return None
+
+
+def _authority(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
         return None
 
 

@@ -1,5 +1,7 @@
 """/v1/models: what is served."""
 
+from urllib.parse import quote
+
 from fastapi import APIRouter, Request, Response
 
 from service.api.dependencies import ServicesDep, document_schema, read_document
@@ -22,7 +24,7 @@ async def serve_model(request: Request, response: Response, services: ServicesDe
     entry = await services.models.register(
         wanted.name, checkpoint=wanted.checkpoint, version=wanted.version, fold=wanted.fold
     )
-    response.headers["Location"] = f"/v1/models/{entry.name}"
+    response.headers["Location"] = f"/v1/models/{quote(entry.name)}"
     return Model.of(entry)
 
 

@@ -9,6 +9,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from service.errors import PayloadMalformedError
 
 _MAX_HEADER_BYTES = 8192
+_MAX_BOUNDARY_BYTES = 70  # RFC 2046, section 5.1.1
 
 
 class FileField:
@@ -17,10 +18,13 @@ class FileField:
     def __init__(self, content_type: str) -> None:
         _, options = parse_options_header(content_type)
         boundary = options.get(b"boundary")
-        if not boundary:
-            raise PayloadMalformedError("Content-Type: expected multipart/form-data with a boundary, received none")
+        if not boundary or len(boundary) > _MAX_BOUNDARY_BYTES:
+            raise PayloadMalformedError(
+                f"Content-Type: expected multipart/form-data with a boundary of at most {_MAX_BOUNDARY_BYTES} bytes, "
+                f"received {len(boundary) if boundary else 'none'}"
+            )
         self.filename = ""
-        self._has_file = self._is_file = False
+        self._has_file = self._is_file = self._is_complete = False
         self._field, self._value = bytearray(), bytearray()
         self._ready: deque[bytes] = deque()
         self._parser = MultipartParser(
@@ -31,6 +35,7 @@ class FileField:
                 "on_header_value": self._take_value,
                 "on_header_end": self._end_header,
                 "on_part_data": self._take_data,
+                "on_end": self._complete,
             },
         )
 
@@ -44,6 +49,8 @@ class FileField:
             self._parser.finalize()
         except FormParserError as error:
             raise PayloadMalformedError(f"body: expected multipart/form-data, received {error}") from error
+        if self._has_file and not self._is_complete:
+            raise PayloadMalformedError("body: expected a multipart body that ends with its boundary, received less")
         if not self._has_file:
             raise PayloadMalformedError("file: expected a multipart field of this name, received none")
 
@@ -70,6 +77,9 @@ class FileField:
     def _take_data(self, data: bytes, start: int, end: int) -> None:
         if self._is_file:
             self._ready.append(data[start:end])
+
+    def _complete(self) -> None:
+        self._is_complete = True
 
     def _grow(self, buffer: bytearray, data: bytes) -> None:
         buffer += data

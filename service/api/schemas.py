@@ -1,6 +1,7 @@
 """The JSON documents of our own API. Tensors never pass through here."""
 
 from typing import Any
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -127,7 +128,7 @@ class Model(BaseModel):
             fold=record.fold if record else None,
             inputs=[Tensor.of(tensor) for tensor in spec.inputs] if spec else [],
             outputs=[Tensor.of(tensor) for tensor in spec.outputs] if spec else [],
-            infer=f"/v2/models/{entry.name}/versions/{entry.version}/infer",
+            infer=f"/v2/models/{quote(entry.name)}/versions/{entry.version}/infer",
         )
 
 

@@ -1,6 +1,8 @@
 """Uploaded checkpoints: kept as files, inspected in a child process before anything else may touch them."""
 
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +26,7 @@ class Checkpoints:
         self._metadata = metadata
         self._sandbox = sandbox
         self._settings = settings
+        self._uses: Counter[str] = Counter()
 
     async def stage(self, chunks: AsyncIterator[bytes]) -> StagedBlob:
         """Receive a file that the caller must keep or discard."""
@@ -57,7 +60,7 @@ class Checkpoints:
             is_new = await self._metadata.add_checkpoint(record)
         finally:
             await self._blobs.discard(staged.path)
-        return record, is_new
+        return (record, True) if is_new else (await self.get(record.id), False)
 
     async def inspect(self, path: Path, *, freeze_initializers: bool = False) -> dict[str, Any]:
         """Format, summary and fold plan of a file, found in a child process."""
@@ -66,12 +69,22 @@ class Checkpoints:
 
     async def plan(self, checkpoint_id: str, *, freeze_initializers: bool) -> list[dict[str, Any]]:
         """What a fold would do to every normalization; writes nothing."""
-        record = await self.get(checkpoint_id)
-        if not freeze_initializers:
-            return record.normalizations
-        found = await self.inspect(self.path(checkpoint_id), freeze_initializers=True)
+        async with self.used(checkpoint_id) as record:
+            if not freeze_initializers:
+                return record.normalizations
+            found = await self.inspect(self.path(checkpoint_id), freeze_initializers=True)
         entries: list[dict[str, Any]] = found["normalizations"]
         return entries
+
+    @asynccontextmanager
+    async def used(self, checkpoint_id: str) -> AsyncIterator[CheckpointRecord]:
+        """The record of a checkpoint that nobody can delete until the block ends."""
+        self._uses[checkpoint_id] += 1  # first: a delete that does not see it is in the database's queue before us
+        try:
+            yield await self.get(checkpoint_id)
+        finally:
+            self._uses[checkpoint_id] -= 1
+            self._uses += Counter()  # drops zeros
 
     async def get(self, checkpoint_id: str) -> CheckpointRecord:
         record = await self._metadata.checkpoint(checkpoint_id)
@@ -83,16 +96,13 @@ class Checkpoints:
         return await self._metadata.checkpoints()
 
     async def delete(self, checkpoint_id: str) -> None:
-        """Forget a checkpoint and its file. Raises ConflictError while a model uses it."""
+        """Forget a checkpoint and its file. Raises ConflictError while a model or an operation uses it."""
         await self.get(checkpoint_id)
-        users = [
-            f"{model.name}/{model.version}"
-            for model in await self._metadata.models()
-            if checkpoint_id in (model.checkpoint, model.served_checkpoint)
-        ]
+        if self._uses[checkpoint_id]:
+            raise ConflictError("checkpoint: in use by an operation; try again when it has ended")
+        users = await self._metadata.delete_checkpoint(checkpoint_id)
         if users:
             raise ConflictError(f"checkpoint: in use by {', '.join(users)}; delete these models first", models=users)
-        await self._metadata.delete_checkpoint(checkpoint_id)
         await self._blobs.delete(checkpoint_id)
 
     def path(self, checkpoint_id: str) -> Path:

@@ -58,21 +58,24 @@ class Folding:
 
     async def fold(self, checkpoint_id: str, options: FoldOptions) -> FoldOutcome:
         """Fold a kept checkpoint into a new one beside it."""
-        source = await self._checkpoints.get(checkpoint_id)
+        async with self._checkpoints.used(checkpoint_id) as source:
+            return await self._fold_kept(source, options)
+
+    async def _fold_kept(self, source: CheckpointRecord, options: FoldOptions) -> FoldOutcome:
         target = self._blobs.stage_path()
         try:
-            report = await self._fold(self._checkpoints.path(checkpoint_id), target, options)
+            report = await self._fold(self._checkpoints.path(source.id), target, options)
             if not report["folded"]:
                 return FoldOutcome(source, report, is_new=False)
             staged = await self._blobs.adopt(target)
             filename = f"{Path(source.filename).stem}.folded.onnx"
             record, is_new = await self._checkpoints.keep(
-                staged, filename=filename, folded_from=checkpoint_id, report=report
+                staged, filename=filename, folded_from=source.id, report=report
             )
         finally:
             await self._blobs.discard(target)
         if not is_new:
-            await self._metadata.set_report(record.id, folded_from=checkpoint_id, report=report)
+            await self._metadata.set_report(record.id, folded_from=source.id, report=report)
         return FoldOutcome(await self._checkpoints.get(record.id), report, is_new=is_new)
 
     @asynccontextmanager

@@ -41,7 +41,7 @@ class Inference:
             return self._deadline_s
         if isinstance(timeout_us, bool) or not isinstance(timeout_us, int) or timeout_us < 0:
             raise ParameterError("timeout", expected="microseconds as a whole number >= 0", received=repr(timeout_us))
-        return min(self._deadline_s, timeout_us / 1e6)
+        return self._deadline_s if timeout_us >= self._deadline_s * 1e6 else timeout_us / 1e6
 
 
 def check_inputs(spec: ModelSpec, inputs: Tensors) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 from normcore.errors import CheckpointError, ParameterError
 from service.application.checkpoints import Checkpoints, GraphSandbox
@@ -65,7 +66,7 @@ class Models:
         self._load_engine = load_engine
         self._settings = settings
         self._entries: dict[str, dict[int, Entry]] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # those that are held
 
     def add_builtin(self, engine: Engine) -> None:
         spec = engine.spec
@@ -82,7 +83,8 @@ class Models:
         """Attempt every load that was in force when the service stopped; a failure concerns its own model only."""
         for entry in list(self.entries()):
             async with self._lock(entry.name):
-                if entry.record is not None and entry.record.is_loaded and entry.loaded is None:
+                is_kept = self._entries.get(entry.name, {}).get(entry.version) is entry
+                if is_kept and entry.record is not None and entry.record.is_loaded and entry.loaded is None:
                     await self._restore(entry)
 
     async def close(self) -> None:
@@ -94,14 +96,12 @@ class Models:
     async def register(self, name: str, *, checkpoint: str, version: int | None, fold: bool) -> Entry:
         """Serve a kept checkpoint; with `fold`, serve its certified fold if there is one."""
         _check_name(name)
-        async with self._lock(name):
+        async with self._lock(name), self._checkpoints.used(checkpoint) as source:
             versions = self._entries.get(name, {})
             number = version if version is not None else max(versions, default=0) + 1
             if number in versions:
                 raise ConflictError(f"version: model {name!r} already has a version {number}")
-            source = await self._checkpoints.get(checkpoint)
             served, outcome = await self._fold(source.id) if fold else (source.id, {"requested": False})
-            await self._first_load(served)
             record = ModelRecord(
                 name=name,
                 version=number,
@@ -111,15 +111,8 @@ class Models:
                 is_loaded=True,
                 created_at=now(),
             )
-            entry = Entry(name=name, version=number, record=record)
-            await self._load(entry)
-            try:
-                await self._metadata.add_model(record)
-            except BaseException:
-                await self._unload(entry)
-                raise
-            self._entries.setdefault(name, {})[number] = entry
-            return entry
+            async with self._checkpoints.used(served):
+                return await self._serve(record)
 
     async def load(self, name: str) -> None:
         """Load every version of a model; where one is loaded, the new engine is ready before the old one closes."""
@@ -175,6 +168,18 @@ class Models:
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
 
+    async def _serve(self, record: ModelRecord) -> Entry:
+        await self._first_load(record.served_checkpoint)
+        entry = Entry(name=record.name, version=record.version, record=record)
+        await self._load(entry)
+        try:
+            await self._metadata.add_model(record)
+        except BaseException:
+            await self._unload(entry)
+            raise
+        self._entries.setdefault(record.name, {})[record.version] = entry
+        return entry
+
     async def _fold(self, checkpoint_id: str) -> tuple[str, dict[str, Any]]:
         outcome = await self._folding.fold(checkpoint_id, FoldOptions())
         certificate = outcome.report["certificate"]
@@ -197,8 +202,8 @@ class Models:
     async def _load(self, entry: Entry) -> None:
         assert entry.record is not None
         previous, entry.state = entry.loaded, "LOADING"
-        path = self._checkpoints.path(entry.record.served_checkpoint)
         try:
+            path = self._checkpoints.path(entry.record.served_checkpoint)
             entry.loaded = await self._load_engine(path, entry.name, str(entry.version))
             entry.reason = ""
         except CheckpointError as error:
@@ -207,7 +212,10 @@ class Models:
         finally:
             entry.state = "READY" if entry.loaded is not None else "UNAVAILABLE"
         if previous is not None:
-            await previous.close()
+            try:
+                await previous.drain()
+            finally:
+                await previous.close()
 
     async def _unload(self, entry: Entry) -> None:
         engine, entry.loaded = entry.loaded, None

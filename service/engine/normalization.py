@@ -53,6 +53,10 @@ class NormalizationEngine:
         (computed, diagnostics), queue_ns, compute_ns = await self._worker.submit(compute, deadline_s=deadline_s)
         return InferResult(computed, diagnostics=diagnostics, queue_ns=queue_ns, compute_ns=compute_ns)
 
+    async def drain(self) -> None:
+        """See Engine."""
+        await self._worker.drain()
+
     async def close(self) -> None:
         """See Engine. It closes the worker, and so all methods."""
         await self._worker.close()

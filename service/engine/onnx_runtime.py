@@ -82,6 +82,10 @@ class OnnxEngine:
             ) from None
         return InferResult(computed, queue_ns=queue_ns, compute_ns=compute_ns)
 
+    async def drain(self) -> None:
+        """See Engine."""
+        await self._worker.drain()
+
     async def close(self) -> None:
         """See Engine. Freed memory goes back to the system: the allocator would keep it for this process."""
         await self._worker.close()

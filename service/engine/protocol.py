@@ -68,6 +68,10 @@ class Engine(Protocol):
         """Compute the named outputs, or all. Raises OverloadedError, DeadlineExceededError or a NormcoreError."""
         ...
 
+    async def drain(self) -> None:
+        """Return when every call made so far has ended."""
+        ...
+
     async def close(self) -> None:
         """Finish what runs, refuse what waits, free the memory. Calling it again does nothing."""
         ...

@@ -1,6 +1,7 @@
 """Worker: one thread that runs one call after another, behind a bounded queue."""
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
@@ -55,6 +56,16 @@ class Worker:
         finally:
             timer.cancel()
             del task  # for the reason given in _step
+
+    async def drain(self) -> None:
+        """Return when every call submitted so far has ended: an empty call, for which the queue is never too full."""
+        task = _Task(_nothing, self._loop.create_future(), math.inf)
+        with self._changed:
+            if self._is_closed:
+                return
+            self._waiting.append(task)
+            self._changed.notify()
+        await task.future
 
     def stop(self) -> None:
         """Refuse new calls and those that wait; what runs finishes."""
@@ -174,6 +185,9 @@ class _Task(Generic[T]):
         return DeadlineExceededError(
             f"{name}: not finished within its deadline of {self._deadline_s:g} s", deadline_s=self._deadline_s
         )
+
+
+def _nothing() -> None: ...
 
 
 def _outcome(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:

@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from service.errors import CheckpointNotFoundError, PayloadTooLargeError, Storag
 
 T = TypeVar("T")
 _WRITE_BYTES = 1024 * 1024
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ID = re.compile(r"[0-9a-f]{64}")
 
 
@@ -114,7 +115,7 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise StorageFullError("storage: the data directory has no room for this file") from error
         raise
 
@@ -132,7 +133,8 @@ def _finish(file: BinaryIO, digest: "hashlib._Hash", data: bytearray) -> None:
 
 
 def _drop(file: BinaryIO, path: Path) -> None:
-    file.close()
+    with suppress(OSError):  # closing writes what is buffered, and the disk may be full
+        file.close()
     path.unlink(missing_ok=True)
 
 

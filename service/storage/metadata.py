@@ -1,6 +1,7 @@
 """What the files are: checkpoints and models in a SQL database, SQLite by default."""
 
 import asyncio
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -9,6 +10,8 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sql
 from sqlalchemy.pool import ConnectionPoolEntry
+
+from service.errors import StorageFullError
 
 T = TypeVar("T")
 JsonObject = dict[str, Any]
@@ -111,8 +114,19 @@ class Metadata:
         rows = await self._read(_checkpoints.select().order_by(_checkpoints.c.created_at, _checkpoints.c.id))
         return [CheckpointRecord(**row) for row in rows]
 
-    async def delete_checkpoint(self, checkpoint_id: str) -> None:
-        await self._write(_checkpoints.delete().where(_checkpoints.c.id == checkpoint_id))
+    async def delete_checkpoint(self, checkpoint_id: str) -> list[str]:
+        """Delete it unless models use it; the answer names these."""
+        is_user = sql.or_(_models.c.checkpoint == checkpoint_id, _models.c.served_checkpoint == checkpoint_id)
+
+        def delete() -> list[str]:
+            with self._engine.begin() as connection:
+                rows = connection.execute(_models.select().where(is_user).order_by(_models.c.name, _models.c.version))
+                users = [f"{row.name}/{row.version}" for row in rows]
+                if not users:
+                    connection.execute(_checkpoints.delete().where(_checkpoints.c.id == checkpoint_id))
+                return users
+
+        return await self._run(delete)
 
     async def add_model(self, record: ModelRecord) -> None:
         await self._write(_models.insert().values(**asdict(record)))
@@ -142,7 +156,12 @@ class Metadata:
         await self._run(write)
 
     async def _run(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        except sql.exc.OperationalError as error:
+            if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                raise StorageFullError("storage: the data directory has no room for this record") from error
+            raise
 
 
 def _is_model(name: str, version: int) -> sql.ColumnElement[bool]:

@@ -33,8 +33,9 @@ async def running_app(settings: Settings) -> AsyncIterator[ASGIApp]:
         yield asgi
 
 
-def http(app: ASGIApp) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=60)
+def http(app: ASGIApp, *, root_path: str = "") -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app, root_path=root_path)
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -98,7 +98,26 @@ def gigabytes() -> bytes:
 
 def endless_loop() -> bytes:
     """A Loop whose condition stays true and whose count is the largest there is."""
-    body = helper.make_graph(
+    count = numpy_helper.from_array(np.array(2**62, np.int64), "count")
+    nodes = [helper.make_node("Loop", ["count", "always", "x"], ["y"], body=_sines())]
+    return serialized(model(nodes, initializers=(count, _ALWAYS)))
+
+
+def counted_loop() -> bytes:
+    """A Loop that runs as often as the largest element of its input says: legal, and as slow as the caller wants."""
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
+        helper.make_node("Cast", ["largest"], ["count"], to=TensorProto.INT64),
+        helper.make_node("Loop", ["count", "always", "x"], ["y"], body=_sines()),
+    ]
+    return serialized(model(nodes, initializers=(_ALWAYS,)))
+
+
+_ALWAYS = numpy_helper.from_array(np.array(True), "always")
+
+
+def _sines() -> onnx.GraphProto:
+    return helper.make_graph(
         [
             helper.make_node("Identity", ["go"], ["go_on"]),
             helper.make_node("Sin", ["carried"], ["carried_on"]),
@@ -114,7 +133,3 @@ def endless_loop() -> bytes:
             helper.make_tensor_value_info("carried_on", TensorProto.FLOAT, [None, None]),
         ],
     )
-    count = numpy_helper.from_array(np.array(2**62, np.int64), "count")
-    go = numpy_helper.from_array(np.array(True), "always")
-    nodes = [helper.make_node("Loop", ["count", "always", "x"], ["y"], body=body)]
-    return serialized(model(nodes, initializers=(count, go)))

@@ -424,10 +424,14 @@ def test_refuses_contradicting_shapes_or_leaves_them_to_the_runtime(tmp_path: Pa
     load(model_of(nodes, constants=(tensor(np.ones((5, 3), np.float32)),)), tmp_path)
 
 
-def test_describes_training_mode(tmp_path: Path) -> None:
-    net = Net()
-    net.norm("x", 3, training_mode=1)
-    net.nodes[-1].output.extend(["mean", "var"])
+@pytest.mark.parametrize(
+    ("opset", "attributes", "statistics"),
+    [(17, {"training_mode": 1}, ["mean", "var"]), (9, {}, ["mean", "var", "saved_mean", "saved_var"])],
+)
+def test_describes_training_mode(opset: int, attributes: dict[str, Any], statistics: list[str], tmp_path: Path) -> None:
+    net = Net(opset=opset)
+    net.norm("x", 3, **attributes)
+    net.nodes[-1].output.extend(statistics)
     model = net.model({"x": (2, 3, 5)}, net.nodes[-1].output[0])
     assert inspect_onnx(load(model, tmp_path)).has_training_mode
 

@@ -103,12 +103,12 @@ async def test_time_in_the_queue_counts_against_the_deadline(load: Load) -> None
     x = {"x": np.ones((1, 3), dtype=np.float32)}
     began = time.monotonic()
     results = await asyncio.gather(
-        engine.infer(x, deadline_s=0.4), engine.infer(x, deadline_s=0.5), return_exceptions=True
+        engine.infer(x, deadline_s=1.0), engine.infer(x, deadline_s=1.1), return_exceptions=True
     )
     await engine.close()  # returns when the last run has stopped
 
     assert [type(result) for result in results] == [DeadlineExceededError] * 2
-    assert time.monotonic() - began < 0.85
+    assert time.monotonic() - began < 1.9  # 2.1 if the second run began its time anew
 
 
 async def test_full_queue_refuses(load: Load) -> None:

@@ -245,3 +245,18 @@ def test_worker_ends_when_its_loop_is_gone() -> None:
     if thread is not None:
         thread.join(10)
         assert not thread.is_alive()
+
+
+async def test_drain_waits_for_what_was_submitted_even_behind_a_full_queue(worker: Worker) -> None:
+    gate, running = await _occupied(worker)
+    waiting = [asyncio.create_task(worker.submit(partial(_same, n), deadline_s=10)) for n in range(2)]
+    await asyncio.sleep(0)
+    draining = asyncio.create_task(worker.drain())
+    await asyncio.sleep(0.05)
+    assert not draining.done()
+    gate.opened.set()
+    await draining
+    assert running.done()
+    assert [(await task)[0] for task in waiting] == [0, 1]
+    await worker.close()
+    await worker.drain()

@@ -1,12 +1,14 @@
 """Blobs: content-addressed, bounded, and never half a file."""
 
 import hashlib
+import resource
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from service.errors import CheckpointNotFoundError, PayloadTooLargeError
+from service.errors import CheckpointNotFoundError, PayloadTooLargeError, StorageFullError
 from service.storage.blobs import Blobs
 
 
@@ -87,3 +89,22 @@ async def test_a_file_that_another_process_wrote_is_adopted(blobs: Blobs) -> Non
     path.write_bytes(b"folded")
     staged = await blobs.adopt(path)
     assert (staged.id, staged.bytes) == (hashlib.sha256(b"folded").hexdigest(), 6)
+
+
+@contextmanager
+def _largest_file(size_bytes: int) -> Iterator[None]:
+    """The nearest to a full disk that needs no privilege."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size_bytes", [300_000, 3_000_000], ids=["buffered", "streamed"])
+async def test_a_full_disk_leaves_nothing_behind(blobs: Blobs, tmp_path: Path, size_bytes: int) -> None:
+    with _largest_file(100_000), pytest.raises(StorageFullError, match="no room"):
+        await blobs.stage(chunks(bytes(size_bytes)), limit_bytes=10**7)
+    assert not files(tmp_path)
+    await blobs.keep(await blobs.stage(chunks(bytes(size_bytes)), limit_bytes=10**7))

@@ -2,7 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
+import sqlalchemy
+
+from service.errors import StorageFullError
 from service.storage.metadata import CheckpointRecord, Metadata, ModelRecord
 
 CHECKPOINT = CheckpointRecord(
@@ -65,9 +70,40 @@ async def test_changes_concern_one_row(tmp_path: Path) -> None:
         replace(other, folded_from=CHECKPOINT.id, report={"folded": 1}),
     ]
     assert [model.is_loaded for model in await metadata.models()] == [True, False]
-    await metadata.delete_checkpoint(CHECKPOINT.id)
+    await metadata.delete_checkpoint(other.id)
     await metadata.delete_model("m", 1)
-    assert [record.id for record in await metadata.checkpoints()] == [other.id]
+    assert [record.id for record in await metadata.checkpoints()] == [CHECKPOINT.id]
     assert [model.version for model in await metadata.models()] == [2]
+    assert await metadata.checkpoint(other.id) is None
+    await metadata.close()
+
+
+async def test_a_checkpoint_that_models_use_is_not_deleted(tmp_path: Path) -> None:
+    metadata = await opened(tmp_path)
+    await metadata.add_checkpoint(CHECKPOINT)
+    await metadata.add_model(MODEL)
+    await metadata.add_model(replace(MODEL, name="n", checkpoint="c" * 64, served_checkpoint=CHECKPOINT.id))
+    assert await metadata.delete_checkpoint(CHECKPOINT.id) == ["m/1", "n/1"]
+    assert await metadata.checkpoint(CHECKPOINT.id) == CHECKPOINT
+    await metadata.delete_model("m", 1)
+    await metadata.delete_model("n", 1)
+    assert await metadata.delete_checkpoint(CHECKPOINT.id) == []
     assert await metadata.checkpoint(CHECKPOINT.id) is None
     await metadata.close()
+
+
+async def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    metadata = await opened(tmp_path)
+    await metadata.close()
+
+    def allow_few_pages(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA max_page_count=1")  # fewer than there are: none may be added
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", allow_few_pages)
+    try:
+        metadata = await opened(tmp_path)
+        with pytest.raises(StorageFullError, match="no room"):
+            await metadata.add_checkpoint(replace(CHECKPOINT, summary={"large": "x" * 100_000}))
+        await metadata.close()
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "connect", allow_few_pages)
