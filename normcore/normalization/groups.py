@@ -9,6 +9,7 @@ kept for the groups whose own statistics say that this is harmless, and the othe
 fit the cache, with deviations from a nearby value.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -30,14 +31,13 @@ def standardize_groups(
     """Standardize a view (N, G, C, S), which is not empty, by its own statistics; `has_mean` false is the RMS form."""
     if not has_mean or values.device.type != "cpu" or not values.is_contiguous():
         return _in_blocks(values, weight, bias, eps=eps, has_mean=has_mean)
-    samples, groups = values.shape[:2]
-    rows = values.flatten(0, 1)[:, None]
-    weight, bias = (_of_rows(term, samples, groups) for term in (weight, bias))
-    result = _fused(rows, weight, bias, eps=eps)
-    is_exact = _is_exact(result.statistics).flatten()
-    if not bool(is_exact.all()):
-        result = _repair(result, rows, weight, bias, indices=(~is_exact).nonzero().flatten())
-    return _reshape(result, values.shape)
+    result = _fused(values, weight, bias, eps=eps)
+    for attempt in (_shifted, _again_in_blocks):
+        inexact = _inexact(result.statistics)
+        if inexact is None:
+            break
+        result = _repair(result, values, weight, bias, indices=inexact, attempt=attempt)
+    return result
 
 
 def standardize_groups_by(
@@ -51,82 +51,114 @@ def standardize_groups_by(
     for start, stop in _bounds(values):
         deviations = values[start:stop].to(dtype) - center
         affine = (_part(weight, start, stop), _part(bias, start, stop))
-        _finish(deviations, -offset, statistics.invstd, *affine, target=output[start:stop])
+        target = output[start:stop]
+        scratch = target if target.dtype == dtype else deviations
+        _finish(deviations, -offset, statistics.invstd, *affine, target=target, scratch=scratch)
     return Standardized(output, statistics)
 
 
-def _of_rows(term: Tensor | None, samples: int, groups: int) -> Tensor | None:
-    """Weight or bias for the groups of all samples in one row each."""
-    if term is None or groups == term.shape[0] == 1:
-        return term
-    return term.expand(samples, groups, -1, -1).flatten(0, 1)[:, None]
-
-
-def _fused(rows: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Standardized:
-    """A kernel of torch for (R, 1, C, S); the parameters are given so that statistics come in their datatype."""
-    count, _, channels, positions = rows.shape
-    dtype = accumulation_dtype(rows.dtype)
-    is_per_position = channels == 1 and all(term is None or term.shape[3] == positions for term in (weight, bias))
-    shape = (1, 1, 1, positions) if is_per_position else (count, 1, channels, 1)
-    weight = _parameter(weight, shape, 1.0, dtype=dtype, device=rows.device)
-    bias = _parameter(bias, shape, 0.0, dtype=dtype, device=rows.device)
-    if is_per_position:
-        output, mean, invstd = torch.native_layer_norm(rows, [positions], weight, bias, eps)
-    elif channels == 1 and rows.dtype == torch.float16:
+def _fused(values: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Standardized:
+    """The kernel of torch that fits the parameters; the center is 0, and the offset the mean that was folded."""
+    samples, groups, channels, positions = values.shape
+    given = [term for term in (weight, bias) if term is not None]
+    count, width = samples * groups, groups * channels
+    if width == 1 and all(term.shape[3] == positions for term in given):
+        terms = _parameters(weight, bias, (1, 1, 1, positions), values)
+        output, mean, invstd = torch.native_layer_norm(values, [positions], *terms, eps)
+    elif channels == 1 and values.dtype == torch.float16:
         # The group norm of float16 is several times slower than its batch norm, which here sees a channel per group.
-        view = rows.view(1, count, positions)
-        output, mean, invstd = torch.native_batch_norm(view, weight, bias, None, None, True, 0.0, eps)
+        terms = _parameters(weight, bias, (samples, groups, 1, 1), values)
+        output, mean, invstd = torch.native_batch_norm(
+            values.view(1, count, positions), *terms, None, None, True, 0.0, eps
+        )
     else:
-        view = rows.view(1, count * channels, positions)
-        output, mean, invstd = torch.native_group_norm(view, weight, bias, 1, count * channels, positions, count, eps)
-    center, invstd = mean.view(-1, 1, 1, 1), invstd.view(-1, 1, 1, 1).double()
-    var = (invstd.square().reciprocal() - eps).clamp_min(0.0)
-    statistics = Statistics(center, torch.zeros_like(var), var, invstd, eps, axes=(2, 3), count=channels * positions)
-    return Standardized(output.view(rows.shape), statistics)
+        # Parameters of each sample: all samples become the groups of one.
+        rows = 1 if any(term.shape[0] > 1 for term in given) else samples
+        terms = _parameters(weight, bias, (samples // rows, groups, channels, 1), values)
+        width, each = width * samples // rows, count // rows
+        output, mean, invstd = torch.native_group_norm(
+            values.view(rows, width, positions), *terms, rows, width, positions, each, eps
+        )
+    offset, invstd = (term.view(samples, groups, 1, 1).double() for term in (mean, invstd))
+    var = torch.reciprocal(invstd * invstd).sub_(eps).clamp_min_(0.0)
+    center = torch.zeros_like(offset, dtype=accumulation_dtype(values.dtype))
+    statistics = Statistics(center, offset, var, invstd, eps, axes=(2, 3), count=channels * positions)
+    return Standardized(output.view(values.shape), statistics)
 
 
-def _parameter(
-    term: Tensor | None, shape: tuple[int, ...], default: float, *, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    if term is None:
-        return torch.full((torch.Size(shape).numel(),), default, dtype=dtype, device=device)
-    return term.to(dtype).expand(shape).reshape(-1)
+def _parameters(
+    weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias in the datatype of the statistics, which torch takes from them."""
+    dtype = accumulation_dtype(values.dtype)
+    size = torch.Size(shape).numel()
+    weight = values.new_ones(size, dtype=dtype) if weight is None else weight.to(dtype).expand(shape).reshape(-1)
+    bias = values.new_zeros(size, dtype=dtype) if bias is None else bias.to(dtype).expand(shape).reshape(-1)
+    return weight, bias
 
 
-def _is_exact(statistics: Statistics) -> Tensor:
-    """Where the mean is small, the variance can be told from eps, and no square overflowed; comparisons with NaN fail.
+def _inexact(statistics: Statistics) -> Tensor | None:
+    """Indices of the groups where the kernel folded a large mean, eps hides the variance, or a square overflowed.
 
-    The variance follows from invstd, whose digits are those of var + eps.
+    The variance follows from invstd, whose digits are those of var + eps. Comparisons with NaN fail.
     """
     smallest = 1e-15 if statistics.center.dtype == torch.float32 else 1e-140
-    invstd = statistics.invstd
-    is_centered = (statistics.center * invstd).abs() <= _LARGEST_RATIO
-    return is_centered & (statistics.eps * invstd.square() <= 0.5) & (invstd >= smallest)
+    invstd, eps = statistics.invstd, statistics.eps
+    ratio = (statistics.offset * invstd).abs_()
+    least, most = torch.aminmax(invstd)
+    if float(ratio.max()) <= _LARGEST_RATIO and eps * float(most) ** 2 <= 0.5 and float(least) >= smallest:
+        return None
+    is_exact = (ratio <= _LARGEST_RATIO) & (eps * invstd.square() <= 0.5) & (invstd >= smallest)
+    return (~is_exact).flatten().nonzero().flatten()
 
 
 def _repair(
-    result: Standardized, rows: Tensor, weight: Tensor | None, bias: Tensor | None, *, indices: Tensor
+    result: Standardized,
+    values: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    indices: Tensor,
+    attempt: Callable[[Tensor, Tensor | None, Tensor | None, Statistics], Standardized],
 ) -> Standardized:
     """The result with the groups at `indices` done again."""
-    eps = result.statistics.eps
-    if len(indices) == len(rows):
-        return _in_blocks(rows, weight, bias, eps=eps, has_mean=True)
-    chosen = (term if term is None or term.shape[0] == 1 else term[indices] for term in (weight, bias))
-    repaired = _in_blocks(rows[indices], *chosen, eps=eps, has_mean=True)
-    result.output[indices] = repaired.output
+    samples, groups = values.shape[:2]
+    if len(indices) == samples * groups:
+        return attempt(values, weight, bias, result.statistics)
+
+    def chosen(term: Tensor) -> Tensor:
+        return term.expand(samples, -1, -1, -1).flatten(0, 1)[indices, None]
+
+    is_shared = groups == 1 and all(term is None or term.shape[0] == 1 for term in (weight, bias))
+    if not is_shared:
+        weight, bias = (None if term is None else chosen(term) for term in (weight, bias))
+    old = result.statistics
+    found = replace(old, center=chosen(old.center), offset=chosen(old.offset))
+    repaired = attempt(chosen(values), weight, bias, found)
+    result.output.flatten(0, 1)[indices] = repaired.output[:, 0]
     for name in ("center", "offset", "var", "invstd"):
-        getattr(result.statistics, name)[indices] = getattr(repaired.statistics, name)
+        getattr(old, name).view(-1)[indices] = getattr(repaired.statistics, name).flatten()
     return result
 
 
-def _reshape(result: Standardized, shape: torch.Size) -> Standardized:
-    """Rows as (N, G, C, S)."""
-    found = result.statistics
-    center, offset, var, invstd = (
-        term.view(*shape[:2], 1, 1) for term in (found.center, found.offset, found.var, found.invstd)
-    )
-    statistics = replace(found, center=center, offset=offset, var=var, invstd=invstd)
-    return Standardized(result.output.view(shape), statistics)
+def _shifted(values: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics) -> Standardized:
+    """The kernel of torch on deviations from the mean that it found before."""
+    center = statistics.mean.to(statistics.center.dtype)
+    output = torch.empty_like(values)
+    found = []
+    for start, stop in _bounds(values):
+        affine = (_part(weight, start, stop), _part(bias, start, stop))
+        block = _fused(values[start:stop] - center[start:stop], *affine, eps=statistics.eps)
+        output[start:stop] = block.output
+        found.append(block.statistics)
+    offset, var, invstd = (torch.cat([getattr(block, name) for block in found]) for name in ("offset", "var", "invstd"))
+    return Standardized(output, replace(statistics, center=center, offset=offset, var=var, invstd=invstd))
+
+
+def _again_in_blocks(
+    values: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics
+) -> Standardized:
+    return _in_blocks(values, weight, bias, eps=statistics.eps, has_mean=True)
 
 
 def _in_blocks(
@@ -181,24 +213,40 @@ def _standardize_block(
     """
     channels, positions = part.shape[2:]
     values = part.to(dtype)
-    shift = _shift(values) if has_mean else values.new_zeros(()).expand(*part.shape[:3], 1)
-    deviations = values
-    if has_mean:
-        deviations = torch.sub(values, shift, out=target) if target.dtype == dtype else values - shift
+    scratch = target if target.dtype == dtype else torch.empty_like(values)
+    if not has_mean:
+        squares = torch.mul(values, values, out=scratch).sum(-1, keepdim=True).double()
+        if dtype == torch.float32 and not _is_reliable(squares, positions=positions, eps=eps):
+            return None
+        zero = torch.zeros_like(squares)
+        invstd = _invstd(squares.div_(positions), eps=eps)
+        _finish(values, None, invstd, weight, bias, target=target, scratch=scratch)
+        return zero.to(dtype), zero, squares, invstd
+    shift = _shift(values)
+    deviations = torch.sub(values, shift, out=scratch)
+    total = deviations.sum(-1, keepdim=True).double()
     squares = deviations.square().sum(-1, keepdim=True).double()
-    total = deviations.sum(-1, keepdim=True).double() if has_mean else torch.zeros_like(squares)
     own_offset = total / positions
-    own_m2 = (squares - positions * own_offset.square()).clamp_min(0.0)
-    if dtype == torch.float32 and not _is_reliable(squares, own_offset, own_m2, positions=positions, eps=eps):
+    if dtype == torch.float32 and not _is_reliable(squares, total * own_offset, positions=positions, eps=eps):
         return None
+    own_m2 = squares.sub_(total.mul_(own_offset)).clamp_min_(0.0)
     center = shift[:, :, :1]
-    relative = shift.double() - center.double() + own_offset
-    offset = relative.mean(2, keepdim=True) if has_mean else torch.zeros_like(relative[:, :, :1])
-    spread = relative - offset
-    var = (own_m2 + positions * spread.square()).sum(2, keepdim=True) / (channels * positions)
-    invstd = (var + eps).sqrt().reciprocal().masked_fill(~var.isfinite(), torch.nan)
-    _finish(deviations, spread - own_offset, invstd, weight, bias, target=target)
+    if channels == 1:
+        offset, residual, var = own_offset, -own_offset, own_m2.div_(positions)
+    else:
+        relative = shift.double() - center.double() + own_offset
+        offset = relative.mean(2, keepdim=True)
+        spread = relative - offset
+        residual = spread - own_offset
+        var = own_m2.add_(spread.square().mul_(positions)).sum(2, keepdim=True).div_(channels * positions)
+    invstd = _invstd(var, eps=eps)
+    _finish(deviations, residual, invstd, weight, bias, target=target, scratch=scratch)
     return center, offset, var, invstd
+
+
+def _invstd(var: Tensor, *, eps: float) -> Tensor:
+    """NaN for a variance beyond float64, which would otherwise turn every output into the bias without a trace."""
+    return (var + eps).rsqrt_().masked_fill_(var == torch.inf, torch.nan)
 
 
 def _shift(values: Tensor) -> Tensor:
@@ -207,31 +255,40 @@ def _shift(values: Tensor) -> Tensor:
     return first + (values[..., :_SHIFT_POSITIONS] - first).mean(-1, keepdim=True)
 
 
-def _is_reliable(squares: Tensor, offset: Tensor, m2: Tensor, *, positions: int, eps: float) -> bool:
-    """Whether no square overflowed or sank, and the shift was near enough to the mean."""
-    is_reliable = squares.isfinite() & (positions * offset.square() <= m2)
-    if eps < 1e-20:
-        is_reliable &= squares >= positions * 1e-30
-    return bool(is_reliable.all())
+def _is_reliable(squares: Tensor, mean_part: Tensor | None = None, *, positions: int, eps: float) -> bool:
+    """Whether no sum of squares overflowed or sank, and at most half of it is the poor shift's."""
+    most = float(squares.max())
+    if not most < torch.inf or (eps < 1e-20 and float(squares.min()) < positions * 1e-30):
+        return False
+    return mean_part is None or bool((2 * mean_part <= squares).all())
 
 
 def _finish(
-    deviations: Tensor, residual: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, *, target: Tensor
+    deviations: Tensor,
+    residual: Tensor | None,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    target: Tensor,
+    scratch: Tensor,
 ) -> None:
-    """Write (deviations + residual) * invstd * weight + bias to the target, which may be the deviations."""
+    """Write (deviations + residual) * invstd * weight + bias to the target.
+
+    The scratch has the deviations' datatype; it may be the deviations, and is the target where that has their datatype.
+    """
     dtype = deviations.dtype
     is_per_position = any(term is not None and term.shape[3] > 1 for term in (weight, bias))
     scale = invstd if weight is None or is_per_position else invstd * weight.double()
-    shift = residual * scale
+    shift = None if residual is None else residual * scale
     if bias is not None and not is_per_position:
-        shift = shift + bias.double()
-    result = target if target.dtype == dtype else torch.empty_like(deviations)
-    torch.mul(deviations, scale.to(dtype), out=result)
-    if bool(shift.any()):
-        result.add_(shift.to(dtype))
+        shift = bias.double() if shift is None else shift.add_(bias.double())
+    torch.mul(deviations, scale.to(dtype), out=scratch)
+    if shift is not None:
+        scratch.add_(shift.to(dtype))
     if is_per_position and weight is not None:
-        result.mul_(weight.to(dtype))
+        scratch.mul_(weight.to(dtype))
     if is_per_position and bias is not None:
-        result.add_(bias.to(dtype))
-    if result is not target:
-        target.copy_(result)
+        scratch.add_(bias.to(dtype))
+    if scratch is not target:
+        target.copy_(scratch)

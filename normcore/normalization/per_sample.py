@@ -183,10 +183,8 @@ def trailing_axes(input: Tensor, normalized_shape: str | int | Sequence[int] | N
     """
     if normalized_shape is None:
         return (input.shape[-1],)
-    if type(normalized_shape) is int:
-        normalized_shape = (normalized_shape,)
-    assert not isinstance(normalized_shape, int)
-    shape = check_integers("normalized_shape", normalized_shape)
+    sizes = [normalized_shape] if isinstance(normalized_shape, int) else normalized_shape
+    shape = check_integers("normalized_shape", sizes)
     if tuple(input.shape[-len(shape) :]) != shape:
         expected = f"shape (*, {', '.join(map(str, shape))}) for normalized_shape {shape}"
         raise ShapeError("input", expected=expected, received=f"shape {tuple(input.shape)}")

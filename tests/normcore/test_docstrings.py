@@ -7,11 +7,15 @@ import pytest
 
 MODULES = [
     "normcore.normalization.batch_norm",
+    "normcore.normalization.group_norm",
+    "normcore.normalization.instance_norm",
     "normcore.normalization.inverse_root",
+    "normcore.normalization.layer_norm",
     "normcore.normalization.local_response_norm",
     "normcore.normalization.lp_norm",
     "normcore.normalization.mean_variance_norm",
     "normcore.normalization.method",
+    "normcore.normalization.rms_norm",
     "normcore.normalization.spectral_norm",
     "normcore.normalization.weight_norm",
     "normcore.normalization.weight_standardization",

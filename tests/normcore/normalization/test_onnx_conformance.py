@@ -10,7 +10,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from normcore.normalization import batch_norm, local_response_norm, lp_norm, mean_variance_norm
+from normcore.normalization import (
+    batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    local_response_norm,
+    lp_norm,
+    mean_variance_norm,
+    rms_norm,
+)
+
+AXES = [
+    *(f"4d_axis{axis}" for axis in range(4)),
+    *(f"4d_axis_negative_{axis}" for axis in range(1, 5)),
+    "default_axis",
+    *(f"2d_axis{axis}" for axis in range(2)),
+    *(f"2d_axis_negative_{axis}" for axis in range(1, 3)),
+    *(f"3d_axis{axis}_epsilon" for axis in range(3)),
+    *(f"3d_axis_negative_{axis}_epsilon" for axis in range(1, 4)),
+]
 
 CASES = {
     "BatchNormalization": [
@@ -19,7 +38,10 @@ CASES = {
         "test_batchnorm_example_training_mode",
         "test_batchnorm_epsilon_training_mode",
     ],
+    "GroupNormalization": ["test_group_normalization_example", "test_group_normalization_epsilon"],
+    "InstanceNormalization": ["test_instancenorm_example", "test_instancenorm_epsilon"],
     "LRN": ["test_lrn", "test_lrn_default"],
+    "LayerNormalization": [f"test_layer_normalization_{axis}" for axis in AXES],
     "LpNormalization": [
         "test_l1normalization_axis_0",
         "test_l1normalization_axis_1",
@@ -29,6 +51,7 @@ CASES = {
         "test_lpnormalization_default",
     ],
     "MeanVarianceNormalization": ["test_mvn"],
+    "RMSNormalization": [f"test_rms_normalization_{axis}" for axis in AXES],
 }
 
 
@@ -56,6 +79,26 @@ def _batch_norm(
     return [result.output, result.running_mean, result.running_var]
 
 
+def _group_norm(values: Tensor, scale: Tensor, bias: Tensor, attributes: dict[str, Any]) -> list[Tensor | None]:
+    num_groups, eps = attributes["num_groups"], attributes.get("epsilon", 1e-5)
+    return [group_norm(values, scale, bias, num_groups=num_groups, eps=eps).output]
+
+
+def _instance_norm(values: Tensor, scale: Tensor, bias: Tensor, attributes: dict[str, Any]) -> list[Tensor | None]:
+    return [instance_norm(values, None, None, scale, bias, eps=attributes.get("epsilon", 1e-5)).output]
+
+
+def _layer_norm(values: Tensor, scale: Tensor, bias: Tensor, attributes: dict[str, Any]) -> list[Tensor | None]:
+    shape = tuple(values.shape[attributes.get("axis", -1) :])
+    result = layer_norm(values, scale, bias, normalized_shape=shape, eps=attributes.get("epsilon", 1e-5))
+    return [result.output, result.mean, result.invstd]
+
+
+def _rms_norm(values: Tensor, scale: Tensor, attributes: dict[str, Any]) -> list[Tensor | None]:
+    shape = tuple(values.shape[attributes.get("axis", -1) :])
+    return [rms_norm(values, scale, normalized_shape=shape, eps=attributes.get("epsilon", 1e-5)).output]
+
+
 def _local_response_norm(values: Tensor, attributes: dict[str, Any]) -> list[Tensor | None]:
     names = {"size": "size", "alpha": "alpha", "beta": "beta", "bias": "k"}
     options = {names[name]: value for name, value in attributes.items()}
@@ -72,9 +115,13 @@ def _lp_norm(values: Tensor, attributes: dict[str, Any]) -> list[Tensor | None]:
 
 RUN: dict[str, Callable[..., list[Tensor | None]]] = {
     "BatchNormalization": _batch_norm,
+    "GroupNormalization": _group_norm,
+    "InstanceNormalization": _instance_norm,
     "LRN": _local_response_norm,
+    "LayerNormalization": _layer_norm,
     "LpNormalization": _lp_norm,
     "MeanVarianceNormalization": _mean_variance_norm,
+    "RMSNormalization": _rms_norm,
 }
 
 
