@@ -1,12 +1,13 @@
 # make run    set up and start the service         make check        static checks
 # make test   set up and run all tests             make docker-test  build and run the container files
+# make bench  time the kernels beside torch
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX_URL ?=
 PIP_FLAGS = $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 BIN = $(VENV)/bin
 
-.PHONY: run test check docker-test
+.PHONY: run test check bench docker-test
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +26,9 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.normalization
 
 docker-test: $(VENV)/.installed
 	$(or $(DOCKER_SMOKE),./deploy/docker-test.sh) -- $(BIN)/python -m deploy.container_check 127.0.0.1:8000

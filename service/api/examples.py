@@ -24,7 +24,7 @@ NORMALIZATIONS: dict[str, dict[str, Any]] = {
     "local_response_norm": {"input": _IMAGES, "size": 3, "alpha": 1e-4, "beta": 0.75, "k": 1, "window": "torch"},
     "lp_norm": {"input": _ROWS, "p": 2, "axis": 1, "eps": 1e-12},
     "mean_variance_norm": {"input": _IMAGES, "axes": [0, 2]},
-    "weight_norm": {"v": _FILTERS, "g": [1, 2, 3], "axis": 0},
+    "weight_norm": {"input": _FILTERS, "g": [1, 2, 3], "axis": 0},
     "weight_standardization": {"input": _FILTERS, "gain": [1, 1, 2]},
     "spectral_norm": {"input": [[3, 0], [0, 1]], "exact": True},
     "whitening": {"input": [[1, 2], [3, 5], [5, 1], [0, 3]], "mode": "zca", "training": True},

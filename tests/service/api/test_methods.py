@@ -11,7 +11,7 @@ from normcore.normalization import METHODS
 from service import datatypes
 from service.api.examples import NORMALIZATIONS
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+in_session = pytest.mark.asyncio(loop_scope="session")
 
 
 def tensors_and_parameters(name: str) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
@@ -32,6 +32,7 @@ def test_every_method_has_an_example() -> None:
     assert set(NORMALIZATIONS) == set(METHODS)
 
 
+@in_session
 @pytest.mark.parametrize("name", sorted(NORMALIZATIONS))
 async def test_both_surfaces_answer_what_the_library_computes(client: httpx.AsyncClient, name: str) -> None:
     tensors, parameters = tensors_and_parameters(name)
@@ -64,6 +65,7 @@ async def test_both_surfaces_answer_what_the_library_computes(client: httpx.Asyn
             np.testing.assert_array_equal(array, tensor.detach().numpy())
 
 
+@in_session
 @pytest.mark.parametrize("name", sorted(NORMALIZATIONS))
 async def test_the_description_is_the_table(client: httpx.AsyncClient, name: str) -> None:
     described = (await client.get(f"/v1/normalizations/{name}")).json()
