@@ -72,7 +72,7 @@ def test_float32_with_a_mean_far_above_the_deviation(mean: float) -> None:
     assert error <= 1e-6
 
 
-@pytest.mark.parametrize("scale", [1e19, 1e37, 1e-18, 1e-25])
+@pytest.mark.parametrize("scale", [1e19, 1e37, 1e-18, 1e-21, 1e-25])
 def test_scale_does_not_matter_without_eps(scale: float) -> None:
     input, grad_output = _randn(4, 3, 5, 5).clamp(-3, 3), _randn(4, 3, 5, 5, seed=1)
     expected = mean_variance_norm(input, grad_output, eps=0.0)
@@ -91,14 +91,15 @@ def test_eps_is_outside_the_root() -> None:
     assert torch.allclose(inside, input / math.sqrt(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("eps", [0.0, 1e-9])
 @pytest.mark.parametrize("value", [0.0, 0.1, 7.0, 1e30, -3.3e-12])
-def test_equal_values_give_zeros(value: float, eps: float) -> None:
-    input = torch.full((4, 2, 3, 5), value, requires_grad=True)
+def test_equal_values_give_zeros(value: float, eps: float, dtype: torch.dtype) -> None:
+    input = torch.full((4, 2, 3, 5), value, dtype=dtype, requires_grad=True)
     result = mean_variance_norm(input, eps=eps)
     assert torch.equal(result.output, torch.zeros_like(input))
     assert result.diagnostics() == {"constant_groups": 2}
-    grad_output = _randn(4, 2, 3, 5)
+    grad_output = _randn(4, 2, 3, 5, dtype=dtype)
     expected = (grad_output - grad_output.mean((0, 2, 3), keepdim=True)) / eps if eps else torch.zeros_like(input)
     (by_autograd,) = torch.autograd.grad(result.output, input, grad_output, create_graph=True)
     closed = mean_variance_norm(input.detach(), grad_output, eps=eps).grad_input
@@ -187,6 +188,12 @@ def test_diagnostics_count_groups() -> None:
     assert result.diagnostics() == {"constant_groups": 1, "eps_dominated_groups": 1, "non_finite_groups": 1}
     assert result.output[:, :2].isfinite().all()
     assert result.output[:, 2].isnan().all()
+
+
+def test_a_variance_beyond_float64_is_not_taken_for_an_output() -> None:
+    result = mean_variance_norm(_randn(4, 3, dtype=torch.float64) * 1e200, axes="0")
+    assert result.output.isnan().all()
+    assert result.diagnostics() == {"non_finite_groups": 3}
 
 
 def test_no_argument_is_changed_or_shared() -> None:

@@ -196,8 +196,8 @@ def test_gradient_equals_torch_in_training() -> None:
 def test_a_matrix_of_zeros_gives_zeros_with_gradient_zero(iterations: int, exact: bool) -> None:
     input = torch.zeros(3, 4, requires_grad=True)
     u, v = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0, 0.0])
-    state = (None, None) if exact else (u, v)
-    result = spectral_norm(input, *state, grad_output=torch.ones(3, 4), iterations=iterations, exact=exact)
+    before = (None, None) if exact else (u, v)
+    result = spectral_norm(input, before[0], before[1], torch.ones(3, 4), iterations=iterations, exact=exact)
     (by_autograd,) = torch.autograd.grad(result.output.sum(), input)
     assert result.grad_input is not None
     for tensor in (result.output, result.grad_input, by_autograd, result.sigma):
