@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from normcore.normalization.batch_norm import BATCH_NORM, BatchNormResult, batch_norm
+from normcore.normalization.batch_norm import BATCH_NORM, batch_norm
+from normcore.normalization.batch_result import BatchNormResult
 from normcore.normalization.group_norm import GROUP_NORM, group_norm
 from normcore.normalization.instance_norm import INSTANCE_NORM, InstanceNormResult, instance_norm
 from normcore.normalization.layer_norm import LAYER_NORM, layer_norm

@@ -1,76 +1,15 @@
 """Batch normalization: every channel standardized over all other axes."""
 
-from dataclasses import dataclass, replace
-
-import torch
 from torch import Tensor
 
-from normcore._checks import (
-    check_axis,
-    check_batch_count,
-    check_eps,
-    check_floating,
-    check_per_channel,
-    check_rank,
-    check_variance,
-)
+from normcore._checks import check_eps
 from normcore._precision import accumulation_dtype
-from normcore._slab import Slab
-from normcore.errors import StatisticsError
-from normcore.normalization.kernel import (
-    BatchStandardization,
-    Standardization,
-    batch_standardization,
-    given_standardization,
-    standardize,
-)
-from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
+from normcore.errors import ParameterError, StatisticsError
+from normcore.normalization.batch_result import NAN_POLICIES, BatchNormResult, check_nan_policy, refuse_non_finite
+from normcore.normalization.batch_view import BatchView
+from normcore.normalization.gradients import standardize_by, standardize_over
+from normcore.normalization.method import Method, Output, Parameter, TensorArgument
 from normcore.statistics.running import CONVENTIONS, Momentum, RunningStatistics, check_momentum
-
-_FEW_VALUES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class BatchNormResult:
-    """Outputs of batch norm; None for what does not apply.
-
-    Attributes:
-        output: the input's shape, datatype and memory format.
-        mean: mean that was subtracted; (C,).
-        var: biased variance that was divided by; (C,).
-        invstd: (var + eps)^-1/2; (C,).
-        running_mean: updated, in training; (C,).
-        running_var: updated, in training; (C,).
-        num_batches_tracked: updated, in training, where it was given; int64 of shape ().
-        count: values per channel, where the statistics are the batch's own.
-    """
-
-    output: Tensor
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    invstd: Tensor | None = None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    num_batches_tracked: Tensor | None = None
-    count: int | None = None
-
-    def diagnostics(self) -> dict[str, JSON]:
-        """What makes the result questionable: numbers of channels, or the few values that each has."""
-        if self.mean is None or self.var is None or self.invstd is None:
-            return {}
-        findings: dict[str, JSON] = {}
-        if self.count is not None and self.count < _FEW_VALUES:
-            findings["few_values_per_channel"] = self.count
-        is_finite = self.mean.isfinite() & self.var.isfinite() & self.invstd.isfinite()
-        is_constant = self.var == 0
-        flags = {
-            "constant_channels": is_constant & (self.count is not None),
-            # var < eps, without eps: var / (var + eps) is below a half.
-            "eps_dominated_channels": self.var * self.invstd.square() < 0.5,
-            "non_finite_channels": ~is_finite,
-        }
-        counts = {name: int(flag.sum()) for name, flag in flags.items()}
-        return findings | {name: count for name, count in counts.items() if count}
 
 
 def batch_norm(
@@ -80,31 +19,42 @@ def batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    grad_output: Tensor | None = None,
+    mask: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
     training: bool = False,
     momentum: Momentum = "default",
     eps: float = 1e-5,
     convention: str = "torch",
     channel_axis: int = 1,
+    nan_policy: str = "propagate",
+    inverse: bool = False,
 ) -> BatchNormResult:
     """Batch normalization in training or inference.
 
     y = (x - mean) / sqrt(var + eps) * weight + bias
+    dx = s * (a - mean(a) - xh * mean(a * xh)) in training, s * a in inference, with a = weight * dy,
+    xh = (x - mean) * s, s = (var + eps)^-1/2; dweight = sum(dy * xh), dbias = sum(dy)
 
     Training takes mean and biased variance from the batch and returns updated running statistics,
     r <- (1 - f) r + f b, with the batch variance corrected as the convention says (torch: Bessel). Inference takes
-    the running statistics. The mean is held as the sum of two numbers, so that data with |mean| >> std loses nothing.
+    the running statistics, as constants. The mean is held as the sum of two numbers, so that data with |mean| >> std
+    loses nothing.
 
     Sums are accumulated in float32 within a cache block and in float64 over blocks (float64 inputs: in float64
-    throughout); the output is rounded once to the input's datatype. No argument is changed. Outputs carry no gradient.
+    throughout); the output is rounded once to the input's datatype. No argument is changed. The output is
+    differentiable in input, weight and bias, to every order; statistics carry no gradient.
 
     Args:
         input: (N, C, *), float16, bfloat16, float32 or float64. An empty one in training gives an empty output and
             changes no statistics.
         running_mean: (C,), any floating datatype; with running_var.
         running_var: (C,), values >= 0.
-        weight: (C,); 1 where not given.
-        bias: (C,); 0 where not given.
+        weight: (C,), or (N, C) for weights of each sample; 1 where not given.
+        bias: the weight's shape; 0 where not given.
+        grad_output: gradient of the output, of the input's shape; gives the gradients of input, weight and bias.
+        mask: bool, true where a position counts in the statistics of the batch; broadcasts to the input's shape
+            without the channel axis. Positions that do not count are normalized as all others. Inference counts none.
         num_batches_tracked: batches so far, a single value; training with momentum None needs it.
         training: whether the statistics are the batch's own.
         momentum: in the convention's sense: torch, weight of the new batch (0.1); onnx and keras, weight of the kept
@@ -112,94 +62,88 @@ def batch_norm(
         eps: > 0 in training, >= 0 in inference.
         convention: torch, onnx or keras, for the update of the running statistics.
         channel_axis: axis of the channels, from the back where negative.
+        nan_policy: for values that are not finite. propagate: they make their channel NaN, and its running
+            statistics for ever; skip_update: such a batch leaves all running statistics as they are; raise.
+        inverse: in inference, the way back: x = (y - bias) / weight * sqrt(var + eps) + mean.
 
     Returns:
-        Output, statistics (float64 for a float64 input, else float32) and updated running statistics.
+        Output, statistics and gradients of parameters (float64 for a float64 input, else float32), updated running
+        statistics, and the input's gradient.
 
     Raises:
-        DtypeError: a tensor that is not floating.
-        ShapeError: an input of fewer than two dimensions, or a tensor that is not one value per channel.
-        ParameterError: eps, momentum, convention or channel_axis out of bounds.
+        DtypeError: a tensor that is not floating, or a mask that is not bool.
+        ShapeError: an input of fewer than two dimensions, or another tensor that does not fit it.
+        ParameterError: eps, momentum, convention, channel_axis or nan_policy out of bounds; inverse in training, with
+            a grad_output, or with a weight of 0.
         StatisticsError: no running statistics in inference, one without the other, a running_var negative or NaN,
-            one value per channel in training, or momentum None without num_batches_tracked.
+            one value per channel in training, momentum None without num_batches_tracked, or, with nan_policy raise,
+            values that are not finite.
 
+    >>> import torch
     >>> result = batch_norm(torch.tensor([[1.0, 7.0], [3.0, 7.0]]), training=True, eps=1e-12)
     >>> result.output, result.var
     (tensor([[-1.,  0.],
             [ 1.,  0.]]), tensor([1., 0.]))
     """
-    num_features = _check_tensors(input, weight, bias, channel_axis=channel_axis)
+    view = BatchView.of(input, channel_axis=channel_axis)
     check_eps("eps", eps, is_zero_allowed=not training)
     check_momentum(momentum, convention=convention)
-    running = _running_statistics(running_mean, running_var, num_batches_tracked, num_features=num_features)
-    with torch.no_grad():
-        slab = Slab.of(input, channel_axis=channel_axis % input.ndim)
-        if training and input.numel() == 0:
-            return _result(input.clone(), None, running)
-        by = _of_batch(slab, input, eps=eps) if training else _of_running(running, input, eps=eps)
-        if running is not None and isinstance(by, BatchStandardization):
-            updated = running.update(by.moments, momentum=momentum, convention=convention)
-        else:
-            updated = None
-        return _result(slab.restore(standardize(slab, by, weight=weight, bias=bias)), by, updated)
+    check_nan_policy(nan_policy)
+    affine = view.affine(weight, bias)
+    counted = view.mask(mask)
+    view.check_grad_output(grad_output)
+    running = view.running(running_mean, running_var, num_batches_tracked)
+    if inverse:
+        _check_invertible(weight, grad_output, training=training)
+        return BatchNormResult(_inverse(view, running, *affine, eps=eps))
+    if training and view.counted(counted) == 0:
+        return BatchNormResult.empty(view, weight, running=running, grad_output=grad_output)
+    if nan_policy == "raise":
+        refuse_non_finite(input, counted)
+    if training:
+        found = standardize_over(input, *affine, axes=view.axes, eps=eps, mask=counted)
+    else:
+        found = standardize_by(input, *affine, **_given(view, running), eps=eps)
+    result = BatchNormResult.of(found, view, running=running, nan_policy=nan_policy)
+    if training and running is not None:
+        moments = view.moments(found.statistics)
+        is_skipped = nan_policy == "skip_update" and not moments.is_finite()
+        updated = running if is_skipped else running.update(moments, momentum=momentum, convention=convention)
+        result = result.with_running(updated)
+    if grad_output is None:
+        return result
+    return result.with_gradients(view.gradients(grad_output, weight, bias, found.statistics))
 
 
-def _check_tensors(input: Tensor, weight: Tensor | None, bias: Tensor | None, *, channel_axis: int) -> int:
-    """The number of channels of an input that can be normalized."""
-    check_floating("input", input)
-    check_rank("input", input, minimum=2)
-    num_features = input.shape[check_axis("channel_axis", channel_axis, rank=input.ndim)]
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            check_per_channel(name, tensor, num_features=num_features)
-    return num_features
-
-
-def _running_statistics(
-    mean: Tensor | None, var: Tensor | None, num_batches_tracked: Tensor | None, *, num_features: int
-) -> RunningStatistics | None:
-    if mean is None and var is None:
-        return None
-    if mean is None or var is None:
-        missing, present = ("running_mean", "running_var") if mean is None else ("running_var", "running_mean")
-        raise StatisticsError(missing, expected=f"to be given together with {present}", received="none")
-    check_per_channel("running_mean", mean, num_features=num_features)
-    check_per_channel("running_var", var, num_features=num_features)
-    check_variance("running_var", var)
-    if num_batches_tracked is not None:
-        check_batch_count("num_batches_tracked", num_batches_tracked)
-        num_batches_tracked = num_batches_tracked.to(torch.int64).reshape(())
-    return RunningStatistics(mean, var, num_batches_tracked)
-
-
-def _of_batch(slab: Slab, input: Tensor, *, eps: float) -> BatchStandardization:
-    if slab.count == 1:
-        expected = "more than 1 value per channel when training"
-        raise StatisticsError("input", expected=expected, received=f"shape {tuple(input.shape)}")
-    return batch_standardization(slab, eps=eps)
-
-
-def _of_running(running: RunningStatistics | None, input: Tensor, *, eps: float) -> Standardization:
+def _given(view: BatchView, running: RunningStatistics | None) -> dict[str, Tensor]:
     if running is None:
         expected = "running statistics in inference (training false)"
         raise StatisticsError("running_mean", expected=expected, received="none")
-    return given_standardization(running.mean, running.var, dtype=input.dtype, eps=eps)
+    return {"mean": view.per_channel(running.mean), "var": view.per_channel(running.var)}
 
 
-def _result(output: Tensor, by: Standardization | None, running: RunningStatistics | None) -> BatchNormResult:
-    """The outputs that apply, every statistic in the datatype that statistics of such an input have."""
-    dtype = accumulation_dtype(output.dtype)
-    result = BatchNormResult(output)
-    if by is not None:
-        mean, var, invstd = (statistic.to(dtype, copy=True) for statistic in (by.mean, by.var, by.invstd))
-        result = replace(result, mean=mean, var=var, invstd=invstd)
-    if isinstance(by, BatchStandardization):
-        result = replace(result, count=by.count)
-    if running is not None:
-        mean, var = running.mean.to(dtype, copy=True), running.var.to(dtype, copy=True)
-        tracked = running.num_batches_tracked
-        result = replace(result, running_mean=mean, running_var=var, num_batches_tracked=tracked)
-    return result
+def _check_invertible(weight: Tensor | None, grad_output: Tensor | None, *, training: bool) -> None:
+    if training or grad_output is not None:
+        name = "training" if training else "grad_output"
+        raise ParameterError("inverse", expected=f"false with {name}", received="true")
+    if weight is not None and bool((weight == 0).any()):
+        zeros = int((weight == 0).sum())
+        raise ParameterError("weight", expected="no 0 with inverse: it leaves nothing", received=f"{zeros} zeros")
+
+
+def _inverse(
+    view: BatchView, running: RunningStatistics | None, weight: Tensor | None, bias: Tensor | None, *, eps: float
+) -> Tensor:
+    given = _given(view, running)
+    scale = (given["var"].double() + eps).sqrt()
+    if weight is not None:
+        scale = scale / weight.double()
+    # Without the mean between, as in the way forth: what is added last is rounded once.
+    dtype = accumulation_dtype(view.input.dtype)
+    values = view.input.to(dtype)
+    if bias is not None:
+        values = values - bias.to(dtype)
+    return (values * scale.to(dtype) + given["mean"].to(dtype)).to(view.input.dtype)
 
 
 BATCH_NORM = Method(
@@ -212,8 +156,14 @@ BATCH_NORM = Method(
         TensorArgument("input", "values to normalize", "(N, C, *)", is_required=True),
         TensorArgument("running_mean", "running mean; needed in inference", "(C,)"),
         TensorArgument("running_var", "running variance; needed in inference", "(C,)"),
-        TensorArgument("weight", "scale (gamma); 1 where not given", "(C,)"),
-        TensorArgument("bias", "shift (beta); 0 where not given", "(C,)"),
+        TensorArgument("weight", "scale (gamma); 1 where not given", "(C,) or (N, C)"),
+        TensorArgument("bias", "shift (beta); 0 where not given", "the weight's"),
+        TensorArgument("grad_output", "gradient of the output; gives the other gradients", "(N, C, *)"),
+        TensorArgument(
+            "mask",
+            "BOOL, true where a position counts in the batch's statistics; all are normalized",
+            "broadcasts to the input's shape without the channel axis",
+        ),
         TensorArgument("num_batches_tracked", "batches so far; needed in training with momentum null", "()"),
     ),
     parameters=(
@@ -238,6 +188,17 @@ BATCH_NORM = Method(
             choices=tuple(CONVENTIONS),
         ),
         Parameter("channel_axis", "int", 1, "Axis of the channels; a negative one counts from the back."),
+        Parameter(
+            "nan_policy",
+            "str",
+            "propagate",
+            "Values that are not finite make their channel and its running statistics NaN, are refused, or leave all "
+            "running statistics as they are.",
+            choices=NAN_POLICIES,
+        ),
+        Parameter(
+            "inverse", "bool", False, "In inference, the way back: (y - bias) / weight * sqrt(var + eps) + mean."
+        ),
     ),
     outputs=(
         Output("output", "(N, C, *)", "normalized values, in the input's datatype"),
@@ -249,6 +210,9 @@ BATCH_NORM = Method(
         Output(
             "num_batches_tracked", "()", "updated number of batches; only in training with running statistics and it"
         ),
+        Output("grad_input", "(N, C, *)", "gradient of the input; only with grad_output"),
+        Output("grad_weight", "the weight's or (C,)", "gradient of weight, given or not; only with grad_output"),
+        Output("grad_bias", "the weight's or (C,)", "gradient of bias, given or not; only with grad_output"),
     ),
     function=batch_norm,
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 from normcore._checks import check_axis, check_floating, check_rank, check_variance
 from normcore._slab import Slab, blocks
 from normcore.errors import DtypeError, ShapeError
+from normcore.statistics.deviations import deviations
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ class Moments:
             return cls(nothing, nothing, nothing)
         with torch.no_grad():
             slab = Slab.of(tensor, channel_axis=axis)
-            return deviation_sums(slab, dtype=torch.float64).moments()
+            sums = deviations(slab, dtype=torch.float64)
+            return cls(torch.full_like(sums.mean, sums.count), sums.mean, sums.m2)
 
     def merge(self, *others: "Moments") -> "Moments":
         """Moments of all the values together (Chan, for any number of parts); empty parts change nothing.
@@ -110,6 +112,10 @@ m2=tensor([26.], dtype=torch.float64))
         center = means.gather(0, counts.argmax(0, keepdim=True))
         mean = (center + (shares * (means - center)).sum(0, keepdim=True))[0]
         return Moments(count, mean, squares.sum(0) + (counts * (means - mean).square()).sum(0))
+
+    def is_finite(self) -> bool:
+        """Whether mean and variance are numbers in every channel."""
+        return bool((self.mean.isfinite() & self.m2.isfinite()).all())
 
     def var(self, *, correction: int = 0) -> Tensor:
         """The variance m2 / (n - correction), float64 of shape (C,); NaN where n <= correction.

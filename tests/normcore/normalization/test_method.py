@@ -125,7 +125,7 @@ def test_call_returns_all_outputs_that_apply() -> None:
     result = BATCH_NORM(_tensors(), {"training": True})
     assert list(result.outputs) == ["output", "mean", "var", "invstd"]
     state = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "num_batches_tracked": torch.tensor(0)}
-    result = BATCH_NORM(_tensors() | state, {"training": True})
+    result = BATCH_NORM(_tensors() | state | {"grad_output": torch.ones(8, 3)}, {"training": True})
     assert list(result.outputs) == [output.name for output in BATCH_NORM.outputs]
     assert result.diagnostics == {}
 
@@ -153,7 +153,7 @@ def test_call_leaves_a_momentum_not_given_to_the_convention() -> None:
 
 
 def test_call_refuses_names_it_does_not_know() -> None:
-    known = "input, running_mean, running_var, weight, bias, num_batches_tracked"
+    known = "input, running_mean, running_var, weight, bias, grad_output, mask, num_batches_tracked"
     with pytest.raises(ParameterError, match=f"tensors: expected for batch_norm among {known}, received 'gamma'"):
         BATCH_NORM(_tensors() | {"gamma": torch.ones(3)}, {})
     with pytest.raises(ParameterError, match=r"parameters: .*training, momentum, .* received 'epsilon'"):
