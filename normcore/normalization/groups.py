@@ -18,8 +18,9 @@ from torch import Tensor
 from normcore._precision import accumulation_dtype, split
 from normcore.normalization.gradients import Standardized, Statistics
 
-# A block of this many elements and its scratch copies stay in a core's second-level cache.
-_BLOCK_ELEMENTS = 2**18
+# A block of this many elements and its scratch copies stay in the last cache. Smaller blocks cost more in calls than
+# they gain; measured with (16, 64, 56, 56) and (32, 256, 14, 14) in both memory formats, and rows of 64 and 1024.
+_BLOCK_ELEMENTS = 2**19
 # Up to here the folded mean costs less than the rounding of an output (measured: 0.9e-6 at 2, 1.5e-6 at 5).
 _LARGEST_RATIO = 2.0
 _SHIFT_POSITIONS = 64
@@ -80,7 +81,7 @@ def _fused(values: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: f
             values.view(rows, width, positions), *terms, rows, width, positions, each, eps
         )
     offset, invstd = (term.view(samples, groups, 1, 1).double() for term in (mean, invstd))
-    var = torch.reciprocal(invstd * invstd).sub_(eps).clamp_min_(0.0)
+    var = invstd.pow(-2).sub_(eps)
     center = torch.zeros_like(offset, dtype=accumulation_dtype(values.dtype))
     statistics = Statistics(center, offset, var, invstd, eps, axes=(2, 3), count=channels * positions)
     return Standardized(output.view(values.shape), statistics)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from normcore.normalization import group_norm, instance_norm, layer_norm, rms_norm
+from normcore.normalization import group_norm, groups, instance_norm, layer_norm, rms_norm
 from tests.normcore.normalization import group_oracle as oracle
 
 EPS = 1e-5
@@ -186,3 +186,45 @@ def test_channels_whose_first_values_mislead_are_accurate(name: str) -> None:
     output, mean, var, _ = NORMS[name].ours(input)
     assert oracle.beyond_rounding(output, expected.normalized) <= 1e-6
     _check_statistics(expected, mean, var)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("name", NORMS)
+def test_blocks_of_samples_are_like_one(
+    name: str, mean: float, dtype: torch.dtype, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "_BLOCK_ELEMENTS", 2 * math.prod(SHAPE[1:]))
+    input = _data(mean, 3.0, dtype, memory_format)
+    expected = oracle.over_last(input, NORMS[name].count, eps=EPS, has_mean=NORMS[name].has_mean)
+    output, ours_mean, var, _ = NORMS[name].ours(input)
+    assert oracle.beyond_rounding(output, expected.normalized) <= 1e-6
+    _check_statistics(expected, ours_mean, var)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("samples_per_block", [1, 2, 6])
+def test_parameters_of_each_sample_follow_their_blocks(
+    samples_per_block: int, mean: float, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "_BLOCK_ELEMENTS", samples_per_block * math.prod(SHAPE[1:]))
+    input = _data(mean, 1.0, torch.float32, memory_format)
+    input[4, 3] = 7.0
+    weight, bias = torch.linspace(0.5, 2, 48).view(6, 8), torch.linspace(-1, 1, 48).view(6, 8)
+    running_mean, running_var = torch.full((8,), mean), torch.full((8,), 4.0)
+    normalized = {
+        "group": oracle.groups(input, 4, eps=EPS).normalized,
+        "instance": oracle.groups(input, 8, eps=EPS).normalized,
+        "running": (oracle.exact(input) - mean) / np.sqrt(np.longdouble(4) + np.longdouble(EPS)),
+    }
+    outputs = {
+        "group": group_norm(input, weight, bias, num_groups=4, eps=EPS).output,
+        "instance": instance_norm(input, None, None, weight, bias, eps=EPS).output,
+        "running": instance_norm(input, running_mean, running_var, weight, bias, eps=EPS).output,
+    }
+    for name, output in outputs.items():
+        expected = oracle.affine(normalized[name], weight, bias, shape=(6, 8, 1, 1))
+        scale = max(1.0, float(np.abs(expected).max()) / 5)
+        assert oracle.beyond_rounding(output, expected) <= 2e-6 * scale
