@@ -13,7 +13,7 @@ from normcore.normalization.gradients import (
     Gradients,
     Standardized,
     Statistics,
-    standardize_by,
+    differentiable,
     standardize_gradients,
     standardize_over,
 )
@@ -106,22 +106,21 @@ class Operands:
         if self.input.numel() == 0:
             return self._empty()
         values, weight, bias = self._views()
-        if self.mask is None and not _needs_graph(values, weight, bias):
-            with torch.no_grad():
-                found = standardize_groups(values, weight, bias, eps=eps, has_mean=has_mean)
-        else:
-            mask = self._counted()
+        mask = self._counted()
+        if mask is not None:
             found = standardize_over(values, weight, bias, axes=(2, 3), eps=eps, has_mean=has_mean, mask=mask)
-        return self._result(found)
+            return self._result(found)
+        with torch.no_grad():
+            found = standardize_groups(values, weight, bias, eps=eps, has_mean=has_mean)
+        return self._result(differentiable(found, values, weight, bias))
 
     def standardize_by(self, mean: Tensor, var: Tensor, *, eps: float) -> PerSampleResult:
         """By a given mean and variance of each of G groups."""
         values, weight, bias = self._views()
         mean, var = (statistic.detach().view(1, -1, 1, 1) for statistic in (mean, var))
-        if _needs_graph(values, weight, bias):
-            return self._result(standardize_by(values, weight, bias, mean=mean, var=var, eps=eps))
         with torch.no_grad():
-            return self._result(standardize_groups_by(values, weight, bias, mean=mean, var=var, eps=eps))
+            found = standardize_groups_by(values, weight, bias, mean=mean, var=var, eps=eps)
+        return self._result(differentiable(found, values, weight, bias))
 
     def _views(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         weight, bias = (None if term is None else term.reshape(self.affine) for term in (self.weight, self.bias))
@@ -221,7 +220,3 @@ def check_mask(mask: Tensor, input: Tensor) -> None:
     if len(own) > len(full) or any(size not in (1, whole) for size, whole in sizes):
         expected = f"a shape that broadcasts to the input's {full}"
         raise ShapeError("mask", expected=expected, received=f"shape {own}")
-
-
-def _needs_graph(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
