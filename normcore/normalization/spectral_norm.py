@@ -99,19 +99,19 @@ def spectral_norm(
     matrix = values.movedim(axis, 0).flatten(1) if input.ndim > 1 else values[:, None]
     u, v = _checked_state(matrix, u, v, exact=exact)
     sigma, u, v = _decomposed(matrix) if exact else _iterated(matrix, u, v, iterations=iterations)
-    if bool(sigma == 0) and bool(matrix.any()):
+    is_zero = bool(sigma == 0)
+    if is_zero and bool(matrix.any()):
         raise StatisticsError("v", expected="u and v with u^T W v other than 0", received="vectors orthogonal to W")
-    # A matrix of zeros over 1 is zeros; their slope is taken out with the factor.
-    is_zero = sigma == 0
-    divisor, factor = sigma.masked_fill(is_zero, 1.0), (~is_zero).to(sigma.dtype)
-    output = values / divisor * factor
+    # A matrix of zeros times 0 is zeros without a slope.
+    output = values * 0.0 if is_zero else values / sigma
     result = SpectralNormResult(output.to(input.dtype), (sigma * scale).detach(), u, v)
     if grad_output is None:
         return result
     check_shape("grad_output", grad_output, input.shape, meaning="that of the input")
     grad_values = grad_output.to(values.dtype)
     slope = torch.outer(u, v).reshape(values.movedim(axis, 0).shape).movedim(0, axis)
-    grad_input = (grad_values - (grad_values * output).sum() * slope) * factor / divisor / scale
+    deviation = grad_values - (grad_values * output).sum() * slope
+    grad_input = deviation * 0.0 if is_zero else deviation / sigma / scale
     return replace(result, grad_input=grad_input.to(input.dtype))
 
 

@@ -84,14 +84,14 @@ def weight_norm(
     values = input[..., None]
     norm = vector_norm(values, p=2, axes=axes)
     length = None if g is None else _length(g, like=norm.scaled[..., 0], log_g=log_g)
-    unit = norm.divide(values)[..., 0]
-    result = WeightNormResult((unit if length is None else unit * length).to(input.dtype), norm.value[..., 0])
+    output = norm.divide(values, factor=None if length is None else length[..., None])[..., 0]
+    result = WeightNormResult(output.to(input.dtype), norm.value[..., 0])
     if grad_output is None:
         return result
-    grad_unit = grad_output.to(unit.dtype)
+    grad_unit = grad_output.to(output.dtype)
     grad_g = None
     if g is not None and length is not None:
-        grad_length = (grad_unit * unit).sum_to_size(length.shape)
+        grad_length = (grad_unit * norm.divide(values)[..., 0]).sum_to_size(length.shape)
         grad_g = (grad_length * length if log_g else grad_length).reshape(g.shape).to(g.dtype)
         grad_unit = grad_unit * length
     grad_input = norm.gradient(grad_unit[..., None], values, p=2, axes=axes)[..., 0]
