@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from normcore._checks import check_axis, check_eps, check_floating, check_rank, check_shape
+from normcore._precision import accumulation_dtype
 from normcore.errors import ParameterError
 from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
 from normcore.normalization.vector_norm import vector_norm
 
 _ORDERS = ("1", "2", "inf")
+_BLOCK_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +86,32 @@ def lp_norm(
     axes = (check_axis("axis", axis, rank=input.ndim),)
     check_eps("eps", eps, is_zero_allowed=True)
     order = _order(p)
-    norm = vector_norm(input, p=order, axes=axes)
-    divisor = norm.at_least(eps)
-    grad_input = None
-    if grad_output is not None:
-        check_shape("grad_output", grad_output, input.shape, meaning="that of the input")
-        grad_input = divisor.gradient(grad_output, input, p=order, axes=axes).to(input.dtype)
-    return LpNormResult(divisor.divide(input).to(input.dtype), norm.value, grad_input, eps)
+    if grad_output is None:
+        output, norm = _in_blocks(input, order, axes=axes, eps=eps)
+        return LpNormResult(output, norm, None, eps)
+    check_shape("grad_output", grad_output, input.shape, meaning="that of the input")
+    norms = vector_norm(input, p=order, axes=axes)
+    divisor = norms.at_least(eps)
+    grad_input = divisor.gradient(grad_output, input, p=order, axes=axes).to(input.dtype)
+    return LpNormResult(divisor.divide(input).to(input.dtype), norms.value, grad_input, eps)
+
+
+def _in_blocks(input: Tensor, order: float, *, axes: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
+    """Output and norms, a few samples at a time where that keeps what is between them in the cache."""
+    samples = max(1, _BLOCK_ELEMENTS * input.shape[0] // max(1, input.numel()))
+    has_gradient = torch.is_grad_enabled() and input.requires_grad
+    # Along the last axis, without conversion, there is nothing in between.
+    is_direct = axes == (input.ndim - 1,) and input.dtype == accumulation_dtype(input.dtype)
+    is_whole = axes == (0,) or samples >= input.shape[0] or is_direct
+    if is_whole or has_gradient or input.device.type != "cpu":
+        norms = vector_norm(input, p=order, axes=axes)
+        return norms.at_least(eps).divide(input).to(input.dtype), norms.value
+    output, values = torch.empty_like(input), []
+    for part, target in zip(torch.split(input, samples), torch.split(output, samples), strict=True):
+        norms = vector_norm(part, p=order, axes=axes)
+        target.copy_(norms.at_least(eps).divide(part))
+        values.append(norms.value)
+    return output, torch.cat(values)
 
 
 def _order(p: str | float) -> float:

@@ -213,6 +213,18 @@ def test_memory_format_is_kept() -> None:
     assert torch.equal(output, lp_norm(input.contiguous(), axis=1).output)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(7, 300, 300), (3000, 200)], ids=str)
+def test_blocks_change_nothing(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    input = _randn(*shape, dtype=dtype)
+    input[1] = 0
+    input = input.movedim(-1, 1)
+    blocked, whole = lp_norm(input, axis=1, eps=0.1), lp_norm(input.clone().requires_grad_(), axis=1, eps=0.1)
+    assert torch.allclose(blocked.output, whole.output, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert torch.allclose(blocked.norm, whole.norm, rtol=1e-6)
+    assert blocked.diagnostics() == whole.diagnostics()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
