@@ -10,8 +10,9 @@ from torch import Tensor
 from normcore._checks import check_axes, check_eps, check_floating, check_rank, check_shape
 from normcore._precision import accumulation_dtype
 from normcore._slab import Slab
-from normcore.normalization.kernel import BatchStandardization, batch_standardization, standardize
+from normcore.normalization.closed_forms import Statistics
 from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
+from normcore.normalization.standardization import own_statistics, standardize
 
 # Sums of squares in float32 lose what is below; where no larger eps hides that, the sums are made in float64.
 _LEAST_FLOAT32_VAR = 1e-30
@@ -93,24 +94,20 @@ def mean_variance_norm(
         check_shape("grad_output", grad_output, input.shape, meaning="that of the input")
     if input.numel() == 0:
         return MeanVarianceNormResult(input.clone(), grad_input=None if grad_output is None else grad_output.clone())
-    with torch.no_grad():
-        slab = Slab.keeping(input, kept)
-        by = _statistics(slab, eps=eps)
+    by = _statistics(input, reduced, eps=eps)
     output: Tensor = _Normalize.apply(input, kept, by, eps)  # type: ignore[no-untyped-call]  # torch's has no types
     grad_input = None if grad_output is None else _gradient(input, grad_output, kept, by, eps=eps)
     dtype = accumulation_dtype(input.dtype)
-    mean, var, invstd = (slab.restore_channels(values).to(dtype) for values in (by.mean, by.var, by.invstd))
+    mean, var, invstd = (values.to(dtype, copy=True) for values in (by.mean, by.var, by.invstd))
     return MeanVarianceNormResult(output, mean, var, invstd, grad_input, eps)
 
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, kept: tuple[int, ...], by: BatchStandardization, eps: float) -> Tensor:
+    def forward(ctx: Any, input: Tensor, kept: tuple[int, ...], by: Statistics, eps: float) -> Tensor:
         ctx.save_for_backward(input)
-        # The deviations become the output: what is kept for the backward is without them.
-        ctx.kept, ctx.by, ctx.eps = kept, replace(by, deviations=None), eps
-        slab = Slab.keeping(input, kept)
-        return slab.restore(standardize(slab, by, weight=None, bias=None))
+        ctx.kept, ctx.by, ctx.eps = kept, by, eps
+        return _standardize(input, by)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -118,18 +115,21 @@ class _Normalize(torch.autograd.Function):
         return _gradient(input, grad_outputs[0], ctx.kept, ctx.by, eps=ctx.eps), None, None, None
 
 
-def _statistics(slab: Slab, *, eps: float) -> BatchStandardization:
-    by = batch_standardization(slab, eps=0.0)
+@torch.no_grad()
+def _statistics(input: Tensor, axes: tuple[int, ...], *, eps: float) -> Statistics:
+    by = own_statistics(input, axes=axes, eps=0.0)
     is_lost = (by.var < _LEAST_FLOAT32_VAR).any() if eps < _LEAST_HIDING_EPS else False
     if by.center.dtype == torch.float32 and bool(is_lost):
-        by = batch_standardization(replace(slab, values=slab.values.double()), eps=0.0)
-        by = replace(by, deviations=None)
+        by = own_statistics(input.double(), axes=axes, eps=0.0)
     return replace(by, invstd=_inverse(by.var.sqrt() + eps).masked_fill(~by.var.isfinite(), torch.nan))
 
 
-def _gradient(
-    input: Tensor, grad_output: Tensor, kept: tuple[int, ...], by: BatchStandardization, *, eps: float
-) -> Tensor:
+def _standardize(input: Tensor, by: Statistics) -> Tensor:
+    values = input.double() if by.center.dtype == torch.float64 else input
+    return standardize(values, by, None, None).to(input.dtype)
+
+
+def _gradient(input: Tensor, grad_output: Tensor, kept: tuple[int, ...], by: Statistics, *, eps: float) -> Tensor:
     is_differentiable = torch.is_grad_enabled() and (input.requires_grad or grad_output.requires_grad)
     # Derivatives of higher order need the statistics as functions of the input, and take float64 for all of it.
     dtype = torch.float64 if is_differentiable else by.center.dtype
@@ -143,8 +143,8 @@ def _gradient(
         inverse = _inverse(std + eps)
         output = deviations * inverse
     else:
-        output = standardize(slab, replace(by, deviations=None), weight=None, bias=None)
-        std, inverse = (values.to(dtype)[:, None] for values in (by.var.sqrt(), by.invstd))
+        output = slab.seen_alike(_standardize(input.to(dtype), by))
+        std, inverse = (slab.per_channel(values).to(dtype)[:, None] for values in (by.var.sqrt(), by.invstd))
     projection = (grad * output).mean((0, 2), keepdim=True) * _inverse(std)
     gradient = (grad - grad.mean((0, 2), keepdim=True)) * inverse - output * projection
     return slab.restore(gradient).to(input.dtype)
