@@ -201,6 +201,8 @@ def test_empty_input_gives_an_empty_output_and_changes_nothing(shape: tuple[int,
     assert trained.running_var is not None
     assert torch.equal(trained.running_mean, mean)
     assert torch.equal(trained.running_var, var)
+    trained.running_mean.fill_(9)
+    assert torch.equal(mean, torch.full((channels,), 0.5))
     assert instance_norm(input, mean, var).output.shape == shape
 
 
@@ -386,3 +388,9 @@ def test_group_and_instance_norm_refuse(call: Callable[[], object], error: type[
 def test_inference_by_running_statistics_takes_one_position() -> None:
     output = instance_norm(torch.full((2, 6, 1), 3.0), ONE, ONE * 4, eps=0.0).output
     assert torch.equal(output, torch.ones(2, 6, 1))
+
+
+def test_inference_keeps_the_digits_of_a_float64_running_mean() -> None:
+    mean = torch.tensor([1e6 - 0.01], dtype=torch.float64)
+    output = instance_norm(torch.full((2, 1, 4), 1e6), mean, torch.ones(1), eps=0.0).output
+    assert output.double().sub(0.01).abs().max() < 1e-8

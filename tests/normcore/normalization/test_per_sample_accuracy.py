@@ -178,14 +178,26 @@ def test_groups_of_different_means_and_scales_stand_beside_each_other(name: str)
     _check_statistics(expected, mean, var)
 
 
-@pytest.mark.parametrize("name", ["group", "instance"])
-def test_channels_whose_first_values_mislead_are_accurate(name: str) -> None:
-    input = _data(0.0, 1.0, torch.float32, torch.channels_last)
-    input[:, :, :5] += 1e5
-    expected = oracle.over_last(input, NORMS[name].count, eps=EPS)
-    output, mean, var, _ = NORMS[name].ours(input)
-    assert oracle.beyond_rounding(output, expected.normalized) <= 1e-6
-    _check_statistics(expected, mean, var)
+@pytest.mark.parametrize("num_groups", [2, 4])
+def test_channels_whose_first_values_mislead_are_accurate(num_groups: int) -> None:
+    input = torch.randn(2, 4, 500, 64, generator=torch.Generator().manual_seed(0))
+    input = input.to(memory_format=torch.channels_last)
+    input[:, :, 0] += 1e4
+    result = group_norm(input, num_groups=num_groups, eps=EPS)
+    expected = oracle.groups(input, num_groups, eps=EPS)
+    assert result.var is not None
+    assert np.abs(oracle.exact(result.var).ravel() / expected.var - 1).max() <= 2e-7
+    error = np.abs(oracle.exact(result.output) - expected.normalized)
+    assert (error <= 5e-7 * np.maximum(1, np.abs(expected.normalized))).all()
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, math.pi * 1e4])
+def test_constant_rows_of_any_length_have_no_variance(value: float) -> None:
+    for length in range(2, 200):
+        result = layer_norm(torch.full((2, length), value))
+        assert result.var is not None
+        assert int(result.var.count_nonzero()) == 0
+        assert int(result.output.count_nonzero()) == 0
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
