@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from normcore.normalization.batch_norm import BATCH_NORM, batch_norm
+from normcore.normalization.batch_renorm import BATCH_RENORM, BatchRenormResult, batch_renorm
 from normcore.normalization.batch_result import BatchNormResult
+from normcore.normalization.ghost_batch_norm import GHOST_BATCH_NORM, GhostBatchNormResult, ghost_batch_norm
 from normcore.normalization.group_norm import GROUP_NORM, group_norm
 from normcore.normalization.instance_norm import INSTANCE_NORM, InstanceNormResult, instance_norm
 from normcore.normalization.layer_norm import LAYER_NORM, layer_norm
@@ -31,6 +33,11 @@ from normcore.normalization.method import (
 from normcore.normalization.per_sample import PerSampleResult
 from normcore.normalization.rms_norm import RMS_NORM, RmsNormResult, rms_norm
 from normcore.normalization.spectral_norm import SPECTRAL_NORM, SpectralNormResult, spectral_norm
+from normcore.normalization.synchronized_batch_norm import (
+    SYNCHRONIZED_BATCH_NORM,
+    SynchronizedBatchNormResult,
+    synchronized_batch_norm,
+)
 from normcore.normalization.weight_norm import WEIGHT_NORM, WeightNormResult, weight_norm
 from normcore.normalization.weight_standardization import (
     WEIGHT_STANDARDIZATION,
@@ -45,6 +52,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         method.name: method
         for method in (
             BATCH_NORM,
+            BATCH_RENORM,
+            GHOST_BATCH_NORM,
+            SYNCHRONIZED_BATCH_NORM,
             GROUP_NORM,
             INSTANCE_NORM,
             LAYER_NORM,
@@ -68,6 +78,8 @@ __all__ = [
     "JSON",
     "METHODS",
     "BatchNormResult",
+    "BatchRenormResult",
+    "GhostBatchNormResult",
     "InstanceNormResult",
     "LocalResponseNormResult",
     "LpNormResult",
@@ -80,11 +92,14 @@ __all__ = [
     "PerSampleResult",
     "RmsNormResult",
     "SpectralNormResult",
+    "SynchronizedBatchNormResult",
     "TensorArgument",
     "WeightNormResult",
     "WeightStandardizationResult",
     "WhiteningResult",
     "batch_norm",
+    "batch_renorm",
+    "ghost_batch_norm",
     "group_norm",
     "instance_norm",
     "layer_norm",
@@ -93,6 +108,7 @@ __all__ = [
     "mean_variance_norm",
     "rms_norm",
     "spectral_norm",
+    "synchronized_batch_norm",
     "weight_norm",
     "weight_standardization",
     "whitening",

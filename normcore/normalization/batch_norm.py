@@ -5,7 +5,13 @@ from torch import Tensor
 from normcore._checks import check_eps
 from normcore._precision import accumulation_dtype
 from normcore.errors import ParameterError, StatisticsError
-from normcore.normalization.batch_result import NAN_POLICIES, BatchNormResult, check_nan_policy, refuse_non_finite
+from normcore.normalization.batch_result import (
+    NAN_POLICIES,
+    BatchNormResult,
+    check_nan_policy,
+    refuse_non_finite,
+    update_running,
+)
 from normcore.normalization.batch_view import BatchView
 from normcore.normalization.gradients import standardize_by, standardize_over
 from normcore.normalization.method import Method, Output, Parameter, TensorArgument
@@ -106,10 +112,9 @@ def batch_norm(
         found = standardize_by(input, *affine, **_given(view, running), eps=eps)
     result = BatchNormResult.of(found, view, running=running, nan_policy=nan_policy)
     if training and running is not None:
-        moments = view.moments(found.statistics)
-        is_skipped = nan_policy == "skip_update" and not moments.is_finite()
-        updated = running if is_skipped else running.update(moments, momentum=momentum, convention=convention)
-        result = result.with_running(updated)
+        batch = view.moments(found.statistics)
+        running = update_running(running, batch, momentum=momentum, convention=convention, nan_policy=nan_policy)
+        result = result.with_running(running)
     if grad_output is None:
         return result
     return result.with_gradients(view.gradients(grad_output, weight, bias, found.statistics))

@@ -1,6 +1,7 @@
 """What batch norm and its kin return, and how they meet values that are not finite."""
 
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from normcore.normalization.batch_findings import BatchFindings
 from normcore.normalization.batch_view import BatchView
 from normcore.normalization.gradients import Gradients, Standardized
 from normcore.normalization.method import JSON
-from normcore.statistics.running import RunningStatistics
+from normcore.statistics.moments import Moments
+from normcore.statistics.running import Momentum, RunningStatistics
 
 NAN_POLICIES = ("propagate", "raise", "skip_update")
 
@@ -47,9 +49,7 @@ class BatchNormResult:
     findings: BatchFindings | None = field(default=None, repr=False)
 
     @classmethod
-    def of(
-        cls, found: Standardized, view: BatchView, *, running: RunningStatistics | None, nan_policy: str
-    ) -> "BatchNormResult":
+    def of(cls, found: Standardized, view: BatchView, *, running: RunningStatistics | None, nan_policy: str) -> Self:
         """Output and statistics in the datatype that statistics of such an input have."""
         by = found.statistics
         dtype = accumulation_dtype(view.input.dtype)
@@ -64,19 +64,19 @@ class BatchNormResult:
     @classmethod
     def empty(
         cls, view: BatchView, weight: Tensor | None, *, running: RunningStatistics | None, grad_output: Tensor | None
-    ) -> "BatchNormResult":
+    ) -> Self:
         """That of an input without values in training: statistics stay as they are."""
         result = cls(view.input.clone())
         if running is not None:
             result = result.with_running(running)
         return result if grad_output is None else result.with_gradients(view.empty_gradients(weight))
 
-    def with_running(self, running: RunningStatistics) -> "BatchNormResult":
+    def with_running(self, running: RunningStatistics) -> Self:
         dtype = accumulation_dtype(self.output.dtype)
         mean, var = running.mean.to(dtype, copy=True), running.var.to(dtype, copy=True)
         return replace(self, running_mean=mean, running_var=var, num_batches_tracked=running.num_batches_tracked)
 
-    def with_gradients(self, gradients: Gradients) -> "BatchNormResult":
+    def with_gradients(self, gradients: Gradients) -> Self:
         return replace(self, grad_input=gradients.input, grad_weight=gradients.weight, grad_bias=gradients.bias)
 
     def diagnostics(self) -> dict[str, JSON]:
@@ -96,3 +96,12 @@ def refuse_non_finite(input: Tensor, mask: Tensor | None) -> None:
     if refused:
         expected = "finite values (nan_policy raise)"
         raise StatisticsError("input", expected=expected, received=f"{refused} that are not finite")
+
+
+def update_running(
+    running: RunningStatistics, batch: Moments, *, momentum: Momentum, convention: str, nan_policy: str
+) -> RunningStatistics:
+    """Running statistics after the batch; as they were where it is not finite and the policy skips such updates."""
+    if nan_policy == "skip_update" and not batch.is_finite():
+        return running
+    return running.update(batch, momentum=momentum, convention=convention)

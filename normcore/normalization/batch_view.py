@@ -65,10 +65,10 @@ class BatchView:
         if weight is not None and bias is not None and weight.shape != bias.shape:
             expected = f"the weight's shape {tuple(weight.shape)}"
             raise ShapeError("bias", expected=expected, received=f"shape {tuple(bias.shape)}")
-        views = (None if term is None else term.view(self._affine_shape(term.ndim)) for term in (weight, bias))
+        views = (None if term is None else term.view(self.affine_shape(term.ndim)) for term in (weight, bias))
         return next(views), next(views)
 
-    def _affine_shape(self, rank: int) -> tuple[int, ...]:
+    def affine_shape(self, rank: int) -> tuple[int, ...]:
         varying = (self.channel_axis,) if rank == 1 else (0, self.channel_axis)
         return tuple(size if axis in varying else 1 for axis, size in enumerate(self.input.shape))
 
@@ -140,7 +140,7 @@ class BatchView:
         """Those of weight and bias in their own shape, (C,) where neither is given."""
         given = weight if weight is not None else bias
         own_shape = (self.num_features,) if given is None else tuple(given.shape)
-        shape = self._affine_shape(len(own_shape))
+        shape = self.affine_shape(len(own_shape))
         weight = None if weight is None else weight.view(shape)
         found = standardize_gradients(grad_output, self.input, weight, statistics, affine_shape=shape)
         return Gradients(found.input, found.weight.view(own_shape), found.bias.view(own_shape))

@@ -127,16 +127,6 @@ def _adjoint(values: Tensor, normalized: Tensor, statistics: Statistics) -> Tens
     return statistics.invstd * (values - _corrections(values, normalized, statistics, is_masked=True))
 
 
-def simple_backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, statistics: Statistics
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and the terms to sum for dgamma and dbeta."""
-    grad_output = grad_output.double()
-    normalized = _normalized(input, statistics)
-    scaled = grad_output if weight is None else grad_output * weight.double()
-    return _project(scaled, normalized, statistics), grad_output * normalized, grad_output
-
-
 def double_backward(
     cotangents: tuple[Tensor | None, ...],
     grad_output: Tensor,

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from normcore._precision import accumulation_dtype
 from normcore.normalization.closed_forms import Statistics, as_functions, double_backward
-from normcore.normalization.standardization import backward, given_statistics, own_statistics, standardize
+from normcore.normalization.standardization import (
+    given_statistics,
+    gradient_sums,
+    input_gradient,
+    own_statistics,
+    standardize,
+)
 
 __all__ = [
     "Gradients",
@@ -27,6 +33,7 @@ __all__ = [
     "standardize_by",
     "standardize_gradients",
     "standardize_over",
+    "standardize_with",
 ]
 
 
@@ -68,9 +75,8 @@ def standardize_over(
         has_mean: whether the mean is subtracted.
         mask: bool, broadcasts against the input; true where a position is counted. At least one is, per statistic.
     """
-    with torch.no_grad():
-        by = own_statistics(input, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
-    return _standardized(input, weight, bias, by)
+    by = own_statistics(input, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
+    return standardize_with(input, weight, bias, by)
 
 
 def standardize_by(
@@ -83,9 +89,13 @@ def standardize_by(
     eps: float,
 ) -> Standardized:
     """Standardize by given statistics, constants that broadcast against the input."""
-    with torch.no_grad():
-        by = given_statistics(mean, var, dtype=input.dtype, eps=eps)
-    return _standardized(input, weight, bias, by)
+    by = given_statistics(mean, var, dtype=input.dtype, eps=eps)
+    return standardize_with(input, weight, bias, by)
+
+
+def standardize_with(input: Tensor, weight: Tensor | None, bias: Tensor | None, by: Statistics) -> Standardized:
+    """Standardize by statistics found before: the input's own, which its derivatives take into account, or given."""
+    return differentiable(Standardized(standardize(input, by, weight, bias), by), input, weight, bias)
 
 
 def differentiable(
@@ -117,16 +127,10 @@ def standardize_gradients(
     Returns:
         The input's gradient in its datatype, the others in the datatype computed in.
     """
-    with torch.no_grad():
-        grads = backward(grad_output, input, weight, statistics, affine_shape=affine_shape)
-        dtype = accumulation_dtype(input.dtype)
-        return Gradients(grads[0], grads[1].to(dtype), grads[2].to(dtype))
-
-
-def _standardized(input: Tensor, weight: Tensor | None, bias: Tensor | None, by: Statistics) -> Standardized:
-    with torch.no_grad():
-        found = Standardized(standardize(input, by, weight, bias), by)
-    return differentiable(found, input, weight, bias)
+    sums = gradient_sums(grad_output, input, weight, statistics, affine_shape=affine_shape)
+    gradient = input_gradient(grad_output, input, weight, statistics, sums)
+    dtype = accumulation_dtype(input.dtype)
+    return Gradients(gradient, sums.weight.to(dtype), sums.bias.to(dtype))
 
 
 class _Standardize(torch.autograd.Function):
@@ -153,8 +157,9 @@ class _StandardizeBackward(torch.autograd.Function):
         ctx.save_for_backward(grad_output, input, weight)
         ctx.statistics = statistics
         affine = next((tuple(term.shape) for term in (weight, bias) if term is not None), (1,) * input.ndim)
-        gradients = backward(grad_output, input, weight, statistics, affine_shape=affine)
-        return (gradients[0], *(_like(grad, term) for grad, term in zip(gradients[1:], (weight, bias), strict=True)))
+        sums = gradient_sums(grad_output, input, weight, statistics, affine_shape=affine)
+        gradient = input_gradient(grad_output, input, weight, statistics, sums)
+        return gradient, _like(sums.weight, weight), _like(sums.bias, bias)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -6,12 +6,14 @@ shorter y = x * scale + (bias - mean * scale) loses those that x has in common w
 is further from 0 than about a deviation.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from normcore._precision import accumulation_dtype, split
 from normcore._slab import Slab, is_adjacent
-from normcore.normalization.closed_forms import Statistics, invstd_of, simple_backward, simple_statistics
+from normcore.normalization.closed_forms import Statistics, invstd_of, simple_statistics
 from normcore.normalization.sweeps import dot_sums, scale_and_shift, scaled_sum
 from normcore.statistics.deviations import deviations
 
@@ -20,6 +22,7 @@ from normcore.statistics.deviations import deviations
 _LARGEST_RATIO = {torch.float64: 2.0, torch.float32: 2.0, torch.float16: 16.0, torch.bfloat16: 64.0}
 
 
+@torch.no_grad()
 def own_statistics(
     input: Tensor, *, axes: tuple[int, ...], eps: float, has_mean: bool = True, mask: Tensor | None = None
 ) -> Statistics:
@@ -35,12 +38,14 @@ def own_statistics(
     return Statistics(center, offset, var, invstd, eps, axes, sums.count)
 
 
+@torch.no_grad()
 def given_statistics(mean: Tensor, var: Tensor, *, dtype: torch.dtype, eps: float) -> Statistics:
     """Given statistics, for an input of `dtype`."""
     center, offset = split(mean, accumulation_dtype(dtype))
     return Statistics(center, offset, var.double(), (var.double() + eps).sqrt().reciprocal(), eps)
 
 
+@torch.no_grad()
 def standardize(input: Tensor, by: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """A new tensor of the input's shape, datatype and memory format, cast once."""
     scale = by.invstd if weight is None else by.invstd * weight.double()
@@ -60,32 +65,108 @@ def standardize(input: Tensor, by: Statistics, weight: Tensor | None, bias: Tens
     return _laid_out_as(input, slab.restore(scale_and_shift(slab.values, center, scale, shift)))
 
 
-def backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, affine_shape: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias, the last two of `affine_shape`, which broadcasts against the input.
+@dataclass(frozen=True, slots=True)
+class GradientSums:
+    """What a backward sums first; float64 unless the input's values do not share parameters.
 
-    Sums of dy and dy * (x - center) per affine parameter and group give everything: dgamma and dbeta, and A = mean(a)
-    and B = mean(a * xh) of a = gamma * dy, so that dx = s * (a - A - xh * B) is one more sweep.
+    Attributes:
+        total: sum of a = gamma * dy over the axes that statistics are taken over; broadcasts against the input.
+        dot: sum of a * xh over the same.
+        weight: gradient of the weight, in the shape asked for.
+        bias: gradient of the bias.
     """
-    affine = [1] * (input.ndim - len(affine_shape)) + list(affine_shape)
-    varying = tuple(axis for axis, size in enumerate(affine) if size != 1 or by.center.shape[axis] != 1)
-    if by.mask is not None or input.numel() == 0 or not _has_usual_scale(by):
-        grads = simple_backward(grad_output, input, weight, by)
-        return grads[0].to(input.dtype), grads[1].sum_to_size(affine_shape), grads[2].sum_to_size(affine_shape)
-    if len(varying) == input.ndim or not is_adjacent(input.shape, varying):
-        return _backward_elementwise(grad_output, input, weight, by, affine_shape=affine_shape)
+
+    total: Tensor
+    dot: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+@torch.no_grad()
+def gradient_sums(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, affine_shape: tuple[int, ...]
+) -> GradientSums:
+    """The sums of a backward; `affine_shape` is that of weight and bias, and broadcasts against the input."""
+    affine = (1,) * (input.ndim - len(affine_shape)) + affine_shape
+    varying = _varying(input.shape, by.center, torch.empty(affine, device="meta"))
+    if not _shares_parameters(input, by, varying):
+        return _sums_of_own_parameters(grad_output, input, weight, by, affine_shape=affine_shape)
     slab = Slab.keeping(input, varying)
     gradients = slab.seen_alike(grad_output.to(input.dtype))
-    center = slab.per_channel(by.center)
-    grad_sum, dot = map(slab.restore_channels, dot_sums(slab.values, gradients, center))
-    dot = (dot - by.offset * grad_sum) * by.invstd
-    scale = by.invstd if weight is None else by.invstd * weight.double()
-    slope, constant = _corrections(grad_sum * scale, dot * scale, by) if by.axes else (None, None)
-    terms = (None if term is None else slab.per_channel(term.to(center.dtype)) for term in (slope, constant))
-    scale = slab.per_channel(scale.to(center.dtype))
-    grad_input = _laid_out_as(input, slab.restore(scaled_sum(gradients, slab.values, center, scale, *terms)))
-    return grad_input, dot.sum_to_size(affine).view(affine_shape), grad_sum.sum_to_size(affine).view(affine_shape)
+    sums = dot_sums(slab.values, gradients, slab.per_channel(by.center))
+    total, dot = map(slab.restore_channels, sums)
+    dot = (dot - by.offset * total) * by.invstd
+    of_weight, of_bias = (term.sum_to_size(affine).view(affine_shape) for term in (dot, total))
+    if weight is not None:
+        total, dot = total * weight, dot * weight
+    if by.axes:
+        total, dot = (term.sum(by.axes, keepdim=True) for term in (total, dot))
+    return GradientSums(total, dot, of_weight, of_bias)
+
+
+@torch.no_grad()
+def input_gradient(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, sums: GradientSums
+) -> Tensor:
+    """The input's gradient dx = s * (a - mean(a) - xh * mean(a * xh)), in its datatype and memory format."""
+    scale = by.invstd if weight is None else by.invstd * weight
+    varying = _varying(input.shape, by.center, scale)
+    if not _shares_parameters(input, by, varying):
+        return _gradient_of_own_parameters(grad_output, input, weight, by, sums)
+    slab = Slab.keeping(input, varying)
+    gradients = slab.seen_alike(grad_output.to(input.dtype))
+    slope = constant = None
+    if by.axes:
+        slope = -by.invstd.square() * sums.dot / by.count
+        constant = -by.offset * slope
+        if by.has_mean:
+            constant = constant - by.invstd * sums.total / by.count
+    terms = (None if term is None else slab.per_channel(term.to(by.center.dtype)) for term in (slope, constant))
+    center, scale = slab.per_channel(by.center), slab.per_channel(scale.to(by.center.dtype))
+    return _laid_out_as(input, slab.restore(scaled_sum(gradients, slab.values, center, scale, *terms)))
+
+
+def _shares_parameters(input: Tensor, by: Statistics, varying: tuple[int, ...]) -> bool:
+    """Whether slabs serve: values along some axes share all parameters, which are of usual sizes."""
+    is_shared = len(varying) < input.ndim and is_adjacent(input.shape, varying)
+    return is_shared and by.mask is None and input.numel() > 0 and _has_usual_scale(by)
+
+
+def _sums_of_own_parameters(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, affine_shape: tuple[int, ...]
+) -> GradientSums:
+    grads = grad_output.to(_plain_dtype(by))
+    terms = grads * _normalized(input, by), grads
+    of_weight, of_bias = (term.sum_to_size(affine_shape) for term in terms)
+    dot, total = terms if weight is None else (term * weight.to(grads.dtype) for term in terms)
+    if by.axes:
+        total, dot = (term.sum(by.axes, keepdim=True) for term in (total, dot))
+    return GradientSums(total, dot, of_weight, of_bias)
+
+
+def _gradient_of_own_parameters(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, sums: GradientSums
+) -> Tensor:
+    gradient = grad_output.to(_plain_dtype(by))
+    if weight is not None:
+        gradient = gradient * weight.to(gradient.dtype)
+    if by.axes:
+        corrections = _normalized(input, by) * (sums.dot / by.count).to(gradient.dtype)
+        if by.has_mean:
+            corrections += (sums.total / by.count).to(gradient.dtype)
+        if by.mask is not None:
+            corrections.masked_fill_(~by.mask, 0.0)
+        gradient = gradient - corrections
+    return _laid_out_as(input, (gradient * by.invstd.to(gradient.dtype)).to(input.dtype))
+
+
+def _plain_dtype(by: Statistics) -> torch.dtype:
+    return by.center.dtype if by.mask is None and _has_usual_scale(by) else torch.float64
+
+
+def _normalized(input: Tensor, by: Statistics) -> Tensor:
+    dtype = _plain_dtype(by)
+    return (input.to(dtype) - by.center).sub_(by.offset.to(dtype)).mul_(by.invstd.to(dtype))
 
 
 def _laid_out_as(input: Tensor, values: Tensor) -> Tensor:
@@ -94,15 +175,6 @@ def _laid_out_as(input: Tensor, values: Tensor) -> Tensor:
         return values
     output = torch.empty_like(input)
     return values if output.stride() == values.stride() else output.copy_(values)
-
-
-def _corrections(grad_sum: Tensor, dot: Tensor, by: Statistics) -> tuple[Tensor, Tensor]:
-    """What a group takes from its gradients: slope * (x - center) + constant."""
-    slope = -by.invstd * dot.sum(by.axes, keepdim=True) / by.count
-    constant = -by.offset * slope
-    if by.has_mean:
-        constant = constant - grad_sum.sum(by.axes, keepdim=True) / by.count
-    return slope, constant
 
 
 def _varying(shape: torch.Size, *terms: Tensor) -> tuple[int, ...]:
@@ -129,15 +201,3 @@ def _standardize_elementwise(input: Tensor, by: Statistics, weight: Tensor | Non
     if bias is not None:
         output.add_(bias)
     return output.to(input.dtype)
-
-
-def _backward_elementwise(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, affine_shape: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where values of a group have affine parameters of their own: those are applied before."""
-    values, grads = input.to(by.center.dtype), grad_output.to(by.center.dtype)
-    scaled = grads if weight is None else grads * weight.to(grads.dtype)
-    grad_input, _, _ = backward(scaled, values, None, by, affine_shape=tuple(by.center.shape))
-    normalized = standardize(values, by, None, None)
-    grad_weight = normalized.mul_(grads).sum_to_size(affine_shape)
-    return grad_input.to(input.dtype), grad_weight, grads.sum_to_size(affine_shape)

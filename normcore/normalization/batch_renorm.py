@@ -1,0 +1,234 @@
+"""Batch renormalization: batch norm in training, corrected towards the running statistics within bounds."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from normcore._checks import check_eps, check_fraction
+from normcore._precision import accumulation_dtype
+from normcore.errors import ParameterError
+from normcore.normalization.batch_norm import BATCH_NORM, batch_norm
+from normcore.normalization.batch_result import BatchNormResult, check_nan_policy, refuse_non_finite
+from normcore.normalization.batch_view import BatchView
+from normcore.normalization.gradients import Gradients, Statistics, standardize_gradients, standardize_with
+from normcore.normalization.method import JSON, Method, Output, Parameter
+from normcore.normalization.standardization import own_statistics
+from normcore.statistics.running import RunningStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRenormResult(BatchNormResult):
+    """Outputs of batch renormalization; None for what does not apply.
+
+    Attributes:
+        r: factor of the normalized values, in training; (C,).
+        d: what is added to them, in training; (C,).
+        clipped: channels whose r, and whose d, is at its bound.
+    """
+
+    r: Tensor | None = None
+    d: Tensor | None = None
+    clipped: tuple[int, int] = (0, 0)
+
+    def diagnostics(self) -> dict[str, JSON]:
+        """That of batch norm, and the numbers of channels where r or d is cut off at its bound."""
+        # A dataclass with slots is a class of its own, which super() without arguments does not know.
+        counts = zip(("r_clipped_channels", "d_clipped_channels"), self.clipped, strict=True)
+        return BatchNormResult.diagnostics(self) | {name: count for name, count in counts if count}
+
+
+def batch_renorm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    grad_output: Tensor | None = None,
+    mask: Tensor | None = None,
+    rmax: float = 3.0,
+    dmax: float = 5.0,
+    training: bool = False,
+    momentum: float = 0.01,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    nan_policy: str = "propagate",
+) -> BatchRenormResult:
+    """Batch renormalization in training or inference.
+
+    y = ((x - mean) / sqrt(var + eps) * r + d) * weight + bias
+    r = clip(sqrt(var + eps) / sigma, 1 / rmax, rmax),  d = clip((mean - running_mean) / sigma, -dmax, dmax)
+
+    Mean and biased variance are the batch's, sigma = sqrt(running_var + eps) is that before the update, and r and d
+    are constants to the derivatives. rmax 1 with dmax 0 is batch norm in training; without bounds, training gives what
+    inference would. Inference is that of batch norm.
+
+    As in the paper, the running deviation moves, not the variance: sigma <- sigma + f (sqrt(var + eps) - sigma). It is
+    kept as running_var = sigma^2 - eps, so that the state is that of batch norm. The paper's schedule: rmax 1 and
+    dmax 0 for 5000 steps, then linearly to rmax 3 at 40000 steps and dmax 5 at 25000.
+
+    Precision, derivatives and everything else as in `batch_norm`. No argument is changed.
+
+    Args:
+        input: (N, C, *); an empty one in training gives an empty output and changes no statistics.
+        running_mean: (C,).
+        running_var: (C,), values >= 0.
+        weight: (C,) or (N, C); 1 where not given.
+        bias: the weight's shape; 0 where not given.
+        grad_output: gradient of the output, of the input's shape; gives the gradients of input, weight and bias.
+        mask: bool, as in `batch_norm`.
+        rmax: >= 1.
+        dmax: >= 0.
+        training: whether the batch's own statistics take part.
+        momentum: f, weight of the new batch.
+        eps: > 0 in training, >= 0 in inference.
+        channel_axis: axis of the channels, from the back where negative.
+        nan_policy: propagate, raise or skip_update, as in `batch_norm`.
+
+    Returns:
+        Output, statistics of the batch, updated running statistics, gradients, and r and d of shape (C,).
+
+    Raises:
+        DtypeError: a tensor that is not floating, or a mask that is not bool.
+        ShapeError: a tensor that does not fit.
+        ParameterError: rmax, dmax, eps, momentum, channel_axis or nan_policy out of bounds.
+        StatisticsError: a running_var negative or NaN, one value per channel in training, or, with nan_policy raise,
+            values that are not finite.
+
+    >>> import torch
+    >>> input = torch.tensor([[1.0], [3.0]])
+    >>> batch_renorm(input, torch.zeros(1), torch.ones(1), training=True, eps=1e-12).output.flatten()
+    tensor([1., 3.])
+    """
+    _check_bounds(rmax, dmax)
+    check_fraction("momentum", momentum)
+    if not training:
+        inferred = batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            grad_output=grad_output,
+            mask=mask,
+            eps=eps,
+            channel_axis=channel_axis,
+            nan_policy=nan_policy,
+        )
+        return _as_renorm(inferred)
+    check_eps("eps", eps, is_zero_allowed=False)
+    check_nan_policy(nan_policy)
+    view = BatchView.of(input, channel_axis=channel_axis)
+    view.affine(weight, bias)
+    counted = view.mask(mask)
+    view.check_grad_output(grad_output)
+    running = view.running(running_mean, running_var, None)
+    assert running is not None
+    if view.counted(counted) == 0:
+        return _as_renorm(BatchNormResult.empty(view, weight, running=running, grad_output=grad_output))
+    if nan_policy == "raise":
+        refuse_non_finite(input, counted)
+    by = own_statistics(input, axes=view.axes, eps=eps, mask=counted)
+    correction = _Correction.of(by, running, rmax=rmax, dmax=dmax)
+    corrected = correction.affine(view, weight, bias)
+    found = standardize_with(input, *corrected, by)
+    result = _as_renorm(BatchNormResult.of(found, view, running=running, nan_policy=nan_policy), correction)
+    if not (nan_policy == "skip_update" and not view.moments(by).is_finite()):
+        running = _updated(running, by, momentum=momentum)
+    result = result.with_running(running)
+    if grad_output is None:
+        return result
+    of_affine = standardize_gradients(grad_output, input, corrected[0], by, affine_shape=tuple(corrected[0].shape))
+    return result.with_gradients(correction.gradients(of_affine, weight, bias))
+
+
+def _as_renorm(result: BatchNormResult, correction: "_Correction | None" = None) -> BatchRenormResult:
+    outputs = {name: getattr(result, name) for name in BatchNormResult.__dataclass_fields__}
+    if correction is None:
+        return BatchRenormResult(**outputs)
+    dtype = accumulation_dtype(result.output.dtype)
+    r, d = correction.r.to(dtype), correction.d.to(dtype)
+    return BatchRenormResult(**outputs, r=r, d=d, clipped=correction.clipped)
+
+
+def _updated(running: RunningStatistics, by: Statistics, *, momentum: float) -> RunningStatistics:
+    """Running mean and deviation after one more batch, the deviation as the variance that batch norm takes."""
+    mean, std = by.mean.flatten(), by.invstd.flatten().reciprocal()
+    kept_std = (running.var.double() + by.eps).sqrt()
+    new_mean = running.mean.double() + momentum * (mean - running.mean.double())
+    new_std = kept_std + momentum * (std - kept_std)
+    var = (new_std.square() - by.eps).clamp_min(0.0)
+    return RunningStatistics(new_mean.to(running.mean.dtype), var.to(running.var.dtype))
+
+
+def _check_bounds(rmax: float, dmax: float) -> None:
+    for name, value, least in (("rmax", rmax, 1.0), ("dmax", dmax, 0.0)):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not value >= least:
+            raise ParameterError(name, expected=f"a number >= {least:g}", received=repr(value))
+
+
+@dataclass(frozen=True, slots=True)
+class _Correction:
+    """r and d of shape (C,), float64, and how many of each are cut off at their bound."""
+
+    r: Tensor
+    d: Tensor
+    clipped: tuple[int, int]
+
+    @classmethod
+    def of(cls, by: Statistics, running: RunningStatistics, *, rmax: float, dmax: float) -> "_Correction":
+        std = (running.var.double() + by.eps).sqrt()
+        r = (by.invstd.flatten() * std).reciprocal()
+        d = (by.mean.flatten() - running.mean.double()) / std
+        clipped = int(((r > rmax) | (r < 1.0 / rmax)).sum()), int((d.abs() > dmax).sum())
+        return cls(r.clamp(1.0 / rmax, rmax), d.clamp(-dmax, dmax), clipped)
+
+    def affine(self, view: BatchView, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the batch norm that this is, weight * r and bias + weight * d, in front of the input."""
+        scale, shift = (self.r, self.d) if weight is None else (weight * self.r, weight * self.d)
+        found = view.affine(scale, shift if bias is None else shift + bias)
+        assert found[0] is not None
+        assert found[1] is not None
+        return found[0], found[1]
+
+    def gradients(self, of_affine: Gradients, weight: Tensor | None, bias: Tensor | None) -> Gradients:
+        """Those of weight and bias, for those of `affine`."""
+        given = weight if weight is not None else bias
+        shape = self.r.shape if given is None else given.shape
+        of_scale, of_shift = of_affine.weight.view(shape), of_affine.bias.view(shape)
+        of_weight = (of_scale * self.r + of_shift * self.d).to(of_scale.dtype)
+        return Gradients(of_affine.input, of_weight, of_shift)
+
+
+_TENSORS = [
+    replace(tensor, is_required=tensor.name in ("input", "running_mean", "running_var"))
+    for tensor in BATCH_NORM.tensors
+    if tensor.name != "num_batches_tracked"
+]
+_PARAMETERS = [
+    parameter
+    for parameter in BATCH_NORM.parameters
+    if parameter.name in ("training", "eps", "channel_axis", "nan_policy")
+]
+
+BATCH_RENORM = Method(
+    name="batch_renorm",
+    summary="Batch norm whose training is corrected, within bounds, towards what inference will give.",
+    formula="y = ((x - mean) / sqrt(var + eps) * r + d) * weight + bias, r = clip(sqrt(var + eps) / sigma, 1/rmax, "
+    "rmax), d = clip((mean - running_mean) / sigma, -dmax, dmax), sigma = sqrt(running_var + eps)",
+    source="Ioffe 2017, arXiv:1702.03275",
+    tensors=tuple(_TENSORS),
+    parameters=(
+        *_PARAMETERS,
+        Parameter("momentum", "float", 0.01, "Weight of the new batch.", minimum=0.0, maximum=1.0),
+        Parameter("rmax", "float", 3.0, "Bound of r, and 1 / rmax the lower one; 1: r is 1.", minimum=1.0),
+        Parameter("dmax", "float", 5.0, "Bound of |d|; 0: d is 0.", minimum=0.0),
+    ),
+    outputs=(
+        *(output for output in BATCH_NORM.outputs if output.name != "num_batches_tracked"),
+        Output("r", "(C,)", "factor towards the running deviation; only in training"),
+        Output("d", "(C,)", "shift towards the running mean; only in training"),
+    ),
+    function=batch_renorm,
+)

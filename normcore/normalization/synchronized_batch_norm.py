@@ -1,0 +1,294 @@
+"""Batch norm of a batch in shards, as workers compute it together, in one process."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from normcore._checks import check_eps, check_per_channel, check_rank
+from normcore._precision import accumulation_dtype
+from normcore.errors import DtypeError, ParameterError, ShapeError
+from normcore.normalization.batch_norm import BATCH_NORM, batch_norm
+from normcore.normalization.batch_result import (
+    BatchNormResult,
+    check_nan_policy,
+    refuse_non_finite,
+    update_running,
+)
+from normcore.normalization.batch_view import BatchView
+from normcore.normalization.gradients import Gradients, Standardized, differentiable
+from normcore.normalization.method import Method, TensorArgument
+from normcore.normalization.synchronized import (
+    merged_statistics,
+    shard_gradient,
+    shard_gradient_sums,
+    shard_statistics,
+    standardize_shard,
+)
+from normcore.statistics.moments import Moments
+from normcore.statistics.running import Momentum, check_momentum
+
+
+@dataclass(frozen=True, slots=True)
+class SynchronizedBatchNormResult(BatchNormResult):
+    """Outputs of batch norm of all shards together, joined along axis 0.
+
+    Attributes:
+        shard_sizes: samples of each shard.
+    """
+
+    shard_sizes: tuple[int, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The output of each shard."""
+        return _split(self.output, self.shard_sizes)
+
+    @property
+    def grad_inputs(self) -> tuple[Tensor, ...] | None:
+        """The gradient of each shard's input, where gradients of the outputs were given."""
+        return None if self.grad_input is None else _split(self.grad_input, self.shard_sizes)
+
+
+def synchronized_batch_norm(
+    shards: Sequence[Tensor],
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    grad_outputs: Sequence[Tensor] | None = None,
+    num_batches_tracked: Tensor | None = None,
+    training: bool = False,
+    momentum: Momentum = "default",
+    eps: float = 1e-5,
+    convention: str = "torch",
+    channel_axis: int = 1,
+    nan_policy: str = "propagate",
+) -> SynchronizedBatchNormResult:
+    """Batch norm of all shards together: what `batch_norm` gives for their concatenation.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, with mean and var over all shards
+
+    Every shard is summed and normalized by itself, with the functions of `normcore.normalization.synchronized`, which
+    is what workers of a distributed training call. Counts weigh the shards, which may be of any sizes, and empty.
+    Everything else is as in `batch_norm`, precision and derivatives too.
+
+    Args:
+        shards: one or more of (n, C, *), the samples along axis 0, alike in all but their number.
+        running_mean: (C,).
+        running_var: (C,).
+        weight: (C,).
+        bias: (C,).
+        grad_outputs: gradient of each shard's output.
+        num_batches_tracked: batches so far, a single value.
+        training: whether the statistics are the batch's own.
+        momentum: as in `batch_norm`.
+        eps: > 0 in training, >= 0 in inference.
+        convention: torch, onnx or keras.
+        channel_axis: axis of the channels, from the back where negative; not that of the samples.
+        nan_policy: propagate, raise or skip_update, as in `batch_norm`.
+
+    Returns:
+        Output joined over the shards and per shard, statistics, updated running statistics, gradients; those of weight
+        and bias are of all shards together.
+
+    Raises:
+        ParameterError: channels along axis 0, or what `batch_norm` refuses.
+        ShapeError: no shards, shards that differ in more than their number of samples, or what `batch_norm` refuses.
+        DtypeError: shards of different datatypes, or what `batch_norm` refuses.
+        StatisticsError: as `batch_norm`.
+
+    >>> import torch
+    >>> shards = [torch.tensor([[1.0]]), torch.tensor([[2.0], [3.0]])]
+    >>> result = synchronized_batch_norm(shards, training=True)
+    >>> result.outputs[0], result.var
+    (tensor([[-1.2247]]), tensor([0.6667]))
+    """
+    sizes = _check_shards("shards", shards)
+    if grad_outputs is not None and _check_shards("grad_outputs", grad_outputs) != sizes:
+        received = ", ".join(str(len(grad)) for grad in grad_outputs)
+        raise ShapeError("grad_outputs", expected=f"the samples of the shards, {sizes}", received=received)
+    joined = BatchView.of(torch.cat(list(shards)), channel_axis=channel_axis)
+    if joined.channel_axis == 0:
+        raise ParameterError("channel_axis", expected="another axis than that of the samples, 0", received="0")
+    normalize = partial(
+        batch_norm, momentum=momentum, eps=eps, convention=convention, channel_axis=channel_axis, nan_policy=nan_policy
+    )
+    if not training or joined.counted(None) == 0:
+        operands = (joined.input, running_mean, running_var, weight, bias)
+        grad_output = None if grad_outputs is None else torch.cat(list(grad_outputs))
+        result = normalize(
+            *operands, grad_output=grad_output, num_batches_tracked=num_batches_tracked, training=training
+        )
+        return _of_shards(result, sizes)
+    check_eps("eps", eps, is_zero_allowed=False)
+    check_momentum(momentum, convention=convention)
+    check_nan_policy(nan_policy)
+    running = joined.running(running_mean, running_var, num_batches_tracked)
+    if nan_policy == "raise":
+        refuse_non_finite(joined.input, None)
+    sharded = _Sharded.of(shards, weight, bias, eps=eps, channel_axis=joined.channel_axis)
+    found = Standardized(sharded.output(), merged_statistics(joined, sharded.batch, eps=eps))
+    found = differentiable(found, joined.input, *joined.affine(weight, bias))
+    result = BatchNormResult.of(found, joined, running=running, nan_policy=nan_policy)
+    if running is not None:
+        running = update_running(
+            running, sharded.batch, momentum=momentum, convention=convention, nan_policy=nan_policy
+        )
+        result = result.with_running(running)
+    if grad_outputs is not None:
+        result = result.with_gradients(sharded.gradients(grad_outputs))
+    return _of_shards(result, sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sharded:
+    """What the workers of all shards have in common."""
+
+    shards: Sequence[Tensor]
+    weight: Tensor | None
+    bias: Tensor | None
+    batch: Moments
+    eps: float
+    channel_axis: int
+
+    @classmethod
+    def of(
+        cls, shards: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, *, eps: float, channel_axis: int
+    ) -> "_Sharded":
+        for name, term in (("weight", weight), ("bias", bias)):
+            if term is not None:
+                check_per_channel(name, term, num_features=shards[0].shape[channel_axis])
+        first, *others = (shard_statistics(shard, channel_axis=channel_axis) for shard in shards)
+        return cls(shards, weight, bias, first.merge(*others), eps, channel_axis)
+
+    def output(self) -> Tensor:
+        outputs = (
+            standardize_shard(shard, self.batch, self.weight, self.bias, eps=self.eps, channel_axis=self.channel_axis)
+            for shard in self.shards
+        )
+        return torch.cat(list(outputs))
+
+    def gradients(self, grad_outputs: Sequence[Tensor]) -> Gradients:
+        """Sums of every shard, and from those of all the gradient of each."""
+        pairs = list(zip(grad_outputs, self.shards, strict=True))
+        sums = [
+            shard_gradient_sums(grad, shard, self.batch, self.weight, eps=self.eps, channel_axis=self.channel_axis)
+            for grad, shard in pairs
+        ]
+        total, dot = _sum(own.total for own in sums), _sum(own.dot for own in sums)
+        of_inputs = [
+            shard_gradient(
+                grad,
+                shard,
+                self.batch,
+                self.weight,
+                total=total,
+                dot=dot,
+                eps=self.eps,
+                channel_axis=self.channel_axis,
+            )
+            for grad, shard in pairs
+        ]
+        dtype = accumulation_dtype(self.shards[0].dtype)
+        of_weight, of_bias = _sum(own.weight for own in sums), _sum(own.bias for own in sums)
+        return Gradients(torch.cat(of_inputs), of_weight.to(dtype), of_bias.to(dtype))
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum(0)
+
+
+def _check_shards(name: str, shards: Sequence[Tensor]) -> tuple[int, ...]:
+    """The numbers of samples of tensors that are alike in all else."""
+    if not shards:
+        raise ShapeError(name, expected="one shard or more", received="none")
+    first = shards[0]
+    check_rank(f"{name}[0]", first, minimum=2)
+    for index, shard in enumerate(shards):
+        if shard.dtype != first.dtype:
+            expected, received = (str(term.dtype).removeprefix("torch.") for term in (first, shard))
+            raise DtypeError(f"{name}[{index}]", expected=f"{expected}, as the first", received=received)
+        if shard.shape[1:] != first.shape[1:]:
+            expected = f"shape (n, {', '.join(map(str, first.shape[1:]))}), as the first"
+            raise ShapeError(f"{name}[{index}]", expected=expected, received=f"shape {tuple(shard.shape)}")
+    return tuple(len(shard) for shard in shards)
+
+
+def _split(tensor: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = tensor.split(list(sizes))  # type: ignore[no-untyped-call]  # untyped in torch
+    return parts
+
+
+def _of_shards(result: BatchNormResult, sizes: tuple[int, ...]) -> SynchronizedBatchNormResult:
+    outputs = {field.name: getattr(result, field.name) for field in fields(BatchNormResult)}
+    return SynchronizedBatchNormResult(**outputs, shard_sizes=sizes)
+
+
+def _of_joined(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    shard_sizes: Tensor,
+    grad_output: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    training: bool = False,
+    momentum: Momentum = "default",
+    eps: float = 1e-5,
+    convention: str = "torch",
+    channel_axis: int = 1,
+    nan_policy: str = "propagate",
+) -> SynchronizedBatchNormResult:
+    """The method: one tensor, and the sizes to split its axis 0 into."""
+    view = BatchView.of(input, channel_axis=channel_axis)
+    view.check_grad_output(grad_output)
+    sizes = _check_sizes(shard_sizes, samples=len(input))
+    return synchronized_batch_norm(
+        _split(input, sizes),
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        grad_outputs=None if grad_output is None else _split(grad_output, sizes),
+        num_batches_tracked=num_batches_tracked,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        convention=convention,
+        channel_axis=channel_axis,
+        nan_policy=nan_policy,
+    )
+
+
+def _check_sizes(shard_sizes: Tensor, *, samples: int) -> list[int]:
+    if shard_sizes.dtype != torch.int64:
+        received = str(shard_sizes.dtype).removeprefix("torch.")
+        raise DtypeError("shard_sizes", expected="int64", received=received)
+    if shard_sizes.ndim != 1 or not len(shard_sizes):
+        expected = "shape (S,) of one shard or more"
+        raise ShapeError("shard_sizes", expected=expected, received=f"shape {tuple(shard_sizes.shape)}")
+    sizes = [int(size) for size in shard_sizes]
+    if min(sizes) < 0 or sum(sizes) != samples:
+        raise ParameterError("shard_sizes", expected=f"sizes that sum to {samples} samples", received=f"{sizes}")
+    return sizes
+
+
+_SHARD_SIZES = TensorArgument("shard_sizes", "INT64, samples of each shard; 0 is one", "(S,)", is_required=True)
+_TENSORS = [tensor for tensor in BATCH_NORM.tensors if tensor.name != "mask"]
+
+SYNCHRONIZED_BATCH_NORM = Method(
+    name="synchronized_batch_norm",
+    summary="Batch norm of shards by the merged statistics of all, as distributed workers compute it.",
+    formula="y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var merged from count, mean and m2 of shards",
+    source="Chan, Golub and LeVeque 1979 for the merge; torch.nn.SyncBatchNorm",
+    tensors=(*_TENSORS, _SHARD_SIZES),
+    parameters=tuple(parameter for parameter in BATCH_NORM.parameters if parameter.name != "inverse"),
+    outputs=BATCH_NORM.outputs,
+    function=_of_joined,
+)
