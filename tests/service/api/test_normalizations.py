@@ -21,6 +21,8 @@ JSON, NPZ, NPY, SAFETENSORS = (
 )
 OUTPUTS = {"output", "mean", "var", "invstd", "running_mean", "running_var", "num_batches_tracked"}
 
+GRADIENTS = {"grad_input", "grad_weight", "grad_bias"}
+
 
 def tensors() -> dict[str, NDArray[Any]]:
     generator = np.random.default_rng(3)
@@ -170,8 +172,11 @@ async def test_methods_describe_themselves(client: httpx.AsyncClient) -> None:
     described = (await client.get(PATH)).json()
     assert described in listed
     assert described["name"] == "batch_norm"
-    assert {tensor["name"] for tensor in described["tensors"]} == set(tensors())
-    assert {output["name"] for output in described["outputs"]} == OUTPUTS
+    assert {tensor["name"] for tensor in described["tensors"]} == set(tensors()) | {"grad_output", "mask"} | {
+        "grad_output",
+        "mask",
+    }
+    assert {output["name"] for output in described["outputs"]} == OUTPUTS | GRADIENTS
     assert described["formula"]
     assert described["source"]
 
