@@ -9,6 +9,9 @@ from torch import Tensor
 # A block of this many elements and its scratch copy stay in a core's second-level cache. Smaller blocks cost more in
 # calls than they gain; measured with (32, 64, 56, 56) and (32, 256, 14, 14) in both memory formats.
 _BLOCK_ELEMENTS = 2**18
+# A sample of up to so many blocks stays one, in the last cache: divided, it would not be contiguous, for which torch's
+# fused operations take copies.
+_LARGEST_SAMPLE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +80,11 @@ def is_adjacent(shape: torch.Size, axes: Collection[int]) -> bool:
 
 
 def blocks(values: Tensor) -> tuple[Tensor, ...]:
-    """Views that cover a slab's values and each fit in the cache; one view where there is no such cache to fit."""
+    """Views that cover a slab's values and each fit in a cache; one view where there is no such cache to fit."""
     _, channels, inner = values.shape
     if values.device.type != "cpu" or values.numel() <= _BLOCK_ELEMENTS:
         return (values,)
-    if channels * inner <= _BLOCK_ELEMENTS:
+    if channels * inner <= _LARGEST_SAMPLE * _BLOCK_ELEMENTS:
         return torch.split(values, max(1, _BLOCK_ELEMENTS // (channels * inner)))
     width = max(1, _BLOCK_ELEMENTS // channels)
     return tuple(block for sample in torch.split(values, 1) for block in torch.split(sample, width, dim=2))

@@ -11,8 +11,8 @@ from normcore.normalization.batch_norm import BATCH_NORM, batch_norm
 from normcore.normalization.batch_result import BatchNormResult, check_nan_policy, refuse_non_finite
 from normcore.normalization.batch_view import BatchView
 from normcore.normalization.gradients import Gradients, Statistics, standardize_gradients, standardize_with
+from normcore.normalization.kernel import own_statistics
 from normcore.normalization.method import JSON, Method, Output, Parameter
-from normcore.normalization.standardization import own_statistics
 from normcore.statistics.running import RunningStatistics
 
 

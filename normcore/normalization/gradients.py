@@ -17,13 +17,7 @@ from torch import Tensor
 
 from normcore._precision import accumulation_dtype
 from normcore.normalization.closed_forms import Statistics, as_functions, double_backward
-from normcore.normalization.standardization import (
-    given_statistics,
-    gradient_sums,
-    input_gradient,
-    own_statistics,
-    standardize,
-)
+from normcore.normalization.kernel import backward, given_statistics, own_statistics, standardize
 
 __all__ = [
     "Gradients",
@@ -127,10 +121,8 @@ def standardize_gradients(
     Returns:
         The input's gradient in its datatype, the others in the datatype computed in.
     """
-    sums = gradient_sums(grad_output, input, weight, statistics, affine_shape=affine_shape)
-    gradient = input_gradient(grad_output, input, weight, statistics, sums)
-    dtype = accumulation_dtype(input.dtype)
-    return Gradients(gradient, sums.weight.to(dtype), sums.bias.to(dtype))
+    of_input, *of_affine = backward(grad_output, input, weight, statistics, affine_shape=affine_shape)
+    return Gradients(of_input, *(term.to(accumulation_dtype(input.dtype)) for term in of_affine))
 
 
 class _Standardize(torch.autograd.Function):
@@ -157,9 +149,8 @@ class _StandardizeBackward(torch.autograd.Function):
         ctx.save_for_backward(grad_output, input, weight)
         ctx.statistics = statistics
         affine = next((tuple(term.shape) for term in (weight, bias) if term is not None), (1,) * input.ndim)
-        sums = gradient_sums(grad_output, input, weight, statistics, affine_shape=affine)
-        gradient = input_gradient(grad_output, input, weight, statistics, sums)
-        return gradient, _like(sums.weight, weight), _like(sums.bias, bias)
+        of_input, of_weight, of_bias = backward(grad_output, input, weight, statistics, affine_shape=affine)
+        return of_input, _like(of_weight, weight), _like(of_bias, bias)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

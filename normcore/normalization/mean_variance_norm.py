@@ -11,8 +11,8 @@ from normcore._checks import check_axes, check_eps, check_floating, check_rank, 
 from normcore._precision import accumulation_dtype
 from normcore._slab import Slab
 from normcore.normalization.closed_forms import Statistics
+from normcore.normalization.kernel import own_statistics, standardize
 from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
-from normcore.normalization.standardization import own_statistics, standardize
 
 # Sums of squares in float32 lose what is below; where no larger eps hides that, the sums are made in float64.
 _LEAST_FLOAT32_VAR = 1e-30

@@ -4,15 +4,19 @@ torch's broadcast arithmetic takes a sweep per operation. Its batch norm is the 
 mean 0 and variance 1 it serves as x * scale + shift, and its backward as two sums in one sweep.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from normcore._slab import blocks
+from normcore._slab import Slab, blocks
 
 # Up to here plain arithmetic wins: the fused operations wake all threads for a handful of values.
 _SMALL_ELEMENTS = 2**15
-# Values of a channel that torch's backward of batch norm may sum in sequence.
+# Values of a channel that torch's backward of batch norm may sum: rows in sequence, images in vectors.
 _COLUMN = 256
+_IMAGE = 2**13
+_LARGEST_IMAGES = 2**17
 
 
 def scale_and_shift(values: Tensor, center: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
@@ -37,35 +41,52 @@ def dot_sums(values: Tensor, grads: Tensor, center: Tensor) -> tuple[Tensor, Ten
         deviations = values.to(center.dtype) - center[:, None]
         total, dot = (term.sum((0, 2), dtype=torch.float64) for term in (grads, deviations.mul_(grads)))
         return total, dot
-    channels = values.shape[1]
-    totals = torch.zeros(2, channels, dtype=torch.float64, device=values.device)
+    totals = torch.zeros(2, values.shape[1], dtype=torch.float64, device=values.device)
     for part, grad in zip(blocks(values), blocks(grads), strict=True):
-        for columns, grad_columns in _columns(part, grad):
-            width = columns.shape[1] // channels
-            wide = center.repeat(width)
+        for columns, grad_columns, wide in _columns(part, grad, center):
             _, dot, total = torch.ops.aten.native_batch_norm_backward(
                 grad_columns, columns, None, wide, wide, wide, torch.ones_like(wide), True, 0.0, [False, True, True]
             )
-            totals += torch.stack([total, dot]).view(2, width, channels).sum(1, dtype=torch.float64)
+            found = torch.stack([total, dot])
+            if values.shape[2] > 1:
+                totals += found.view(2, len(center), -1).sum(2, dtype=torch.float64)
+            else:
+                totals += found.view(2, -1, len(center)).sum(1, dtype=torch.float64)
     return totals[0], totals[1]
 
 
 def scaled_sum(
-    grads: Tensor, values: Tensor, center: Tensor, scale: Tensor, slope: Tensor | None, constant: Tensor | None
+    grads: Tensor, values: Tensor, center: Tensor | None, scale: Tensor, slope: Tensor | None, constant: Tensor | None
 ) -> Tensor:
     """The sum g * scale + (x - center) * slope + constant, a new tensor, rounded once; without slope, g * scale."""
     if slope is None or constant is None:
         return scale_and_shift(grads, None, scale, torch.zeros_like(scale))
     output = torch.empty_like(grads)
     for grad, part, target in zip(blocks(grads), blocks(values), blocks(output), strict=True):
-        if target.dtype == center.dtype:
-            torch.sub(part, center[:, None], out=target)
-            _affine(target, slope, constant, out=target).addcmul_(grad, scale[:, None])
-        else:
-            deviations = part.to(center.dtype).sub_(center[:, None])
-            _affine(deviations, slope, constant, out=deviations)
-            target.copy_(deviations.addcmul_(grad.to(center.dtype), scale[:, None]))
+        own = target if target.dtype == scale.dtype else torch.empty_like(target, dtype=scale.dtype)
+        source = part if own is target else own.copy_(part)
+        if center is not None:
+            source = torch.sub(source, center[:, None], out=own)
+        _affine(source, slope, constant, out=own)
+        own.addcmul_(grad.to(scale.dtype), scale[:, None])
+        if target is not own:
+            target.copy_(own)
     return output
+
+
+def is_exact_image(slab: Slab) -> bool:
+    """Whether torch's own backward sums this slab without losing digits."""
+    return slab.values.shape[2] > 1 and not _is_plain(slab.values) and slab.count <= _LARGEST_IMAGES
+
+
+def image_gradients(
+    values: Tensor, grads: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of values, weight and bias of a batch norm by its own statistics; parameters are (C,)."""
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
+        grads, values, weight, mean, invstd, mean, invstd, True, 0.0, [True, True, True]
+    )
+    return gradients
 
 
 def _affine(values: Tensor, scale: Tensor, shift: Tensor, *, out: Tensor) -> Tensor:
@@ -94,18 +115,22 @@ def _is_plain(values: Tensor) -> bool:
     return values.numel() <= _SMALL_ELEMENTS or values.device.type != "cpu"
 
 
-def _columns(values: Tensor, grads: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Both as torch sums them well: rows of channels as (r, k * C), so that no column is long."""
+def _columns(values: Tensor, grads: Tensor, center: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Values, gradients and centers, each channel as several, none of them long: torch sums them in sequence.
+
+    Rows of channels become rows of k times all channels, images k parts of each channel.
+    """
     outer, channels, inner = values.shape
+    width = 1
     if inner > 1:
-        return [(values, grads)]
+        while inner % (2 * width) == 0 and outer * inner > _IMAGE * width:
+            width *= 2
+        shape = (outer, channels * width, inner // width)
+        yield values.contiguous().view(shape), grads.contiguous().view(shape), center.repeat_interleave(width)
+        return
     width = max(1, outer // _COLUMN)
     height = outer // width
-    found = []
-    for start, stop, shape in (
-        (0, height * width, (height, width * channels)),
-        (height * width, outer, (-1, channels)),
-    ):
-        if stop > start:
-            found.append((values[start:stop].view(shape), grads[start:stop].view(shape)))
-    return found
+    whole = height * width
+    yield values[:whole].view(height, -1), grads[:whole].view(height, -1), center.repeat(width)
+    if whole < outer:
+        yield values[whole:].view(-1, channels), grads[whole:].view(-1, channels), center

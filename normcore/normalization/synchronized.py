@@ -19,7 +19,7 @@ from normcore._precision import accumulation_dtype, split
 from normcore.errors import ShapeError, StatisticsError
 from normcore.normalization.batch_view import BatchView
 from normcore.normalization.closed_forms import Statistics, invstd_of
-from normcore.normalization.standardization import (
+from normcore.normalization.kernel import (
     GradientSums,
     gradient_sums,
     input_gradient,

@@ -82,12 +82,19 @@ def _sums(slab: Slab, center: Tensor | None, *, dtype: torch.dtype) -> Deviation
     for part in parts:
         scratch = buffer[: part.shape[0], :, : part.shape[2]]
         deviation = _deviation(part, center, scratch)
-        totals.append(deviation.sum((0, 2)))
-        squares.append(torch.mul(deviation, deviation, out=scratch).sum((0, 2)))
+        totals.append(_sum(deviation))
+        squares.append(_sum(torch.mul(deviation, deviation, out=scratch)))
     if center is None:
-        center = torch.zeros_like(totals[0])
+        center = torch.zeros_like(totals[0], dtype=dtype)
     total, square = (torch.stack(sums).sum(0, dtype=torch.float64) for sums in (totals, squares))
     return Deviations(slab.count, center, total, square)
+
+
+def _sum(values: Tensor) -> Tensor:
+    if values.shape[2] == 1:
+        return values.sum((0, 2))
+    # torch sums in pairs along one axis; over two at once it may add up all values of a channel in sequence.
+    return values.sum(2).sum(0, dtype=torch.float64)
 
 
 def _deviation(values: Tensor, center: Tensor | None, scratch: Tensor) -> Tensor:

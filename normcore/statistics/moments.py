@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from normcore._checks import check_axis, check_floating, check_rank, check_variance
-from normcore._slab import Slab, blocks
+from normcore._slab import Slab
 from normcore.errors import DtypeError, ShapeError
 from normcore.statistics.deviations import deviations
 
@@ -131,64 +131,3 @@ m2=tensor([26.], dtype=torch.float64))
         """
         freedom = self.count - correction
         return (self.m2 / freedom).masked_fill(freedom <= 0, torch.nan)
-
-
-@dataclass(frozen=True, slots=True)
-class DeviationSums:
-    """Sums over a slab's channels of d and d^2, d = x - shift, with a shift near the mean; tensors of shape (C,).
-
-    The shift has the datatype summed in, so that shift + offset is a mean of twice its digits; all else is float64.
-    """
-
-    count: int
-    shift: Tensor
-    total: Tensor
-    squares: Tensor
-
-    @property
-    def offset(self) -> Tensor:
-        """What the mean has over the shift."""
-        return self.total / self.count
-
-    @property
-    def m2(self) -> Tensor:
-        # Not the textbook E[x^2] - E[x]^2: the shift comes from one of k blocks, so n offset^2 <= k m2 whatever the
-        # data, and about m2 / 1000 for most.
-        return (self.squares - self.count * self.offset.square()).clamp_min(0.0)
-
-    def moments(self) -> Moments:
-        mean = self.shift.double() + self.offset
-        return Moments(torch.full_like(mean, self.count), mean, self.m2)
-
-
-def deviation_sums(slab: Slab, *, dtype: torch.dtype, deviations: Tensor | None = None) -> DeviationSums:
-    """Sum in `dtype` within a block and in float64 over blocks; the slab is not empty.
-
-    The deviations x - shift are left in `deviations`, a tensor of the slab's shape and `dtype`, where it is given.
-    Those of a constant channel are exactly zero.
-    """
-    parts = blocks(slab.values)
-    shift = _shift(parts[0].to(dtype))
-    buffer = torch.empty_like(parts[0], dtype=dtype)
-    targets = [None] * len(parts) if deviations is None else blocks(deviations)
-    totals, squares = [], []
-    for part, target in zip(parts, targets, strict=True):
-        scratch = buffer[: part.shape[0], :, : part.shape[2]]
-        deviation = _subtract(part, shift, out=scratch if target is None else target)
-        totals.append(deviation.sum((0, 2)))
-        squares.append(torch.mul(deviation, deviation, out=scratch).sum((0, 2)))
-    total, square = (torch.stack(sums).sum(0, dtype=torch.float64) for sums in (totals, squares))
-    return DeviationSums(slab.count, shift.flatten(), total, square)
-
-
-def _shift(values: Tensor) -> Tensor:
-    """About the mean of the values, and exactly the value where a channel is constant; shape (1, C, 1)."""
-    first = values[:1, :, :1]
-    return first + (values - first).mean((0, 2), keepdim=True)
-
-
-def _subtract(values: Tensor, shift: Tensor, *, out: Tensor) -> Tensor:
-    if values.dtype == out.dtype:
-        return torch.sub(values, shift, out=out)
-    # A subtraction that converts as it goes is several times slower than the two steps.
-    return out.copy_(values).sub_(shift)

@@ -9,10 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normcore._slab import Slab
 from normcore.errors import DtypeError, NormcoreError, ParameterError, ShapeError, StatisticsError
 from normcore.statistics import Moments
-from normcore.statistics.moments import deviation_sums
 
 VALUES = st.lists(st.floats(min_value=-1e6, max_value=1e6, width=32), min_size=0, max_size=12)
 
@@ -75,17 +73,6 @@ def test_of_one_element_and_of_a_constant_has_no_spread() -> None:
     constant = Moments.of(torch.full((7, 1, 11), 0.1))
     assert float(constant.mean) == float(torch.tensor(0.1))
     assert float(constant.m2) == 0.0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_deviation_sums_of_constant_channels_are_zero(dtype: torch.dtype) -> None:
-    constants = torch.randn(1, 64, 1, generator=torch.Generator().manual_seed(7)).to(dtype) / 3
-    slab = Slab.of(constants.expand(3, 64, 999), channel_axis=1)
-    deviations = torch.full_like(slab.values, torch.nan)
-    sums = deviation_sums(slab, dtype=dtype, deviations=deviations)
-    assert torch.equal(sums.shift, constants.flatten())
-    assert int(sums.squares.count_nonzero()) == int(sums.total.count_nonzero()) == 0
-    assert int(deviations.count_nonzero()) == 0
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
