@@ -42,9 +42,9 @@ class Case:
 def cases(dtype: torch.dtype) -> Iterator[Case]:
     """The kernels at the sizes of the goals; batch norm's parameters are float32 at least, as in mixed precision."""
     weight, bias = _exact(0.5, 1.5, CHANNELS), _exact(-1, 1, CHANNELS)
-    mean, var = torch.zeros(CHANNELS), torch.ones(CHANNELS)
+    mean, var, far = torch.zeros(CHANNELS), torch.ones(CHANNELS), torch.full((CHANNELS,), LARGE_MEAN)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, bias, mean, var = (tensor.to(wide) for tensor in (weight, bias, mean, var))
+    weight, bias, mean, var, far = (tensor.to(wide) for tensor in (weight, bias, mean, var, far))
     row = (1024,)
     gain = _exact(0.5, 1.5, *row).to(dtype)
     own, half_bias = weight.to(dtype), bias.to(dtype)
@@ -57,6 +57,11 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         "batch_norm inference",
         lambda x: batch_norm(x, mean, var, weight, bias).output,
         lambda x: functional.batch_norm(x, mean, var, weight, bias),
+    )
+    yield Case(
+        "batch_norm inference, far",  # the short form y = x * scale + shift would lose digits here
+        lambda x: batch_norm(x, far, var, weight, bias).output,
+        lambda x: functional.batch_norm(x, far, var, weight, bias),
     )
     yield Case(
         "instance_norm",
