@@ -156,8 +156,7 @@ def _parts(tensor: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
     """The samples of each virtual batch."""
     if tensor is None:
         return [None] * len(sizes)
-    parts: tuple[Tensor, ...] = tensor.split(sizes)  # type: ignore[no-untyped-call]  # untyped in torch
-    return parts
+    return torch.split(tensor, sizes)
 
 
 def _affine_parts(tensor: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:

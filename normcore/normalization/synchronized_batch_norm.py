@@ -219,8 +219,7 @@ def _check_shards(name: str, shards: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _split(tensor: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    parts: tuple[Tensor, ...] = tensor.split(list(sizes))  # type: ignore[no-untyped-call]  # untyped in torch
-    return parts
+    return torch.split(tensor, list(sizes))
 
 
 def _of_shards(result: BatchNormResult, sizes: tuple[int, ...]) -> SynchronizedBatchNormResult:
