@@ -65,17 +65,19 @@ def group_norm(
     _check_num_groups(num_groups, channels=channels)
     affine_shape = check_channel_affine(weight, bias, input=input)
     check_eps("eps", eps, is_zero_allowed=True)
-    size = channels // num_groups
+    # No channels are a single group of none, whatever the number that divides them.
+    groups = num_groups if channels else 1
+    size = channels // groups
     return Operands(
         input,
         weight,
         bias,
         grad_output,
         mask,
-        view=(samples, num_groups, size, input.shape[2:].numel()),
-        affine=(samples if len(affine_shape) == 2 else 1, num_groups, size, 1),
+        view=(samples, groups, size, input.shape[2:].numel()),
+        affine=(samples if len(affine_shape) == 2 else 1, groups, size, 1),
         affine_shape=affine_shape,
-        statistics_shape=(samples, num_groups),
+        statistics_shape=(samples, groups),
     ).standardize(eps=eps)
 
 

@@ -66,7 +66,7 @@ def lp_norm(
         grad_output: gradient of the output, of the input's shape; gives grad_input.
         p: 1, 2 or infinity, as a number or as text ("inf").
         axis: axis of the vectors, from the back where negative.
-        eps: >= 0.
+        eps: >= 0, and finite in the datatype of the norms.
 
     Returns:
         Output, norms (float64 for a float64 input, else float32) and, with grad_output, the input's gradient.
@@ -84,7 +84,7 @@ def lp_norm(
     check_floating("input", input)
     check_rank("input", input, minimum=1)
     axes = (check_axis("axis", axis, rank=input.ndim),)
-    check_eps("eps", eps, is_zero_allowed=True)
+    _check_bound(eps, input)
     order = _order(p)
     if grad_output is None:
         output, norm = _in_blocks(input, order, axes=axes, eps=eps)
@@ -112,6 +112,15 @@ def _in_blocks(input: Tensor, order: float, *, axes: tuple[int, ...], eps: float
         target.copy_(norms.at_least(eps).divide(part))
         values.append(norms.value)
     return output, torch.cat(values)
+
+
+def _check_bound(eps: float, input: Tensor) -> None:
+    """Refuse what the norms cannot be compared with in their own datatype."""
+    check_eps("eps", eps, is_zero_allowed=True)
+    largest = torch.finfo(accumulation_dtype(input.dtype)).max
+    if eps > largest:
+        expected = f"at most {largest:g} for an input of this datatype"
+        raise ParameterError("eps", expected=expected, received=repr(eps))
 
 
 def _order(p: str | float) -> float:

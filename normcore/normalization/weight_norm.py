@@ -1,7 +1,9 @@
 """Weight normalization: the direction of every row of a weight, times a length of its own."""
 
+import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from normcore._checks import check_axis, check_floating, check_rank, check_shape
@@ -69,7 +71,6 @@ def weight_norm(
             the input's shape.
         ParameterError: an axis that the input has not.
 
-    >>> import torch
     >>> weight_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([10.0, 1.0])).output
     tensor([[6., 8.],
             [0., 0.]])
@@ -80,31 +81,34 @@ def weight_norm(
     if grad_output is not None:
         check_shape("grad_output", grad_output, input.shape, meaning="that of the input")
     # An axis more, of one value, so that there is one to sum over where the input has no other than the one kept.
-    axes = (*(other for other in range(input.ndim) if other != kept), input.ndim)
-    values = input[..., None]
+    values = input[:, None] if input.ndim == 1 else input
+    axes = tuple(other for other in range(values.ndim) if other != kept)
+    rows = tuple(size if index == kept else 1 for index, size in enumerate(input.shape))
     norm = vector_norm(values, p=2, axes=axes)
-    length = None if g is None else _length(g, like=norm.scaled[..., 0], log_g=log_g)
-    output = norm.divide(values, factor=None if length is None else length[..., None])[..., 0]
-    result = WeightNormResult(output.to(input.dtype), norm.value[..., 0])
+    length = None if g is None else _length(g, rows, dtype=norm.scaled.dtype, log_g=log_g)
+    factor = None if length is None else length.reshape(norm.scaled.shape)
+    output = norm.divide(values, factor=factor).reshape(input.shape)
+    result = WeightNormResult(output.to(input.dtype), norm.value.reshape(rows))
     if grad_output is None:
         return result
     grad_unit = grad_output.to(output.dtype)
     grad_g = None
     if g is not None and length is not None:
-        grad_length = (grad_unit * norm.divide(values)[..., 0]).sum_to_size(length.shape)
+        grad_length = (grad_unit * norm.divide(values).reshape(input.shape)).sum_to_size(rows)
         grad_g = (grad_length * length if log_g else grad_length).reshape(g.shape).to(g.dtype)
         grad_unit = grad_unit * length
-    grad_input = norm.gradient(grad_unit[..., None], values, p=2, axes=axes)[..., 0]
+    grad_input = norm.gradient(grad_unit.reshape(values.shape), values, p=2, axes=axes).reshape(input.shape)
     return replace(result, grad_input=grad_input.to(input.dtype), grad_g=grad_g)
 
 
-def _length(g: Tensor, *, like: Tensor, log_g: bool) -> Tensor:
-    """One length per row, in the shape and datatype of the norms."""
+def _length(g: Tensor, rows: tuple[int, ...], *, dtype: torch.dtype, log_g: bool) -> Tensor:
+    """One length per row, in the shape of the norms."""
     check_floating("g", g)
-    if tuple(g.shape) not in ((like.numel(),), tuple(like.shape)) and not (g.numel() == like.numel() == 1):
-        expected = f"shape ({like.numel()},) or {tuple(like.shape)}, one length per row"
+    count = math.prod(rows)
+    if tuple(g.shape) not in ((count,), rows) and not (g.numel() == count == 1):
+        expected = f"shape ({count},) or {rows}, one length per row"
         raise ShapeError("g", expected=expected, received=f"shape {tuple(g.shape)}")
-    length = g.to(like.dtype).reshape(like.shape)
+    length = g.to(dtype).reshape(rows)
     return length.exp() if log_g else length
 
 
