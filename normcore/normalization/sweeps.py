@@ -15,8 +15,10 @@ from normcore._slab import Slab, blocks
 _SMALL_ELEMENTS = 2**15
 # Values of a channel that torch's backward of batch norm may sum: rows in sequence, images in vectors.
 _COLUMN = 256
-_IMAGE = 2**13
-_LARGEST_IMAGES = 2**17
+_IMAGE = 2**11
+# Values of a channel that it may sum at once: what it then loses of a sum is below 1e-6, and below what half precision
+# has lost before.
+_LARGEST_IMAGES = {torch.float64: 2**20, torch.float32: 2**13, torch.float16: 2**17, torch.bfloat16: 2**17}
 
 
 def scale_and_shift(values: Tensor, center: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ def scaled_sum(
 
 def is_exact_image(slab: Slab) -> bool:
     """Whether torch's own backward sums this slab without losing digits."""
-    return slab.values.shape[2] > 1 and not _is_plain(slab.values) and slab.count <= _LARGEST_IMAGES
+    return slab.values.shape[2] > 1 and not _is_plain(slab.values) and slab.count <= _LARGEST_IMAGES[slab.values.dtype]
 
 
 def image_gradients(
