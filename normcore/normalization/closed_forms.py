@@ -1,4 +1,4 @@
-"""The closed forms of the standardize family in plain float64 arithmetic, differentiable to every order.
+"""The closed forms of the standardize family in plain arithmetic, differentiable to every order.
 
 Batch, layer, instance, group and RMS norm and weight standardization are one function of the axes reduced:
 
@@ -57,6 +57,17 @@ def invstd_of(var: Tensor, *, eps: float) -> Tensor:
     return (var + eps).sqrt().reciprocal().masked_fill(~var.isfinite(), torch.nan)
 
 
+def has_usual_scale(by: Statistics) -> bool:
+    """Whether products of a few statistics and values stay far from the ends of the datatype."""
+    limit = 1e12 if by.center.dtype == torch.float32 else 1e100
+    return bool(((by.invstd < limit) & (by.invstd * limit > 1)).all())
+
+
+def plain_dtype(by: Statistics) -> torch.dtype:
+    """The datatype for arithmetic that takes no care: float64 where the usual one might overflow."""
+    return by.center.dtype if has_usual_scale(by) else torch.float64
+
+
 def simple_statistics(
     input: Tensor, *, axes: tuple[int, ...], eps: float, has_mean: bool, mask: Tensor | None
 ) -> Statistics:
@@ -67,7 +78,8 @@ def simple_statistics(
         count = torch.Size([input.shape[axis] for axis in axes]).numel()
     else:
         count = mask.expand(input.shape).sum(axes, keepdim=True)
-    zero = torch.zeros([1 if axis in axes else size for axis, size in enumerate(input.shape)], dtype=torch.float64)
+    shape = [1 if axis in axes else size for axis, size in enumerate(input.shape)]
+    zero = torch.zeros(shape, dtype=torch.float64, device=input.device)
     center, offset = split(counted.sum(axes, keepdim=True) / count, accumulation_dtype(input.dtype))
     if not has_mean:
         center, offset = zero.to(center.dtype), zero
@@ -87,14 +99,12 @@ def as_functions(input: Tensor, statistics: Statistics) -> Statistics:
     """The same statistics as functions of the input; the center stays a constant."""
     if not statistics.axes:
         return statistics
-    deviations = input.double() - statistics.center
-    offset = _mean(deviations, statistics, is_masked=True) if statistics.has_mean else statistics.offset
+    deviations = input.to(plain_dtype(statistics)) - statistics.center
+    offset = statistics.offset.to(deviations.dtype)
+    if statistics.has_mean:
+        offset = _mean(deviations, statistics, is_masked=True)
     var = _mean((deviations - offset).square(), statistics, is_masked=True)
     return replace(statistics, offset=offset, var=var, invstd=(var + statistics.eps).rsqrt())
-
-
-def _normalized(input: Tensor, statistics: Statistics) -> Tensor:
-    return (input.double() - statistics.center - statistics.offset) * statistics.invstd
 
 
 def _mean(values: Tensor, statistics: Statistics, *, is_masked: bool) -> Tensor:
@@ -135,11 +145,13 @@ def double_backward(
     statistics: Statistics,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of grad_output and input, and the terms to sum for that of weight; differentiable."""
-    of_input, of_weight, of_bias = (0.0 if grad is None else grad.double() for grad in cotangents)
+    dtype = plain_dtype(statistics)
+    of_input, of_weight, of_bias = (0.0 if grad is None else grad.to(dtype) for grad in cotangents)
     assert isinstance(of_input, Tensor)
-    grad_output = grad_output.double()
-    gamma = 1.0 if weight is None else weight.double()
-    normalized = _normalized(input, statistics)
+    grad_output = grad_output.to(dtype)
+    gamma = 1.0 if weight is None else weight.to(dtype)
+    statistics = replace(statistics, offset=statistics.offset.to(dtype), invstd=statistics.invstd.to(dtype))
+    normalized = (input.to(dtype) - statistics.center - statistics.offset) * statistics.invstd
     adjoint = _adjoint(of_input, normalized, statistics)
     grad_input = _project(of_weight * grad_output, normalized, statistics)
     if statistics.axes:

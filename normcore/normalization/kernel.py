@@ -13,9 +13,15 @@ from torch import Tensor
 
 from normcore._precision import accumulation_dtype, split
 from normcore._slab import Slab, is_adjacent
-from normcore.normalization.closed_forms import Statistics, invstd_of, simple_statistics
+from normcore.normalization.closed_forms import (
+    Statistics,
+    has_usual_scale,
+    invstd_of,
+    plain_dtype,
+    simple_statistics,
+)
 from normcore.normalization.sweeps import dot_sums, image_gradients, is_exact_image, scale_and_shift, scaled_sum
-from normcore.statistics.deviations import deviations
+from normcore.statistics.deviations import Deviations, deviations
 
 # Largest |mean| / sqrt(var + eps) for the short form. The digits it loses are those of float32 (float64), which an
 # output in half precision has to spare.
@@ -27,15 +33,41 @@ def own_statistics(
     input: Tensor, *, axes: tuple[int, ...], eps: float, has_mean: bool = True, mask: Tensor | None = None
 ) -> Statistics:
     """Statistics of the input over `axes`, along which there are values."""
-    if mask is not None or not has_mean:
-        return simple_statistics(input, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
-    kept = tuple(axis for axis in range(input.ndim) if axis not in axes)
-    slab = Slab.keeping(input, kept)
-    sums = deviations(slab, dtype=accumulation_dtype(input.dtype))
+    if not has_mean:
+        return simple_statistics(input, axes=axes, eps=eps, has_mean=False, mask=mask)
+    if mask is not None:
+        return _counted_statistics(input, axes=axes, eps=eps, mask=mask)
+    sums, slab = _deviations(input, axes)
     var = sums.m2 / sums.count
     invstd = invstd_of(var, eps=eps)
     center, offset, var, invstd = map(slab.restore_channels, (sums.center, sums.offset, var, invstd))
     return Statistics(center, offset, var, invstd, eps, axes, sums.count)
+
+
+def _deviations(input: Tensor, axes: tuple[int, ...]) -> tuple[Deviations, Slab]:
+    slab = Slab.keeping(input, tuple(axis for axis in range(input.ndim) if axis not in axes))
+    return deviations(slab, dtype=accumulation_dtype(input.dtype)), slab
+
+
+def _counted_statistics(input: Tensor, *, axes: tuple[int, ...], eps: float, mask: Tensor) -> Statistics:
+    """Those of counted positions: the others take a value near the mean, whose part in the sums is known."""
+    mask = mask[(None,) * (input.ndim - mask.ndim)]
+    values = input.to(accumulation_dtype(input.dtype))
+    # The mean around a counted value is exactly that of constant ones.
+    counted = torch.where(mask, values, torch.inf).amin(axes, keepdim=True)
+    size = torch.Size([input.shape[axis] for axis in axes]).numel()
+    repeats = torch.Size([input.shape[axis] for axis in axes if mask.shape[axis] == 1]).numel()
+    count = mask.sum(axes, keepdim=True) * repeats
+    near = counted + torch.where(mask, values - counted, 0.0).sum(axes, keepdim=True) / count
+    if not bool(near.isfinite().all()):
+        return simple_statistics(input, axes=axes, eps=eps, has_mean=True, mask=mask)
+    sums, slab = _deviations(torch.where(mask, values, near), axes)
+    center, total, squares = map(slab.restore_channels, (sums.center, sums.total, sums.squares))
+    distance = near.double() - center.double()
+    total = total - (size - count) * distance
+    offset = total / count
+    var = ((squares - (size - count) * distance.square() - total * offset) / count).clamp_min(0.0)
+    return Statistics(center, offset, var, invstd_of(var, eps=eps), eps, axes, count, mask)
 
 
 @torch.no_grad()
@@ -138,7 +170,8 @@ def input_gradient(
     terms = (None if term is None else slab.per_channel(term.to(by.center.dtype)) for term in (slope, constant))
     center = None if is_short else slab.per_channel(by.center)
     scale = slab.per_channel(scale.to(by.center.dtype))
-    return _laid_out_as(input, slab.restore(scaled_sum(gradients, slab.values, center, scale, *terms)))
+    mask = None if by.mask is None else slab.seen_alike(by.mask.expand(input.shape))
+    return _laid_out_as(input, slab.restore(scaled_sum(gradients, slab.values, center, scale, *terms, mask=mask)))
 
 
 def _fused_backward(
@@ -147,7 +180,13 @@ def _fused_backward(
     """By torch's batch norm, which sums images in vectors; None where that is not exact enough, or no image."""
     kept = tuple(axis for axis in range(input.ndim) if axis not in by.axes)
     affine = (1,) * (input.ndim - len(affine_shape)) + affine_shape
-    if not by.axes or not by.has_mean or affine != tuple(by.center.shape) or not _shares_parameters(input, by, kept):
+    if (
+        not by.axes
+        or not by.has_mean
+        or by.mask is not None
+        or affine != tuple(by.center.shape)
+        or not _shares_parameters(input, by, kept)
+    ):
         return None
     slab = Slab.keeping(input, kept)
     if not is_exact_image(slab) or not _is_near_zero(by, torch.float32):
@@ -167,13 +206,13 @@ def _is_near_zero(by: Statistics, dtype: torch.dtype) -> bool:
 def _shares_parameters(input: Tensor, by: Statistics, varying: tuple[int, ...]) -> bool:
     """Whether slabs serve: values along some axes share all parameters, which are of usual sizes."""
     is_shared = len(varying) < input.ndim and is_adjacent(input.shape, varying)
-    return is_shared and by.mask is None and input.numel() > 0 and _has_usual_scale(by)
+    return is_shared and input.numel() > 0 and has_usual_scale(by)
 
 
 def _sums_of_own_parameters(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, affine_shape: tuple[int, ...]
 ) -> GradientSums:
-    grads = grad_output.to(_plain_dtype(by))
+    grads = grad_output.to(plain_dtype(by))
     terms = grads * _normalized(input, by), grads
     of_weight, of_bias = (term.sum_to_size(affine_shape) for term in terms)
     dot, total = terms if weight is None else (term * weight.to(grads.dtype) for term in terms)
@@ -185,7 +224,7 @@ def _sums_of_own_parameters(
 def _gradient_of_own_parameters(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, sums: GradientSums
 ) -> Tensor:
-    gradient = grad_output.to(_plain_dtype(by))
+    gradient = grad_output.to(plain_dtype(by))
     if weight is not None:
         gradient = gradient * weight.to(gradient.dtype)
     if by.axes:
@@ -198,12 +237,8 @@ def _gradient_of_own_parameters(
     return _laid_out_as(input, (gradient * by.invstd.to(gradient.dtype)).to(input.dtype))
 
 
-def _plain_dtype(by: Statistics) -> torch.dtype:
-    return by.center.dtype if by.mask is None and _has_usual_scale(by) else torch.float64
-
-
 def _normalized(input: Tensor, by: Statistics) -> Tensor:
-    dtype = _plain_dtype(by)
+    dtype = plain_dtype(by)
     return (input.to(dtype) - by.center).sub_(by.offset.to(dtype)).mul_(by.invstd.to(dtype))
 
 
@@ -223,12 +258,6 @@ def _varying(shape: torch.Size, *terms: Tensor) -> tuple[int, ...]:
 def _size(term: Tensor, axis: int) -> int:
     """Size along an axis counted from the back; 1 where a term has none."""
     return term.shape[axis] if -axis <= term.ndim else 1
-
-
-def _has_usual_scale(by: Statistics) -> bool:
-    """Whether products of a few statistics and values stay far from the ends of the datatype."""
-    limit = 1e12 if by.center.dtype == torch.float32 else 1e100
-    return bool(((by.invstd < limit) & (by.invstd * limit > 1)).all())
 
 
 def _standardize_elementwise(input: Tensor, by: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -58,18 +58,31 @@ def dot_sums(values: Tensor, grads: Tensor, center: Tensor) -> tuple[Tensor, Ten
 
 
 def scaled_sum(
-    grads: Tensor, values: Tensor, center: Tensor | None, scale: Tensor, slope: Tensor | None, constant: Tensor | None
+    grads: Tensor,
+    values: Tensor,
+    center: Tensor | None,
+    scale: Tensor,
+    slope: Tensor | None,
+    constant: Tensor | None,
+    *,
+    mask: Tensor | None,
 ) -> Tensor:
-    """The sum g * scale + (x - center) * slope + constant, a new tensor, rounded once; without slope, g * scale."""
+    """The sum g * scale + (x - center) * slope + constant, a new tensor, rounded once.
+
+    Only g * scale without a slope, and where the mask, of the slab's shape, is false.
+    """
     if slope is None or constant is None:
         return scale_and_shift(grads, None, scale, torch.zeros_like(scale))
     output = torch.empty_like(grads)
-    for grad, part, target in zip(blocks(grads), blocks(values), blocks(output), strict=True):
+    masks = [None] * len(blocks(values)) if mask is None else blocks(~mask)
+    for grad, part, target, hidden in zip(blocks(grads), blocks(values), blocks(output), masks, strict=True):
         own = target if target.dtype == scale.dtype else torch.empty_like(target, dtype=scale.dtype)
         source = part if own is target else own.copy_(part)
         if center is not None:
             source = torch.sub(source, center[:, None], out=own)
         _affine(source, slope, constant, out=own)
+        if hidden is not None:
+            own.masked_fill_(hidden, 0.0)
         own.addcmul_(grad.to(scale.dtype), scale[:, None])
         if target is not own:
             target.copy_(own)

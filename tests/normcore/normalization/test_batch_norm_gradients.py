@@ -145,6 +145,18 @@ def test_backward_in_half_precision_is_rounded_once(
         assert np.abs(oracle.exact(gradient) - reference).max() / np.abs(reference).max() <= 2e-6
 
 
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_double_backward_is_accurate_in_float32(mean: float) -> None:
+    def second(dtype: torch.dtype) -> Tensor:
+        input = (_randn(12, 6, 10, 10) + mean).float().to(dtype).requires_grad_()
+        output = batch_norm(input, training=True).output
+        (first,) = torch.autograd.grad(output.pow(3).sum(), input, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), input)[0]
+
+    expected = second(torch.float64)
+    assert float((second(torch.float32) - expected).abs().max() / expected.abs().max()) <= 3e-6
+
+
 @pytest.mark.parametrize("scale", [1e-15, 1e15, 1e19])
 def test_backward_on_extreme_scales_is_that_on_a_usual_one(scale: float) -> None:
     input, grad_output = (_randn(6, 3, 40, 40, seed=seed).float() for seed in (0, 1))

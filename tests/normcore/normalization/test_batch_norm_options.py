@@ -41,6 +41,35 @@ def test_mask_leaves_the_statistics_to_what_counts(shape: tuple[int, ...]) -> No
         assert torch.allclose(getattr(result, name), getattr(expected, name))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1e4, 1.0), (-1e6, 1.0), (0.0, 1e19), (3.0, 1e-3)])
+def test_mask_costs_no_digits(mean: float, std: float, memory_format: torch.memory_format) -> None:
+    input = ((_randn(16, 3, 20, 20) - 1) * std + mean).float().to(memory_format=memory_format)
+    mask = torch.rand((16, 20, 20), generator=torch.Generator().manual_seed(1)) > 0.6
+    input[2, :, 3, 4] = 1e6 * std
+    mask[2, 3, 4] = False
+    grad_output = _randn(16, 3, 20, 20, seed=2).float()
+    expected = batch_norm(input.double(), mask=mask, training=True, grad_output=grad_output.double())
+    result = batch_norm(input, mask=mask, training=True, grad_output=grad_output)
+    counted = mask[:, None].expand(input.shape)
+    assert float((result.output - expected.output)[counted].abs().max()) <= 1e-6
+    assert result.grad_input is not None
+    assert expected.grad_input is not None
+    assert result.grad_input.is_contiguous(memory_format=memory_format)
+    error = (result.grad_input - expected.grad_input).abs().max() / expected.grad_input.abs().max()
+    assert float(error) <= 1e-6
+
+
+@pytest.mark.parametrize("value", [7.0, 0.1, -3e4])
+def test_constant_values_that_count_give_exactly_the_bias(value: float) -> None:
+    input, bias = _randn(16, 3, 50).float(), torch.tensor([0.3, 0.7, -0.1])
+    mask = torch.rand((16, 50), generator=torch.Generator().manual_seed(1)) > 0.5
+    input[:, 1][mask] = value
+    result = batch_norm(input, None, None, None, bias, mask=mask, training=True)
+    assert torch.equal(result.output[:, 1][mask], bias[1].expand(int(mask.sum())))
+    assert result.diagnostics()["constant_channels"] == 1
+
+
 def test_mask_follows_the_channel_axis() -> None:
     input = _randn(4, 5, 3)
     mask = torch.arange(20).view(4, 5) % 3 > 0
