@@ -10,6 +10,7 @@ from torch import Tensor
 from normcore.errors import DtypeError, ParameterError, ShapeError, StatisticsError
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST_COUNT = 2**62  # far from where one more would wrap
 _INTEGERS = re.compile(r"\s*[+-]?[0-9]{1,18}\s*(,\s*[+-]?[0-9]{1,18}\s*)*")
 
 
@@ -95,8 +96,8 @@ def check_batch_count(argument: str, count: Tensor) -> None:
     if count.numel() != 1:
         raise ShapeError(argument, expected="a single value", received=f"shape {tuple(count.shape)}")
     value = float(count)
-    if not (value >= 0 and value.is_integer()):
-        raise StatisticsError(argument, expected="a whole number >= 0", received=f"{value:g}")
+    if not (0 <= value < _LARGEST_COUNT and value.is_integer()):
+        raise StatisticsError(argument, expected="a whole number >= 0 and below 2^62", received=f"{value:g}")
 
 
 def _check_is_number(argument: str, value: object, expected: str) -> None:

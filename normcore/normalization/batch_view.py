@@ -20,6 +20,9 @@ from normcore.normalization.gradients import Gradients, Statistics, standardize_
 from normcore.statistics.moments import Moments
 from normcore.statistics.running import RunningStatistics
 
+# Parts of a batch that are computed one after another: each costs its time however few values it has.
+MAX_PARTS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class BatchView:

@@ -11,7 +11,7 @@ from torch import Tensor
 from normcore.errors import ParameterError
 from normcore.normalization.batch_norm import BATCH_NORM, batch_norm
 from normcore.normalization.batch_result import BatchNormResult
-from normcore.normalization.batch_view import BatchView
+from normcore.normalization.batch_view import MAX_PARTS, BatchView
 from normcore.normalization.method import JSON, Method, Parameter
 from normcore.statistics.running import Momentum
 
@@ -144,6 +144,9 @@ def _sizes(view: BatchView, virtual_batch_size: int, *, training: bool) -> list[
     whole, rest = divmod(samples, virtual_batch_size)
     if not training or not whole:
         return [samples]
+    if whole > MAX_PARTS:
+        expected = f"at least {-(-samples // MAX_PARTS)}, for at most {MAX_PARTS} virtual batches of {samples} samples"
+        raise ParameterError("virtual_batch_size", expected=expected, received=repr(virtual_batch_size))
     sizes = [virtual_batch_size] * whole
     if rest == 1:
         sizes[-1] += 1

@@ -63,7 +63,7 @@ def _fused(values: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: f
     samples, groups, channels, positions = values.shape
     given = [term for term in (weight, bias) if term is not None]
     count, width = samples * groups, groups * channels
-    if width == 1 and all(term.shape[3] == positions for term in given):
+    if width == 1 and all(term.shape[0] == 1 and term.shape[3] == positions for term in given):
         terms = _parameters(weight, bias, (1, 1, 1, positions), values)
         output, mean, invstd = torch.native_layer_norm(values, [positions], *terms, eps)
     elif channels == 1 and values.dtype == torch.float16:
@@ -99,17 +99,18 @@ def _parameters(
 
 
 def _inexact(statistics: Statistics) -> Tensor | None:
-    """Indices of the groups where the kernel folded a large mean, eps hides the variance, or a square overflowed.
+    """Indices of the groups with a mean that the kernel folded, a variance below eps, or squares out of range.
 
     The variance follows from invstd, whose digits are those of var + eps. Comparisons with NaN fail.
     """
     smallest = 1e-15 if statistics.center.dtype == torch.float32 else 1e-140
     invstd, eps = statistics.invstd, statistics.eps
     ratio = (statistics.offset * invstd).abs_()
-    least, most = torch.aminmax(invstd)
-    if float(ratio.max()) <= _LARGEST_RATIO and eps * float(most) ** 2 <= 0.5 and float(least) >= smallest:
+    least, most = (float(bound) for bound in torch.aminmax(invstd))
+    largest = 1.0 / smallest
+    if float(ratio.max()) <= _LARGEST_RATIO and eps * most * most <= 0.5 and smallest <= least and most <= largest:
         return None
-    is_exact = (ratio <= _LARGEST_RATIO) & (eps * invstd.square() <= 0.5) & (invstd >= smallest)
+    is_exact = (ratio <= _LARGEST_RATIO) & (eps * invstd.square() <= 0.5) & (invstd >= smallest) & (invstd <= largest)
     return (~is_exact).flatten().nonzero().flatten()
 
 
@@ -283,7 +284,7 @@ def _finish(
     scale = invstd if weight is None or is_per_position else invstd * weight.double()
     shift = None if residual is None else residual * scale
     if bias is not None and not is_per_position:
-        shift = bias.double() if shift is None else shift.add_(bias.double())
+        shift = bias.double() if shift is None else shift + bias.double()
     torch.mul(deviations, scale.to(dtype), out=scratch)
     if shift is not None:
         scratch.add_(shift.to(dtype))

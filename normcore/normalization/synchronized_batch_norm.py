@@ -17,7 +17,7 @@ from normcore.normalization.batch_result import (
     refuse_non_finite,
     update_running,
 )
-from normcore.normalization.batch_view import BatchView
+from normcore.normalization.batch_view import MAX_PARTS, BatchView
 from normcore.normalization.gradients import Gradients, Standardized, differentiable
 from normcore.normalization.method import Method, TensorArgument
 from normcore.normalization.synchronized import (
@@ -272,6 +272,8 @@ def _check_sizes(shard_sizes: Tensor, *, samples: int) -> list[int]:
     if shard_sizes.ndim != 1 or not len(shard_sizes):
         expected = "shape (S,) of one shard or more"
         raise ShapeError("shard_sizes", expected=expected, received=f"shape {tuple(shard_sizes.shape)}")
+    if len(shard_sizes) > MAX_PARTS:
+        raise ShapeError("shard_sizes", expected=f"at most {MAX_PARTS} shards", received=f"{len(shard_sizes)}")
     sizes = [int(size) for size in shard_sizes]
     if min(sizes) < 0 or sum(sizes) != samples:
         raise ParameterError("shard_sizes", expected=f"sizes that sum to {samples} samples", received=f"{sizes}")

@@ -14,6 +14,7 @@ from normcore.statistics.covariance import GroupCovariance, RunningCovariance
 from normcore.statistics.running import CONVENTIONS, Momentum, check_momentum
 
 _MOST_ITERATIONS = 100
+_LARGEST_GROUP = 4096
 
 
 def whitening(
@@ -131,6 +132,9 @@ def _check_tensors(input: Tensor, weight: Tensor | None, bias: Tensor | None, gr
 def _check_parameters(mode: str, *, groups: int, iterations: int, num_features: int) -> None:
     if mode not in MODES:
         raise ParameterError("mode", expected=f"one of {', '.join(MODES)}", received=repr(mode))
+    if _is_within(groups, num_features) and num_features // groups > _LARGEST_GROUP:
+        expected = f"groups of at most {_LARGEST_GROUP} of the {num_features} channels: a covariance has their square"
+        raise ParameterError("groups", expected=expected, received=repr(groups))
     if not _is_within(groups, num_features) or num_features % groups:
         expected = f"a divisor of the input's {num_features} channels"
         raise ParameterError("groups", expected=expected, received=repr(groups))

@@ -53,7 +53,8 @@ def check_inputs(spec: ModelSpec, inputs: Tensors) -> None:
     for tensor in spec.inputs:
         if tensor.name not in inputs:
             if not tensor.is_optional:
-                raise ParameterError(tensor.name, expected=f"a tensor of {_wanted(tensor)}", received="no such input")
+                expected = "a tensor" if spec.is_checked_by_engine else f"a tensor of {_wanted(tensor)}"
+                raise ParameterError(tensor.name, expected=expected, received="no such input")
         elif not spec.is_checked_by_engine:
             _check_tensor(tensor, inputs[tensor.name])
 

@@ -20,7 +20,11 @@ def to_torch(array: Tensor, *, argument: str = "tensor") -> torch.Tensor:
     if array.dtype == _BFLOAT16:
         return torch.from_numpy(_shareable(array).view(np.int16)).view(torch.bfloat16)
     if array.dtype.kind not in _KINDS or array.dtype.itemsize > 8:
-        raise DtypeError(argument, expected="a tensor of numbers or BOOL", received=str(array.dtype))
+        raise DtypeError(
+            argument,
+            expected="a tensor of numbers or BOOL",
+            received="BYTES" if array.dtype == object else str(array.dtype),
+        )
     return torch.from_numpy(_shareable(array))
 
 

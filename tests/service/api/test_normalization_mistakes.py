@@ -217,10 +217,46 @@ OF_OPTIONS = [
     bad("whitening", "iternorm-gradient", "not_implemented", "grad_output", "iternorm", "zca", mode="iternorm"),
 ]
 
+_ALONE = NO_GRAD | NO_RUNNING | {"mask": None, "weight": None, "bias": None}
+
+# A small request must not ask for long work or for gigabytes.
+OF_LONG_WORK = [
+    bad(
+        "whitening",
+        "wide-group",
+        PARAMETER,
+        "groups",
+        "4096",
+        **dict.fromkeys(("grad_output", "running_mean", "running_covariance", "weight", "bias")),
+        num_batches_tracked=None,
+        input=of([0] * 10_000, 2, 5_000),
+        groups=1,
+    ),
+    bad(
+        "ghost_batch_norm",
+        "parts",
+        PARAMETER,
+        "virtual_batch_size",
+        **_ALONE,
+        virtual_batch_size=2,
+        input=of([0] * 8_194, 8_194, 1),
+    ),
+    bad(
+        "synchronized_batch_norm",
+        "parts",
+        SHAPE,
+        "shard_sizes",
+        "4096",
+        **_ALONE,
+        input=ramp(2, 1),
+        shard_sizes=of([2] + [0] * 4_096, datatype="INT64"),
+    ),
+]
+
 
 @pytest.mark.parametrize(
     ("method", "changes", "code", "words"),
-    [*OF_BATCHES, *OF_RUNNING, *OF_ONE_VALUE, *OF_MASKS, *OF_SHARDS, *OF_OPTIONS],
+    [*OF_LONG_WORK, *OF_BATCHES, *OF_RUNNING, *OF_ONE_VALUE, *OF_MASKS, *OF_SHARDS, *OF_OPTIONS],
 )
 async def test_a_mistake_is_refused_and_named(
     client: httpx.AsyncClient, method: str, changes: dict[str, Any], code: str, words: tuple[str, ...]
