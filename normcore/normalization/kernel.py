@@ -21,8 +21,11 @@ from normcore.normalization.closed_forms import (
     simple_statistics,
 )
 from normcore.normalization.sweeps import dot_sums, image_gradients, is_exact_image, scale_and_shift, scaled_sum
-from normcore.statistics.deviations import Deviations, deviations
+from normcore.statistics.deviations import Deviations, deviations, deviations_in_double
 
+# Squares below are lost on float32, which a larger eps hides.
+_LEAST_FLOAT32_VAR = 1e-30
+_LEAST_HIDING_EPS = 1e-22
 # Largest |mean| / sqrt(var + eps) for the short form. The digits it loses are those of float32 (float64), which an
 # output in half precision has to spare.
 _LARGEST_RATIO = {torch.float64: 2.0, torch.float32: 2.0, torch.float16: 16.0, torch.bfloat16: 64.0}
@@ -37,16 +40,21 @@ def own_statistics(
         return simple_statistics(input, axes=axes, eps=eps, has_mean=False, mask=mask)
     if mask is not None:
         return _counted_statistics(input, axes=axes, eps=eps, mask=mask)
-    sums, slab = _deviations(input, axes)
+    sums, slab = _deviations(input, axes, eps=eps)
     var = sums.m2 / sums.count
     invstd = invstd_of(var, eps=eps)
     center, offset, var, invstd = map(slab.restore_channels, (sums.center, sums.offset, var, invstd))
     return Statistics(center, offset, var, invstd, eps, axes, sums.count)
 
 
-def _deviations(input: Tensor, axes: tuple[int, ...]) -> tuple[Deviations, Slab]:
+def _deviations(input: Tensor, axes: tuple[int, ...], *, eps: float) -> tuple[Deviations, Slab]:
     slab = Slab.keeping(input, tuple(axis for axis in range(input.ndim) if axis not in axes))
-    return deviations(slab, dtype=accumulation_dtype(input.dtype)), slab
+    sums = deviations(slab, dtype=accumulation_dtype(input.dtype))
+    if eps < _LEAST_HIDING_EPS and sums.center.dtype == torch.float32:
+        is_lost = sums.m2 < _LEAST_FLOAT32_VAR * sums.count
+        if bool(is_lost.any()):
+            sums = deviations_in_double(slab)
+    return sums, slab
 
 
 def _counted_statistics(input: Tensor, *, axes: tuple[int, ...], eps: float, mask: Tensor) -> Statistics:
@@ -61,7 +69,7 @@ def _counted_statistics(input: Tensor, *, axes: tuple[int, ...], eps: float, mas
     near = counted + torch.where(mask, values - counted, 0.0).sum(axes, keepdim=True) / count
     if not bool(near.isfinite().all()):
         return simple_statistics(input, axes=axes, eps=eps, has_mean=True, mask=mask)
-    sums, slab = _deviations(torch.where(mask, values, near), axes)
+    sums, slab = _deviations(torch.where(mask, values, near), axes, eps=eps)
     center, total, squares = map(slab.restore_channels, (sums.center, sums.total, sums.squares))
     distance = near.double() - center.double()
     total = total - (size - count) * distance

@@ -54,13 +54,16 @@ def deviations(slab: Slab, *, dtype: torch.dtype) -> Deviations:
     if sums.is_reliable():
         return sums
     if bool(sums.squares.isfinite().all()):
-        sums = _sums(slab, sums.mean.to(dtype), dtype=dtype)
-    elif dtype == torch.float32:
-        sums = deviations(slab, dtype=torch.float64)
-        center = sums.mean.to(dtype)
-        rest = sums.offset + (sums.center - center.double())
-        return Deviations(sums.count, center, rest * sums.count, sums.m2 + sums.count * rest.square())
-    return sums
+        return _sums(slab, sums.mean.to(dtype), dtype=dtype)
+    return deviations_in_double(slab) if dtype == torch.float32 else sums
+
+
+def deviations_in_double(slab: Slab) -> Deviations:
+    """The same with sums in float64, around a center in float32."""
+    sums = deviations(slab, dtype=torch.float64)
+    center = sums.mean.to(torch.float32)
+    rest = sums.offset + (sums.center - center.double())
+    return Deviations(sums.count, center, rest * sums.count, sums.m2 + sums.count * rest.square())
 
 
 def _shift(values: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -217,6 +217,12 @@ def test_findings_count_the_tails_of_the_output(elements: int) -> None:
     assert findings["share_beyond_4_after"] == pytest.approx(0.505, abs=slack)
 
 
+def test_a_sample_for_the_tails_meets_all_channels() -> None:
+    input, weight = _randn(2**17, 2, seed=3).float(), torch.tensor([0.1, 8.0])
+    findings = batch_norm(input, None, None, weight, training=True).diagnostics()
+    assert findings["share_beyond_4_after"] == pytest.approx(0.309, abs=0.01)
+
+
 def _normalize(**options: object) -> Callable[[], object]:
     defaults: dict[str, object] = {"running_mean": ZERO, "running_var": ONE}
     return lambda: batch_norm(_randn(4, 3, 5), **(defaults | options))  # type: ignore[arg-type]  # refused at run time
