@@ -96,20 +96,50 @@ def batch_norm(
     check_momentum(momentum, convention=convention)
     check_nan_policy(nan_policy)
     affine = view.affine(weight, bias)
-    counted = view.mask(mask)
     view.check_grad_output(grad_output)
     running = view.running(running_mean, running_var, num_batches_tracked)
     if inverse:
         _check_invertible(weight, grad_output, training=training)
         return BatchNormResult(_inverse(view, running, *affine, eps=eps))
+    return normalize_batch(
+        view,
+        weight,
+        bias,
+        running,
+        grad_output=grad_output,
+        counted=view.mask(mask),
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        convention=convention,
+        nan_policy=nan_policy,
+    )
+
+
+def normalize_batch(
+    view: BatchView,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: RunningStatistics | None,
+    *,
+    grad_output: Tensor | None,
+    counted: Tensor | None,
+    training: bool,
+    momentum: Momentum,
+    eps: float,
+    convention: str,
+    nan_policy: str,
+) -> BatchNormResult:
+    """Batch norm of operands that are checked, all but the number of values and the presence of statistics."""
     if training and view.counted(counted) == 0:
         return BatchNormResult.empty(view, weight, running=running, grad_output=grad_output)
     if nan_policy == "raise":
-        refuse_non_finite(input, counted)
+        refuse_non_finite(view.input, counted)
+    affine = view.affine(weight, bias)
     if training:
-        found = standardize_over(input, *affine, axes=view.axes, eps=eps, mask=counted)
+        found = standardize_over(view.input, *affine, axes=view.axes, eps=eps, mask=counted)
     else:
-        found = standardize_by(input, *affine, **_given(view, running), eps=eps)
+        found = standardize_by(view.input, *affine, **_given(view, running), eps=eps)
     result = BatchNormResult.of(found, view, running=running, nan_policy=nan_policy)
     if training and running is not None:
         batch = view.moments(found.statistics)

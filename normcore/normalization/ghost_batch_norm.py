@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normcore._checks import check_eps
 from normcore.errors import ParameterError
-from normcore.normalization.batch_norm import BATCH_NORM, batch_norm
-from normcore.normalization.batch_result import BatchNormResult
+from normcore.normalization.batch_norm import BATCH_NORM, normalize_batch
+from normcore.normalization.batch_result import BatchNormResult, check_nan_policy
 from normcore.normalization.batch_view import MAX_PARTS, BatchView
 from normcore.normalization.method import JSON, Method, Parameter
-from normcore.statistics.running import Momentum
+from normcore.statistics.running import Momentum, RunningStatistics, check_momentum
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,40 +97,27 @@ def ghost_batch_norm(
             [20.]])
     """
     view = BatchView.of(input, channel_axis=channel_axis)
+    sizes = _sizes(view, virtual_batch_size, training=training)
+    check_eps("eps", eps, is_zero_allowed=not training)
+    check_momentum(momentum, convention=convention)
+    check_nan_policy(nan_policy)
     view.affine(weight, bias)
     view.check_grad_output(grad_output)
-    counted = view.mask(mask)
-    if counted is not None:
-        counted = counted.select(view.channel_axis, 0)
-    sizes = _sizes(view, virtual_batch_size, training=training)
+    running = view.running(running_mean, running_var, num_batches_tracked)
     normalize = partial(
-        batch_norm,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        convention=convention,
-        channel_axis=channel_axis,
-        nan_policy=nan_policy,
+        normalize_batch, training=training, momentum=momentum, eps=eps, convention=convention, nan_policy=nan_policy
     )
     results = []
-    terms = (_parts(input, sizes), _affine_parts(weight, sizes), _affine_parts(bias, sizes))
-    for part, own_weight, own_bias, own_grad, own_mask in zip(
-        *terms, _parts(grad_output, sizes), _parts(counted, sizes), strict=True
+    affine = (_affine_parts(weight, sizes), _affine_parts(bias, sizes))
+    operands = (_parts(term, sizes) for term in (grad_output, view.mask(mask)))
+    for part, own_weight, own_bias, own_grad, counted in zip(
+        torch.split(input, sizes), *affine, *operands, strict=True
     ):
-        assert part is not None
-        result = normalize(
-            part,
-            running_mean,
-            running_var,
-            own_weight,
-            own_bias,
-            grad_output=own_grad,
-            mask=own_mask,
-            num_batches_tracked=num_batches_tracked,
-        )
-        if training:
-            running_mean, running_var = result.running_mean, result.running_var
-            num_batches_tracked = result.num_batches_tracked
+        own = BatchView(part, view.channel_axis)
+        result = normalize(own, own_weight, own_bias, running, grad_output=own_grad, counted=counted)
+        if training and result.running_mean is not None and result.running_var is not None:
+            # Not checked again: statistics that a NaN has reached are the answer, not a mistake of the caller.
+            running = RunningStatistics(result.running_mean, result.running_var, result.num_batches_tracked)
         results.append(result)
     return _joined(results) if training else GhostBatchNormResult(**_outputs(results[0]), virtual_batches=(results[0],))
 

@@ -154,6 +154,17 @@ def test_skipped_updates_are_those_of_spoiled_virtual_batches() -> None:
     assert torch.equal(result.running_mean, expected.running_mean)
 
 
+def test_a_value_that_is_not_finite_stays_in_its_channel_and_makes_its_running_statistics_nan() -> None:
+    input = _randn(6, 3)
+    input[0, 0] = torch.nan
+    result = ghost_batch_norm(input, ZERO, ONE, virtual_batch_size=2, training=True)
+    assert result.running_mean is not None
+    assert result.running_mean.isnan().tolist() == [True, False, False]
+    assert result.output.isnan().nonzero().tolist() == [[0, 0], [1, 0]]
+    findings = {"non_finite_channels": 1, "few_values_per_channel": 2, "non_finite_values": 1}
+    assert result.virtual_batches[0].diagnostics() == findings | {"nan_policy": "propagate"}
+
+
 def test_empty_batch_changes_nothing() -> None:
     result = ghost_batch_norm(torch.empty(0, 3), ZERO, ONE, virtual_batch_size=2, training=True)
     assert isinstance(result, GhostBatchNormResult)

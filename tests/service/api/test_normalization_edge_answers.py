@@ -327,3 +327,9 @@ async def test_the_smallest_eps_is_answered(client: httpx.AsyncClient) -> None:
     tensor = of([1, 2, 3], 3, 1, datatype="FP64")
     arrays, _, _ = await answered(client, "layer_norm", {"input": tensor, "eps": 5e-324})
     np.testing.assert_array_equal(arrays["output"], 0)
+
+
+async def test_a_nan_in_a_virtual_batch_propagates(client: httpx.AsyncClient) -> None:
+    valid = VALID["ghost_batch_norm"]
+    arrays, _, _ = await answered(client, "ghost_batch_norm", valid | {"input": of(["NaN", *range(11)], 4, 3)})
+    assert np.isnan(arrays["running_mean"]).tolist() == [True, False, False]
