@@ -32,14 +32,10 @@ class Checkpoints:
         """Receive a file that the caller must keep or discard."""
         return await self._blobs.stage(chunks, limit_bytes=self._settings.max_checkpoint_bytes)
 
-    async def add(self, chunks: AsyncIterator[bytes], *, filename: str) -> tuple[CheckpointRecord, bool]:
-        """Receive, inspect and keep a file; the flag says whether it is new. Raises CheckpointError."""
-        return await self.keep(await self.stage(chunks), filename=filename)
-
     async def keep(
         self, staged: StagedBlob, *, filename: str, folded_from: str | None = None, report: dict[str, Any] | None = None
     ) -> tuple[CheckpointRecord, bool]:
-        """Inspect a staged file and keep it; it is gone afterwards if the inspection refuses it."""
+        """Inspect a staged file and keep it, or discard it if that refuses; the flag says whether it is new."""
         try:
             known = await self._metadata.checkpoint(staged.id)
             if known is not None:

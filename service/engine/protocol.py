@@ -42,10 +42,9 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class InferResult:
-    """Named outputs, response parameters, and nanoseconds in the queue and in the computation."""
+    """Named outputs, what makes them questionable, and nanoseconds in the queue and in the computation."""
 
     outputs: dict[str, Tensor]
-    parameters: dict[str, ParameterValue] = field(default_factory=dict)
     diagnostics: dict[str, Any] = field(default_factory=dict)
     queue_ns: int = 0
     compute_ns: int = 0

@@ -77,7 +77,7 @@ class Registry:
         async def chunks() -> AsyncIterator[bytes]:
             yield content
 
-        record, _ = await self.checkpoints.add(chunks(), filename="model")
+        record, _ = await self.checkpoints.keep(await self.checkpoints.stage(chunks()), filename="model")
         return record.id
 
     async def _load(self, path: Path, name: str, version: str) -> Engine:
