@@ -44,7 +44,7 @@ async def infer(scope: Scope, receive: Receive, send: Send) -> None:
         computed = time.perf_counter_ns()
         encoded = await _encode(request, result, entry, services)
     output_ns = time.perf_counter_ns() - computed
-    entry.usage.succeeded(Timing(result.queue_ns, decoded - started, result.compute_ns, output_ns))
+    entry.usage.succeeded(Timing(result.queue_ns, decoded - started, result.compute_ns, output_ns), result)
     await send_body(send, encoded)
 
 

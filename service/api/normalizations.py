@@ -62,7 +62,7 @@ async def normalize(scope: Scope, receive: Receive, send: Send) -> None:
             size_bytes=sum(tensor.nbytes for tensor in result.outputs.values()) if writer is json_v1 else 0,
         )
     output_ns = time.perf_counter_ns() - computed
-    entry.usage.succeeded(Timing(result.queue_ns, decoded - started, result.compute_ns, output_ns))
+    entry.usage.succeeded(Timing(result.queue_ns, decoded - started, result.compute_ns, output_ns), result)
     await send_body(send, encoded)
 
 

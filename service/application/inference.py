@@ -9,7 +9,16 @@ from service.application.models import Entry
 from service.engine.protocol import InferResult, ModelSpec, Parameters, Tensor, Tensors, TensorSpec
 
 RESERVED_PARAMETERS = frozenset(
-    ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_output")
+    (
+        "sequence_id",
+        "sequence_start",
+        "sequence_end",
+        "priority",
+        "timeout",
+        "headers",
+        "binary_data_output",
+        "deterministic",
+    )
 )
 
 
@@ -30,7 +39,11 @@ class Inference:
             check_outputs(engine.spec, outputs)
             custom = {key: value for key, value in parameters.items() if key not in RESERVED_PARAMETERS}
             return await engine.infer(
-                inputs, outputs=outputs, parameters=custom, deadline_s=self._deadline(parameters.get("timeout"))
+                inputs,
+                outputs=outputs,
+                parameters=custom,
+                deadline_s=self._deadline(parameters.get("timeout")),
+                is_alone=_flag(parameters, "deterministic"),
             )
         except BaseException:
             entry.usage.failed(time.perf_counter_ns() - started)
@@ -42,6 +55,13 @@ class Inference:
         if isinstance(timeout_us, bool) or not isinstance(timeout_us, int) or timeout_us < 0:
             raise ParameterError("timeout", expected="microseconds as a whole number >= 0", received=repr(timeout_us))
         return self._deadline_s if timeout_us >= self._deadline_s * 1e6 else timeout_us / 1e6
+
+
+def _flag(parameters: Parameters, name: str) -> bool:
+    value = parameters.get(name, False)
+    if not isinstance(value, bool):
+        raise ParameterError(name, expected="true or false", received=repr(value))
+    return value
 
 
 def check_inputs(spec: ModelSpec, inputs: Tensors) -> None:

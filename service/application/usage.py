@@ -5,6 +5,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from service.engine.protocol import InferResult
+
 
 @dataclass(slots=True)
 class Duration:
@@ -34,7 +36,7 @@ class Timing:
 
 @dataclass(slots=True)
 class BatchUsage:
-    """What executions of one batch size cost."""
+    """What executions of one batch size cost, each measured at the first of its requests."""
 
     compute_input: Duration = field(default_factory=Duration)
     compute_infer: Duration = field(default_factory=Duration)
@@ -52,16 +54,18 @@ class Usage:
         self._input, self._infer, self._output = Duration(), Duration(), Duration()
         self._batches: defaultdict[int, BatchUsage] = defaultdict(BatchUsage)
 
-    def succeeded(self, timing: Timing, *, batch_size: int = 1) -> None:
+    def succeeded(self, timing: Timing, result: InferResult) -> None:
         self._last_inference_ms = time.time_ns() // 1_000_000
-        self._inference_count += batch_size
-        self._execution_count += 1
+        self._inference_count += result.rows
         self._success.add(timing.total_ns)
         self._queue.add(timing.queue_ns)
         self._input.add(timing.compute_input_ns)
         self._infer.add(timing.compute_infer_ns)
         self._output.add(timing.compute_output_ns)
-        batch = self._batches[batch_size]
+        if not result.is_first:
+            return
+        self._execution_count += 1
+        batch = self._batches[result.batch_rows]
         batch.compute_input.add(timing.compute_input_ns)
         batch.compute_infer.add(timing.compute_infer_ns)
         batch.compute_output.add(timing.compute_output_ns)

@@ -41,8 +41,12 @@ class NormalizationEngine:
         outputs: Sequence[str] | None = None,
         parameters: Parameters | None = None,
         deadline_s: float,
+        is_alone: bool = True,
     ) -> InferResult:
-        """See Engine. Torch cannot be interrupted: after the deadline the worker finishes in the background."""
+        """See Engine. Torch cannot be interrupted: after the deadline the worker finishes in the background.
+
+        Every call runs alone.
+        """
 
         def compute() -> tuple[dict[str, Tensor], dict[str, JSON]]:
             with torch.inference_mode():
@@ -50,8 +54,9 @@ class NormalizationEngine:
                 result = self._method(tensors, parameters or {}, outputs)
                 return {name: from_torch(tensor) for name, tensor in result.outputs.items()}, result.diagnostics
 
-        (computed, diagnostics), queue_ns, compute_ns = await self._worker.submit(compute, deadline_s=deadline_s)
-        return InferResult(computed, diagnostics=diagnostics, queue_ns=queue_ns, compute_ns=compute_ns)
+        ran = await self._worker.submit(compute, deadline_s=deadline_s)
+        computed, diagnostics = ran.result
+        return InferResult(computed, diagnostics=diagnostics, queue_ns=ran.queue_ns, compute_ns=ran.compute_ns)
 
     async def drain(self) -> None:
         """See Engine."""

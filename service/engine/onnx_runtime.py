@@ -5,13 +5,15 @@ import ctypes
 import gc
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
-from normcore.errors import DeadlineError
+from normcore.errors import DeadlineError, ParameterError, ShapeError
 from normcore.execution import TensorInfo, describe, open_session, run
+from service.engine.batch import Batching, Part
 from service.engine.protocol import InferResult, ModelSpec, Parameters, Tensor, Tensors, TensorSpec
 from service.engine.worker import Worker
 from service.errors import DeadlineExceededError, ModelNotReadyError
@@ -20,36 +22,76 @@ PLATFORM = "onnxruntime_onnx"
 BACKEND = "onnxruntime"
 
 
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How a model runs.
+
+    Attributes:
+        max_batch_size: rows that requests are joined up to; 0 runs every request alone.
+        max_batch_bytes: bytes of the joined inputs.
+        max_queue_delay_us: microseconds that a request may wait for others.
+        instances: executions at a time; they share the session and divide the threads.
+    """
+
+    max_batch_size: int = 0
+    max_batch_bytes: int = 64 * 1024 * 1024
+    max_queue_delay_us: int = 0
+    instances: int = 1
+
+
 class OnnxEngine:
     """Implements Engine. Make it with `load`."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, spec: ModelSpec, worker: Worker) -> None:
-        self._session: onnxruntime.InferenceSession | None = session
-        self._spec = spec
-        self._worker = worker
+    def __init__(self, name: str, queue_size: int, options: EngineOptions) -> None:
+        self._session: onnxruntime.InferenceSession | None = None
+        self._spec: ModelSpec | None = None
+        batching = None
+        if options.max_batch_size:
+            batching = Batching(
+                max_rows=options.max_batch_size,
+                max_bytes=options.max_batch_bytes,
+                max_delay_s=options.max_queue_delay_us / 1e6,
+                run=self._compute_together,
+            )
+        self._worker = Worker(name, queue_size, threads=options.instances, batching=batching)
+        self.options = options
 
     @classmethod
     async def load(
-        cls, path: Path, *, name: str, version: str, threads: int, queue_size: int, deadline_s: float
+        cls,
+        path: Path,
+        *,
+        name: str,
+        version: str,
+        threads: int,
+        queue_size: int,
+        deadline_s: float,
+        options: EngineOptions = EngineOptions(),
     ) -> "OnnxEngine":
-        """Open the session in the engine's worker thread.
+        """Open the session in one of the engine's worker threads.
 
         Raises:
             CheckpointError: onnxruntime cannot load the file.
+            ParameterError: the model has no batch axis, and batching was asked for.
             DeadlineExceededError: it does not load within `deadline_s`.
         """
-        worker = Worker(f"model {name} version {version}", queue_size)
+        engine = cls(f"model {name} version {version}", queue_size, options)
+        share = max(1, threads // options.instances)
         try:
-            opened, _, _ = await worker.submit(
-                lambda: _open(path, name=name, version=version, threads=threads), deadline_s=deadline_s
+            opened = await engine._worker.submit(
+                lambda: _open(path, name=name, version=version, threads=share), deadline_s=deadline_s
             )
+            engine._session, engine._spec = opened.result
+            if options.max_batch_size:
+                _check_batch_axis(engine.spec)
         except BaseException:
-            worker.stop()
+            engine._worker.stop()
             raise
-        return cls(*opened, worker)
+        return engine
 
     @property
     def spec(self) -> ModelSpec:
+        assert self._spec is not None
         return self._spec
 
     async def infer(
@@ -59,28 +101,36 @@ class OnnxEngine:
         outputs: Sequence[str] | None = None,
         parameters: Parameters | None = None,
         deadline_s: float,
+        is_alone: bool = False,
     ) -> InferResult:
         """See Engine. The time in the queue counts; a run is stopped between two operators of the graph.
 
         A graph takes no parameters. BYTES must be UTF-8, which is all that onnxruntime's strings hold.
         """
-        session = self._session
-        if session is None:
+        if self._session is None:
             raise ModelNotReadyError(f"{self._worker.name} is unloaded")
-        names = [spec.name for spec in self._spec.outputs] if outputs is None else list(outputs)
+        names = tuple(spec.name for spec in self.spec.outputs) if outputs is None else tuple(outputs)
         until = time.monotonic() + deadline_s
+        rows = _rows(inputs) if self.options.max_batch_size else 0
+        part = None if is_alone or not rows else _part(inputs, names, rows)
 
         def compute() -> dict[str, Tensor]:
-            arrays = run(session, inputs, names, deadline_s=max(0.0, until - time.monotonic()))
-            return {name: _encoded(array) for name, array in zip(names, arrays, strict=True)}
+            return self._compute(inputs, names, max(0.0, until - time.monotonic()))
 
         try:
-            computed, queue_ns, compute_ns = await self._worker.submit(compute, deadline_s=deadline_s)
+            ran = await self._worker.submit(compute, deadline_s=deadline_s, part=part)
         except DeadlineError:
             raise DeadlineExceededError(
                 f"{self._worker.name}: stopped at its deadline of {deadline_s:g} s", deadline_s=deadline_s
             ) from None
-        return InferResult(computed, queue_ns=queue_ns, compute_ns=compute_ns)
+        return InferResult(
+            ran.result,
+            queue_ns=ran.queue_ns,
+            compute_ns=ran.compute_ns,
+            rows=rows or 1,
+            batch_rows=rows or 1 if part is None else ran.batch_rows,
+            is_first=ran.is_first,
+        )
 
     async def drain(self) -> None:
         """See Engine."""
@@ -92,6 +142,58 @@ class OnnxEngine:
         if self._session is not None:
             self._session = None
             await asyncio.to_thread(_release_memory)
+
+    def _compute(self, inputs: Tensors, names: Sequence[str], deadline_s: float) -> dict[str, Tensor]:
+        if self._session is None:
+            raise ModelNotReadyError(f"{self._worker.name} is unloaded")
+        arrays = run(self._session, inputs, names, deadline_s=deadline_s)
+        return {name: _encoded(array) for name, array in zip(names, arrays, strict=True)}
+
+    def _compute_together(self, requests: Sequence["_Request"], deadline_s: float) -> list[dict[str, Tensor]]:
+        """One run for requests of one group; each gets its rows of every output, as views."""
+        joined = {name: np.concatenate([request.inputs[name] for request in requests]) for name in requests[0].inputs}
+        outputs = self._compute(joined, requests[0].outputs, deadline_s)
+        bounds = np.cumsum([request.rows for request in requests]).tolist()
+        for name, array in outputs.items():
+            if array.ndim == 0 or array.shape[0] != bounds[-1]:
+                raise ShapeError(name, expected=f"{bounds[-1]} rows", received=f"shape {array.shape}")
+        starts = [0, *bounds[:-1]]
+        return [
+            {name: array[start:end] for name, array in outputs.items()}
+            for start, end in zip(starts, bounds, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What a batch needs to know of a request."""
+
+    inputs: Tensors
+    outputs: tuple[str, ...]
+    rows: int
+
+
+def _rows(inputs: Tensors) -> int:
+    """The length that the first axes of all inputs share; 0 where they do not."""
+    lengths = {array.shape[0] if array.ndim else 0 for array in inputs.values()}
+    return lengths.pop() if len(lengths) == 1 else 0
+
+
+def _part(inputs: Tensors, outputs: tuple[str, ...], rows: int) -> Part:
+    """Requests with the same inputs, datatypes, trailing shapes and outputs are of one group."""
+    trailing = tuple(sorted((name, array.dtype.str, array.shape[1:]) for name, array in inputs.items()))
+    size_bytes = sum(array.nbytes for array in inputs.values())
+    return Part((trailing, outputs), rows, size_bytes, _Request(inputs, outputs, rows))
+
+
+def _check_batch_axis(spec: ModelSpec) -> None:
+    for tensor in (*spec.inputs, *spec.outputs):
+        if not tensor.shape or tensor.shape[0] != -1:
+            raise ParameterError(
+                "max_batch_size",
+                expected="0 for a model that has an input or output without a free first axis",
+                received=f"{tensor.name!r} of shape {list(tensor.shape)}",
+            )
 
 
 def _open(path: Path, *, name: str, version: str, threads: int) -> tuple[onnxruntime.InferenceSession, ModelSpec]:

@@ -42,12 +42,21 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class InferResult:
-    """Named outputs, what makes them questionable, and nanoseconds in the queue and in the computation."""
+    """Named outputs, what makes them questionable, and nanoseconds in the queue and in the computation.
+
+    Attributes:
+        rows: length of the batch axis of this request; 1 where the model has none.
+        batch_rows: rows of the execution that computed it, others' included.
+        is_first: true for one request of every execution, so that executions can be counted.
+    """
 
     outputs: dict[str, Tensor]
     diagnostics: dict[str, Any] = field(default_factory=dict)
     queue_ns: int = 0
     compute_ns: int = 0
+    rows: int = 1
+    batch_rows: int = 1
+    is_first: bool = True
 
 
 class Engine(Protocol):
@@ -63,8 +72,12 @@ class Engine(Protocol):
         outputs: Sequence[str] | None = None,
         parameters: Parameters | None = None,
         deadline_s: float,
+        is_alone: bool = False,
     ) -> InferResult:
-        """Compute the named outputs, or all. Raises OverloadedError, DeadlineExceededError or a NormcoreError."""
+        """Compute the named outputs, or all; `is_alone`: in no batch with other requests.
+
+        Raises OverloadedError, DeadlineExceededError or a NormcoreError.
+        """
         ...
 
     async def drain(self) -> None:

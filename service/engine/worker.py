@@ -1,41 +1,46 @@
-"""Worker: one thread that runs one call after another, behind a bounded queue."""
+"""Worker: threads that run calls first in, first out, behind a bounded queue; calls that may are run together."""
 
 import asyncio
-import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar
 
-from service.errors import DeadlineExceededError, ModelNotReadyError, OverloadedError
+from service.engine.batch import Batch, Batching, Part, Ran, Task
+from service.errors import ModelNotReadyError, OverloadedError
 
 T = TypeVar("T")
 
 
 class Worker:
-    """Runs calls in one daemon thread, first in, first out. It belongs to the event loop it was made in."""
+    """Runs calls in daemon threads, first in, first out. It belongs to the event loop it was made in."""
 
-    def __init__(self, name: str, queue_size: int) -> None:
+    def __init__(self, name: str, queue_size: int, *, threads: int = 1, batching: Batching | None = None) -> None:
         self.name = name
         self._queue_size = queue_size
+        self._batching = batching
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
         self._changed = threading.Condition()
-        self._waiting: deque[_Task[Any]] = deque()
-        self._is_running = False
+        self._waiting: deque[Task[Any]] = deque()
+        self._running = 0
         self._is_closed = False
-        self._finished: deque[_Task[Any]] = deque()
+        self._finished: deque[Task[Any]] = deque()
         self._is_wake_scheduled = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._idle: list[asyncio.Future[None]] = []
+        self._alive = threads
+        names = [name] if threads == 1 else [f"{name} #{number}" for number in range(threads)]
+        self._threads = [threading.Thread(target=self._run, name=title, daemon=True) for title in names]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
-    async def submit(self, call: Callable[[], T], *, deadline_s: float) -> tuple[T, int, int]:
-        """The call's result, nanoseconds in the queue, nanoseconds in the call.
+    async def submit(self, call: Callable[[], T], *, deadline_s: float, part: Part | None = None) -> Ran[T]:
+        """Run the call, or its part in a batch.
 
         At the deadline the caller gets DeadlineExceededError: a call that still waits is dropped and never runs,
         one that runs cannot be interrupted and ends in the background. A cancelled caller drops its call likewise.
@@ -45,7 +50,7 @@ class Worker:
             DeadlineExceededError: the deadline passed.
             ModelNotReadyError: the worker is closed.
         """
-        task = _Task(call, self._loop.create_future(), deadline_s)
+        task = Task(call, self._loop.create_future(), deadline_s, part if self._batching is not None else None)
         self._enqueue(task)
         timer = self._loop.call_later(deadline_s, self._expire, task)
         try:
@@ -58,14 +63,13 @@ class Worker:
             del task  # for the reason given in _step
 
     async def drain(self) -> None:
-        """Return when every call submitted so far has ended: an empty call, for which the queue is never too full."""
-        task = _Task(_nothing, self._loop.create_future(), math.inf)
+        """Return once nothing waits or runs."""
+        idle = self._loop.create_future()
         with self._changed:
-            if self._is_closed:
+            if self._is_closed or not (self._waiting or self._running):
                 return
-            self._waiting.append(task)
-            self._changed.notify()
-        await task.future
+            self._idle.append(idle)
+        await idle
 
     def stop(self) -> None:
         """Refuse new calls and those that wait; what runs finishes."""
@@ -73,121 +77,128 @@ class Worker:
             self._is_closed = True
             refused = list(self._waiting)
             self._waiting.clear()
-            self._changed.notify()
+            self._changed.notify_all()
         for task in refused:
             task.refuse(self._closed_error())
 
     async def close(self) -> None:
-        """Stop, and return when the thread has ended."""
+        """Stop, and return when the threads have ended."""
         self.stop()
         await asyncio.shield(self._stopped)
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
+        self._wake_drains()
 
-    def _enqueue(self, task: "_Task[Any]") -> None:
+    def _enqueue(self, task: Task[Any]) -> None:
         with self._changed:
             if self._is_closed:
                 raise self._closed_error()
-            if len(self._waiting) + self._is_running > self._queue_size:
+            if len(self._waiting) + self._running > self._queue_size:
                 raise OverloadedError(f"{self.name}: {self._queue_size} requests wait already; try again")
             self._waiting.append(task)
-            self._changed.notify()
+            self._changed.notify_all()  # one thread may wait for calls of its batch, another for any call
 
     def _closed_error(self) -> ModelNotReadyError:
         return ModelNotReadyError(f"{self.name} is being unloaded")
 
-    def _expire(self, task: "_Task[Any]") -> None:
+    def _expire(self, task: Task[Any]) -> None:
         task.refuse(task.deadline_error(self.name))
 
-    def _drop(self, task: "_Task[Any]") -> None:
+    def _drop(self, task: Task[Any]) -> None:
         with self._changed:
             if task in self._waiting:
                 self._waiting.remove(task)
+        self._wake_drains()
 
     def _run(self) -> None:
         try:
             while self._step():
                 pass
-            self._loop.call_soon_threadsafe(self._stopped.set_result, None)
+            with self._changed:
+                self._alive -= 1
+                is_last = self._alive == 0
+            if is_last:
+                self._loop.call_soon_threadsafe(self._stopped.set_result, None)
         except RuntimeError:
             return  # the event loop was closed under a worker that nobody closed: nobody waits for results
 
     def _step(self) -> bool:
-        """One call; its inputs and result are let go when this frame ends, not when the next call comes."""
-        task = self._take()
-        if task is None:
+        """One execution; its inputs and results are let go when this frame ends, not when the next call comes."""
+        tasks = self._take()
+        if not tasks:
             return False
-        if task.begin(self.name):
-            task.end(*_outcome(task.call))
-        self._is_running = False
-        self._finished.append(task)
-        del task  # an error's traceback holds this frame; through the task the error would hold itself
-        if not self._is_wake_scheduled:  # the loop wakes once for results that come faster than it takes them
-            self._is_wake_scheduled = True
+        self._execute(tasks)
+        with self._changed:
+            self._running -= len(tasks)
+            # under the lock: several threads finish
+            self._finished.extend(tasks)
+            must_wake, self._is_wake_scheduled = not self._is_wake_scheduled, True
+        del tasks  # an error's traceback holds this frame; through the task the error would hold itself
+        if must_wake:  # the loop wakes once for results that come faster than it takes them
             self._loop.call_soon_threadsafe(self._deliver)
         return True
 
-    def _take(self) -> "_Task[Any] | None":
+    def _take(self) -> list[Task[Any]]:
+        """The next call and those that may run with it; none when the worker is closed."""
         with self._changed:
             while not self._waiting:
                 if self._is_closed:
-                    return None
+                    return []
                 self._changed.wait()
-            self._is_running = True
-            return self._waiting.popleft()
+            batch = Batch(self._waiting.popleft())
+            self._running += 1
+            if self._batching is not None and batch.group is not None:
+                self._fill(batch, self._batching)
+            return batch.tasks
+
+    def _fill(self, batch: Batch, limits: Batching) -> None:
+        """Add calls of the batch's group, in their order; wait for more while there is time and nobody else waits."""
+        until = batch.tasks[0].enqueued_ns / 1e9 + limits.max_delay_s
+        while True:
+            for task in [task for task in self._waiting if batch.takes(task, limits)]:
+                if batch.takes(task, limits):
+                    self._waiting.remove(task)
+                    batch.add(task)
+                    self._running += 1
+            remaining_s = until - time.perf_counter()
+            if self._waiting or batch.rows >= limits.max_rows or remaining_s <= 0 or self._is_closed:
+                return
+            self._changed.wait(remaining_s)
+
+    def _execute(self, tasks: list[Task[Any]]) -> None:
+        ready = [task for task in tasks if task.begin(self.name)]
+        if len(ready) > 1 and self._execute_together(ready):
+            return
+        for task in ready:
+            if task.begin(self.name):
+                task.end(*_outcome(task.call), batch_rows=task.rows, is_first=True)
+            del task  # for the reason given in _step
+        del tasks, ready
+
+    def _execute_together(self, tasks: list[Task[Any]]) -> bool:
+        assert self._batching is not None
+        run = self._batching.run
+        contents = [task.part.content for task in tasks if task.part is not None]
+        remaining_s = max(task.remaining_s() for task in tasks)
+        results, error = _outcome(lambda: run(contents, remaining_s))
+        if error is not None or results is None:
+            return False
+        rows = sum(task.rows for task in tasks)
+        for task, result in zip(tasks, results, strict=True):
+            task.end(result, None, batch_rows=rows, is_first=task is tasks[0])
+        return True
 
     def _deliver(self) -> None:
         self._is_wake_scheduled = False  # before draining: a result that comes meanwhile schedules a new wake-up
         while self._finished:
             self._finished.popleft().deliver()
+        self._wake_drains()
 
-
-class _Task(Generic[T]):
-    """A call, who waits for it and until when, and what came of it."""
-
-    __slots__ = ("_deadline_s", "_ended_ns", "_enqueued_ns", "_error", "_result", "_started_ns", "call", "future")
-
-    def __init__(self, call: Callable[[], T], future: asyncio.Future[tuple[T, int, int]], deadline_s: float) -> None:
-        self.future = future
-        self.call = call
-        self._deadline_s = deadline_s
-        self._enqueued_ns = time.perf_counter_ns()
-        self._started_ns = 0
-        self._ended_ns = 0
-        self._result: T | None = None
-        self._error: BaseException | None = None
-
-    def begin(self, name: str) -> bool:
-        """In the worker thread: False if it is too late, or nobody waits any more, and the call must not run."""
-        self._started_ns = time.perf_counter_ns()
-        if self._started_ns - self._enqueued_ns > self._deadline_s * 1e9:
-            self._error = self.deadline_error(name)
-        return self._error is None and not self.future.done()
-
-    def end(self, result: T | None, error: BaseException | None) -> None:
-        self._ended_ns = time.perf_counter_ns()
-        self._result = result
-        self._error = error
-
-    def deliver(self) -> None:
-        """In the event loop."""
-        if self._error is not None:
-            self.refuse(self._error)
-        elif not self.future.done():
-            queue_ns, compute_ns = self._started_ns - self._enqueued_ns, self._ended_ns - self._started_ns
-            self.future.set_result((cast("T", self._result), queue_ns, compute_ns))
-
-    def refuse(self, error: BaseException) -> None:
-        if self.future.done():
-            return
-        self.future.set_exception(error)
-
-    def deadline_error(self, name: str) -> DeadlineExceededError:
-        return DeadlineExceededError(
-            f"{name}: not finished within its deadline of {self._deadline_s:g} s", deadline_s=self._deadline_s
-        )
-
-
-def _nothing() -> None: ...
+    def _wake_drains(self) -> None:
+        while self._idle and not self._waiting and not self._running:
+            idle = self._idle.pop()
+            if not idle.done():
+                idle.set_result(None)
 
 
 def _outcome(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import pytest
 
+from service.engine.batch import Ran
 from service.engine.worker import Worker
 from service.errors import DeadlineExceededError, ModelNotReadyError, OverloadedError
 
@@ -48,7 +49,7 @@ def _slow_seven() -> int:
     return 7
 
 
-async def _occupied(worker: Worker) -> tuple[Gate, asyncio.Task[tuple[str, int, int]]]:
+async def _occupied(worker: Worker) -> tuple[Gate, asyncio.Task[Ran[str]]]:
     gate = Gate()
     running = asyncio.create_task(worker.submit(gate, deadline_s=10))
     await asyncio.to_thread(gate.entered.wait, 10)
@@ -56,11 +57,12 @@ async def _occupied(worker: Worker) -> tuple[Gate, asyncio.Task[tuple[str, int, 
 
 
 async def test_submit_returns_the_result_and_both_times(worker: Worker) -> None:
-    result, queue_ns, compute_ns = await worker.submit(_slow_seven, deadline_s=10)
+    ran = await worker.submit(_slow_seven, deadline_s=10)
 
-    assert result == 7
-    assert queue_ns > 0
-    assert compute_ns >= 20_000_000
+    assert ran.result == 7
+    assert ran.queue_ns > 0
+    assert ran.compute_ns >= 20_000_000
+    assert (ran.batch_rows, ran.is_first) == (1, True)
 
 
 async def test_calls_run_in_order_in_the_workers_thread(worker: Worker) -> None:
@@ -87,9 +89,9 @@ async def test_full_queue_refuses_at_once_and_takes_again_when_there_is_room(wor
         await worker.submit(lambda: None, deadline_s=10)
 
     gate.opened.set()
-    assert (await running)[0] == "through"
-    assert [(await task)[0] for task in waiting] == ["waited", "waited"]
-    assert (await worker.submit(lambda: "after", deadline_s=10))[0] == "after"
+    assert (await running).result == "through"
+    assert [(await task).result for task in waiting] == ["waited", "waited"]
+    assert (await worker.submit(lambda: "after", deadline_s=10)).result == "after"
 
 
 async def test_deadline_in_the_queue_drops_the_call(worker: Worker) -> None:
@@ -129,7 +131,7 @@ async def test_deadline_of_a_running_call_answers_its_caller_and_lets_it_end(wor
     assert time.monotonic() - started < 5
 
     gate.opened.set()
-    assert (await worker.submit(lambda: "next", deadline_s=10))[0] == "next"
+    assert (await worker.submit(lambda: "next", deadline_s=10)).result == "next"
 
 
 async def test_cancelled_caller_takes_its_call_out_of_the_queue(worker: Worker) -> None:
@@ -154,7 +156,7 @@ async def test_cancelled_caller_of_a_running_call_leaves_the_worker_working(work
     with pytest.raises(asyncio.CancelledError):
         await running
     gate.opened.set()
-    assert (await worker.submit(lambda: "next", deadline_s=10))[0] == "next"
+    assert (await worker.submit(lambda: "next", deadline_s=10)).result == "next"
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), StopIteration(), SystemExit(3), KeyboardInterrupt()], ids=repr)
@@ -167,8 +169,8 @@ async def test_failing_call_fails_only_its_caller(worker: Worker, error: BaseExc
     )
 
     assert isinstance(failed, ValueError if isinstance(error, ValueError) else RuntimeError)
-    assert isinstance(passed, tuple)
-    assert passed[0] == "fine"
+    assert isinstance(passed, Ran)
+    assert passed.result == "fine"
 
 
 async def test_failed_call_holds_no_memory(worker: Worker) -> None:
@@ -194,7 +196,7 @@ async def test_idle_worker_holds_neither_call_nor_result(worker: Worker) -> None
     try:
         payload = Payload()
         alive = weakref.ref(payload)
-        result, _, _ = await worker.submit(partial(_same, payload), deadline_s=10)
+        result = (await worker.submit(partial(_same, payload), deadline_s=10)).result
         assert result is payload
         del payload, result
         await asyncio.sleep(0.05)
@@ -216,7 +218,7 @@ async def test_close_finishes_what_runs_and_refuses_what_waits() -> None:
         await worker.submit(lambda: None, deadline_s=10)
     assert not closing.done()
     gate.opened.set()
-    assert (await running)[0] == "through"
+    assert (await running).result == "through"
     await closing
     await worker.close()
     assert "closing worker" not in [thread.name for thread in threading.enumerate()]
@@ -226,7 +228,7 @@ async def test_many_callers_get_their_own_results_and_leave_nothing_behind() -> 
     worker = Worker("busy worker", queue_size=500)
     for _ in range(4):
         results = await asyncio.gather(*(worker.submit(partial(_same, n), deadline_s=10) for n in range(500)))
-        assert [result for result, _, _ in results] == list(range(500))
+        assert [ran.result for ran in results] == list(range(500))
     assert worker.waiting == 0
     await worker.close()
 
@@ -257,6 +259,6 @@ async def test_drain_waits_for_what_was_submitted_even_behind_a_full_queue(worke
     gate.opened.set()
     await draining
     assert running.done()
-    assert [(await task)[0] for task in waiting] == [0, 1]
+    assert [(await task).result for task in waiting] == [0, 1]
     await worker.close()
     await worker.drain()

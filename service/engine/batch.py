@@ -1,0 +1,140 @@
+"""What a worker runs: calls, alone or joined into batches."""
+
+import asyncio
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+from service.errors import DeadlineExceededError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a call would bring into a batch. Calls of one group may run together.
+
+    Attributes:
+        group: equal for calls whose inputs can be joined along their first axis.
+        rows: length of that axis.
+        size_bytes: bytes of the inputs.
+        content: what `Batching.run` gets.
+    """
+
+    group: Hashable
+    rows: int
+    size_bytes: int
+    content: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How far calls are joined, and how the joined ones are run.
+
+    Attributes:
+        max_rows: rows of one batch.
+        max_bytes: bytes of its inputs.
+        max_delay_s: how long the first call of a batch may wait for others; 0 joins only what waits already.
+        run: takes the contents of several parts and the seconds until the last of their deadlines; returns one result
+            each. If it raises, the calls are run one by one, so that a call fails by its own fault only.
+    """
+
+    max_rows: int
+    max_bytes: int
+    max_delay_s: float
+    run: Callable[[Sequence[Any], float], Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ran(Generic[T]):
+    """A call's result, nanoseconds in the queue and in the run, and the execution it was in.
+
+    `batch_rows` are the rows of that execution; `is_first` is true for one of its calls, so that executions can be
+    counted.
+    """
+
+    result: T
+    queue_ns: int
+    compute_ns: int
+    batch_rows: int
+    is_first: bool
+
+
+class Batch:
+    """Calls that will run together."""
+
+    def __init__(self, first: "Task[Any]") -> None:
+        self.tasks = [first]
+        self.group = first.part.group if first.part is not None else None
+        self.rows = first.rows
+        self.size_bytes = first.part.size_bytes if first.part is not None else 0
+
+    def takes(self, task: "Task[Any]", limits: Batching) -> bool:
+        return (
+            task.part is not None
+            and task.part.group == self.group
+            and self.rows + task.rows <= limits.max_rows
+            and self.size_bytes + task.part.size_bytes <= limits.max_bytes
+        )
+
+    def add(self, task: "Task[Any]") -> None:
+        assert task.part is not None
+        self.tasks.append(task)
+        self.rows += task.rows
+        self.size_bytes += task.part.size_bytes
+
+
+class Task(Generic[T]):
+    """A call, who waits for it and until when, and what came of it."""
+
+    __slots__ = ("_deadline_s", "_ended_ns", "_error", "_ran", "_started_ns", "call", "enqueued_ns", "future", "part")
+
+    def __init__(
+        self, call: Callable[[], T], future: asyncio.Future[Ran[T]], deadline_s: float, part: Part | None
+    ) -> None:
+        self.future = future
+        self.call = call
+        self.part = part
+        self._deadline_s = deadline_s
+        self.enqueued_ns = time.perf_counter_ns()
+        self._started_ns = 0
+        self._ran: Ran[T] | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def rows(self) -> int:
+        return 1 if self.part is None else self.part.rows
+
+    def remaining_s(self) -> float:
+        return max(0.0, self._deadline_s - (time.perf_counter_ns() - self.enqueued_ns) / 1e9)
+
+    def begin(self, name: str) -> bool:
+        """In the worker thread: False if it is too late, or nobody waits any more, and the call must not run."""
+        self._started_ns = time.perf_counter_ns()
+        if self._started_ns - self.enqueued_ns > self._deadline_s * 1e9:
+            self._error = self.deadline_error(name)
+        return self._error is None and not self.future.done()
+
+    def end(self, result: T | None, error: BaseException | None, *, batch_rows: int, is_first: bool) -> None:
+        ended_ns = time.perf_counter_ns()
+        self._error = error
+        queue_ns, compute_ns = self._started_ns - self.enqueued_ns, ended_ns - self._started_ns
+        self._ran = Ran(cast("T", result), queue_ns, compute_ns, batch_rows, is_first)
+
+    def deliver(self) -> None:
+        """In the event loop."""
+        if self._error is not None:
+            self.refuse(self._error)
+        elif not self.future.done() and self._ran is not None:
+            self.future.set_result(self._ran)
+
+    def refuse(self, error: BaseException) -> None:
+        if self.future.done():
+            return
+        self.future.set_exception(error)
+
+    def deadline_error(self, name: str) -> DeadlineExceededError:
+        return DeadlineExceededError(
+            f"{name}: not finished within its deadline of {self._deadline_s:g} s", deadline_s=self._deadline_s
+        )
