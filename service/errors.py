@@ -85,3 +85,7 @@ class UnsupportedError(ServiceError):
 
 class StorageFullError(ServiceError):
     """The data directory has no room for the upload."""
+
+
+class SchemaTooNewError(ServiceError):
+    """The database was written by a newer program; it is left as it is."""

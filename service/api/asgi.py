@@ -1,13 +1,17 @@
 """Plain ASGI: routes that the framework must not parse, and sending an encoded body."""
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from service.codecs.body import EncodedBody
 from service.state import Services
 
 _JOIN_BYTES = 64 * 1024
+_LEAVE = "normserve.leave"
 
 
 class Endpoint:
@@ -24,6 +28,39 @@ def services_of(scope: Scope) -> Services:
     """The services that the lifespan put into every scope."""
     services: Services = scope["state"]["services"]
     return services
+
+
+@contextmanager
+def cancelled_when_client_leaves(scope: Scope) -> Iterator[None]:
+    """Cancel what the block awaits as soon as the connection is lost; raises ClientDisconnect then.
+
+    The connection calls back: watching `receive` instead would cost a task per request.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    has_left = False
+
+    def cancel() -> None:
+        nonlocal has_left
+        has_left = True
+        task.cancel()
+
+    scope[_LEAVE] = cancel
+    try:
+        yield
+    except asyncio.CancelledError:
+        if has_left and task.uncancel() == 0:
+            raise ClientDisconnect from None
+        raise
+    finally:
+        del scope[_LEAVE]
+
+
+def leave(scope: Mapping[str, object]) -> None:
+    """The client of this request is gone."""
+    cancel = scope.get(_LEAVE)
+    if callable(cancel):
+        cancel()
 
 
 async def send_body(send: Send, body: EncodedBody) -> None:

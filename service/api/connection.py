@@ -6,6 +6,7 @@ from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.api.asgi import leave
 from service.api.errors import envelope
 
 _HEAD_BYTES = 64 * 1024
@@ -32,6 +33,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        if self.cycle is not None and not self.cycle.response_complete:
+            leave(self.cycle.scope)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

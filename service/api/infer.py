@@ -10,7 +10,7 @@ import orjson
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from service.api.asgi import send_body, services_of
+from service.api.asgi import cancelled_when_client_leaves, send_body, services_of
 from service.api.body import received
 from service.application.models import Entry, Models
 from service.application.usage import Timing
@@ -40,7 +40,8 @@ async def infer(scope: Scope, receive: Receive, send: Send) -> None:
         request = await _decode(body, header, entry, services)
         decoded = time.perf_counter_ns()
         names = [output.name for output in request.outputs] or None
-        result = await services.inference.infer(entry, request.inputs, outputs=names, parameters=request.parameters)
+        with cancelled_when_client_leaves(scope):
+            result = await services.inference.infer(entry, request.inputs, outputs=names, parameters=request.parameters)
         computed = time.perf_counter_ns()
         encoded = await _encode(request, result, entry, services)
     output_ns = time.perf_counter_ns() - computed

@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from normcore.errors import ParameterError
 from normcore.normalization import METHODS, Method
-from service.api.asgi import send_body, services_of
+from service.api.asgi import cancelled_when_client_leaves, send_body, services_of
 from service.api.body import received
 from service.api.infer import check_json_size, run_codec
 from service.application.usage import Timing
@@ -54,7 +54,8 @@ async def normalize(scope: Scope, receive: Receive, send: Send) -> None:
         decoded = time.perf_counter_ns()
         outputs = media.select_outputs(writer, request.outputs)
         parameters = _parameters(method, request, is_text=reader is not json_v1)
-        result = await services.inference.infer(entry, request.tensors, outputs=outputs, parameters=parameters)
+        with cancelled_when_client_leaves(scope):
+            result = await services.inference.infer(entry, request.tensors, outputs=outputs, parameters=parameters)
         computed = time.perf_counter_ns()
         encoded = await run_codec(
             services,

@@ -4,7 +4,7 @@ import asyncio
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import sqlalchemy as sql
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from service.errors import StorageFullError
+from service.storage.migrations import migrate
 
 T = TypeVar("T")
 JsonObject = dict[str, Any]
@@ -42,6 +43,7 @@ _models = sql.Table(
     sql.Column("fold", sql.JSON, nullable=False),
     sql.Column("is_loaded", sql.Boolean, nullable=False),
     sql.Column("created_at", sql.String(32), nullable=False),
+    sql.Column("options", sql.JSON, nullable=False, server_default="{}"),
 )
 
 
@@ -62,7 +64,7 @@ class CheckpointRecord:
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """A version of a model: the checkpoint it was asked for, the one that is served, and why they may differ."""
+    """A version of a model: the checkpoint asked for, the one that is served, why they may differ, and how it runs."""
 
     name: str
     version: int
@@ -71,6 +73,7 @@ class ModelRecord:
     fold: JsonObject
     is_loaded: bool
     created_at: str
+    options: JsonObject = field(default_factory=dict)
 
 
 def now() -> str:
@@ -88,7 +91,7 @@ class Metadata:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="metadata")
 
     async def open(self) -> None:
-        await self._run(lambda: _schema.create_all(self._engine))
+        await self._run(lambda: migrate(self._engine, _schema))
 
     async def close(self) -> None:
         await self._run(self._engine.dispose)

@@ -1,0 +1,67 @@
+"""Databases of other versions: older ones are brought forward, newer ones are left alone."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from service.errors import SchemaTooNewError
+from service.storage.metadata import Metadata
+from service.storage.migrations import SCHEMA_VERSION
+
+# As the first version made them.
+VERSION_1 = """
+CREATE TABLE checkpoints (id VARCHAR(64) NOT NULL, filename TEXT NOT NULL, format VARCHAR(32) NOT NULL,
+    bytes BIGINT NOT NULL, created_at VARCHAR(32) NOT NULL, summary JSON NOT NULL, normalizations JSON NOT NULL,
+    folded_from VARCHAR(64), report JSON, PRIMARY KEY (id));
+CREATE TABLE models (name VARCHAR(128) NOT NULL, version INTEGER NOT NULL, checkpoint VARCHAR(64) NOT NULL,
+    served_checkpoint VARCHAR(64) NOT NULL, fold JSON NOT NULL, is_loaded BOOLEAN NOT NULL,
+    created_at VARCHAR(32) NOT NULL, PRIMARY KEY (name, version));
+INSERT INTO models VALUES ('m', 3, 'a', 'b', '{"requested": true}', 1, '2026-01-01');
+"""
+
+
+def _execute(path: Path, script: str) -> None:
+    connection = sqlite3.connect(path)
+    connection.executescript(script)
+    connection.close()
+
+
+def _version(path: Path) -> int:
+    connection = sqlite3.connect(path)
+    (version,) = connection.execute("SELECT version FROM schema_version").fetchone()
+    connection.close()
+    return int(version)
+
+
+async def test_a_database_without_a_version_is_the_first_and_is_brought_forward(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    _execute(path, VERSION_1)
+    for _ in range(2):
+        metadata = Metadata(f"sqlite:///{path}")
+        await metadata.open()
+        (model,) = await metadata.models()
+        await metadata.close()
+        assert (model.name, model.version, model.fold, model.options) == ("m", 3, {"requested": True}, {})
+        assert _version(path) == SCHEMA_VERSION
+
+
+async def test_a_new_database_has_the_present_version(tmp_path: Path) -> None:
+    metadata = Metadata(f"sqlite:///{tmp_path / 'new.db'}")
+    await metadata.open()
+    assert await metadata.models() == []
+    await metadata.close()
+    assert _version(tmp_path / "new.db") == SCHEMA_VERSION
+
+
+async def test_a_newer_database_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "newer.db"
+    _execute(path, f"CREATE TABLE schema_version (version INTEGER); INSERT INTO schema_version VALUES ({10**6});")
+    metadata = Metadata(f"sqlite:///{path}")
+    with pytest.raises(SchemaTooNewError, match="1000000"):
+        await metadata.open()
+    await metadata.close()
+    assert _version(path) == 10**6
+    connection = sqlite3.connect(path)
+    assert connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall() == [("schema_version",)]
+    connection.close()
