@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +26,7 @@ from torch.utils.dlpack import from_dlpack
 from normcore.errors import CheckpointError, DeadlineError, NormcoreError
 
 CPU = ("CPUExecutionProvider",)
+Optimization = Literal["none", "basic", "extended", "all"]
 
 _DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -59,6 +60,12 @@ _FAILURES = (
     ValueError,
     MemoryError,
 )
+_LEVELS: dict[str, onnxruntime.GraphOptimizationLevel] = {
+    "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
 _FATAL = 4
 _MAX_MESSAGE = 300
 
@@ -91,7 +98,7 @@ def open_session(
     model: Path | bytes,
     *,
     threads: int,
-    optimize: bool = True,
+    optimization: Optimization = "all",
     providers: Sequence[str | tuple[str, dict[str, Any]]] = CPU,
 ) -> onnxruntime.InferenceSession:
     """Session of an ONNX file or of its bytes, with `threads` compute threads that sleep between runs.
@@ -99,15 +106,15 @@ def open_session(
     Args:
         model: path or content of the file.
         threads: threads of one run, the calling one included.
-        optimize: False leaves the graph exactly as it is in the file (ORT_DISABLE_ALL): the reference of every proof.
+        optimization: how far onnxruntime rewrites the graph; "none" leaves it exactly as it is in the file
+            (ORT_DISABLE_ALL): the reference of every proof.
         providers: execution providers in order of preference, with their options.
 
     Raises:
         CheckpointError: onnxruntime cannot load the graph.
     """
-    levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    options.graph_optimization_level = _LEVELS[optimization]
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -279,4 +286,4 @@ def _sentence(error: BaseException, *, hidden: str | bytes = b"") -> str:
     return text if len(text) <= _MAX_MESSAGE else text[: _MAX_MESSAGE - 3] + "..."
 
 
-__all__ = ["CPU", "ExecutionError", "Signature", "TensorInfo", "describe", "open_session", "run"]
+__all__ = ["CPU", "ExecutionError", "Optimization", "Signature", "TensorInfo", "describe", "open_session", "run"]

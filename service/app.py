@@ -34,7 +34,7 @@ from service.application.models import Models
 from service.engine.admission import ReceiveBudget
 from service.engine.normalization import NormalizationEngine
 from service.engine.onnx_runtime import OnnxEngine
-from service.engine.protocol import Engine
+from service.engine.protocol import Engine, ModelOptions
 from service.engine.sandbox import Sandbox
 from service.engine.threads import thread_budget
 from service.engine.worker import Worker
@@ -192,7 +192,7 @@ async def _open_models(
     threads: int,
     stack: AsyncExitStack,
 ) -> Models:
-    async def load_engine(path: Path, name: str, version: str) -> Engine:
+    async def load_engine(path: Path, name: str, version: str, options: ModelOptions) -> Engine:
         return await OnnxEngine.load(
             path,
             name=name,
@@ -200,6 +200,8 @@ async def _open_models(
             threads=threads,
             queue_size=settings.queue_size,
             deadline_s=settings.sandbox_deadline_s,
+            max_batch_bytes=settings.max_batch_bytes,
+            options=options,
         )
 
     models = Models(

@@ -31,7 +31,7 @@ class Network:
         shown.CopyFrom(model)
         shown.graph.output.extend(ValueInfoProto(name=name) for name in tensors if name not in outputs)
         self._tensors = list(tensors)
-        self._session = execution.open_session(shown.SerializeToString(), threads=threads, optimize=False)
+        self._session = execution.open_session(shown.SerializeToString(), threads=threads, optimization="none")
         self.reference = Reference(model)
 
     def run(self, feeds: Feeds, *, deadline: float) -> Arrays:

@@ -22,7 +22,12 @@ async def serve_model(request: Request, response: Response, services: ServicesDe
     services.health.refuse_while_draining()
     wanted = await read_document(request, ModelRequest)
     entry = await services.models.register(
-        wanted.name, checkpoint=wanted.checkpoint, version=wanted.version, fold=wanted.fold
+        wanted.name,
+        checkpoint=wanted.checkpoint,
+        version=wanted.version,
+        fold=wanted.fold,
+        options=wanted.options(),
+        is_batch_size_automatic=wanted.max_batch_size is None,
     )
     response.headers["Location"] = f"/v1/models/{quote(entry.name)}"
     return Model.of(entry)

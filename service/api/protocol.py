@@ -76,20 +76,28 @@ async def is_model_ready(name: str, services: ServicesDep, version: int | None =
 async def read_config(name: str, services: ServicesDep, version: int | None = None) -> dict[str, Any]:
     """The model configuration, in the form that Triton's clients read."""
     entry = _ready(services, name, version)
-    spec = entry.engine().spec
-    return {
+    spec, options = entry.engine().spec, entry.options
+    is_batched = options.max_batch_size > 0
+    kind = "KIND_CPU" if options.device == "cpu" else "KIND_AUTO"
+    config: dict[str, Any] = {
         "name": spec.name,
         "platform": spec.platform,
         "backend": spec.backend,
         "version_policy": {"all": {}},
-        "max_batch_size": 0,
-        "input": [_config_input(tensor) for tensor in spec.inputs],
-        "output": [_config_tensor(tensor) for tensor in spec.outputs],
-        "instance_group": [{"name": spec.name, "kind": "KIND_CPU", "count": 1, "gpus": []}],
+        "max_batch_size": options.max_batch_size,
+        "input": [_config_input(tensor, is_batched=is_batched) for tensor in spec.inputs],
+        "output": [_config_tensor(tensor, is_batched=is_batched) for tensor in spec.outputs],
+        "instance_group": [{"name": spec.name, "kind": kind, "count": options.instances, "gpus": []}],
         "model_transaction_policy": {"decoupled": False},
         "parameters": {},
         "model_warmup": [],
     }
+    if is_batched:
+        config["dynamic_batching"] = {
+            "preferred_batch_size": [],
+            "max_queue_delay_microseconds": options.max_queue_delay_us,
+        }
+    return config
 
 
 @router.get("/models/{name}/versions/{version}")
@@ -173,12 +181,18 @@ def _metadata_tensor(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
 
 
-def _config_tensor(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "data_type": by_name(spec.datatype).triton, "dims": list(spec.shape)}
+def _config_tensor(spec: TensorSpec, *, is_batched: bool) -> dict[str, Any]:
+    """The batch axis is not among `dims`."""
+    dims = list(spec.shape[1:] if is_batched else spec.shape)
+    return {"name": spec.name, "data_type": by_name(spec.datatype).triton, "dims": dims}
 
 
-def _config_input(spec: TensorSpec) -> dict[str, Any]:
-    return _config_tensor(spec) | {"format": "FORMAT_NONE", "optional": spec.is_optional, "is_shape_tensor": False}
+def _config_input(spec: TensorSpec, *, is_batched: bool) -> dict[str, Any]:
+    return _config_tensor(spec, is_batched=is_batched) | {
+        "format": "FORMAT_NONE",
+        "optional": spec.is_optional,
+        "is_shape_tensor": False,
+    }
 
 
 async def _document(request: Request, services: Services) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The JSON documents of our own API. Tensors never pass through here."""
 
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
 from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from normcore.execution import Optimization
 from service.application.models import Entry
-from service.engine.protocol import TensorSpec
+from service.engine.protocol import ModelOptions, TensorSpec
 from service.storage.metadata import CheckpointRecord
 
 
@@ -35,6 +37,34 @@ class ModelRequest(Request):
     checkpoint: str = Field(description="Id of an uploaded checkpoint.")
     version: int | None = Field(None, ge=1, le=2**31 - 1, description="Default: the highest version plus one.")
     fold: bool = Field(True, description="Serve the certified fold where there is one.")
+    max_batch_size: int | None = Field(
+        None,
+        ge=0,
+        le=65536,
+        description="Rows that requests are joined up to; 0 runs every request alone. Default: 32 where a check finds "
+        "that every row is computed by itself, else 0.",
+    )
+    max_queue_delay_us: int = Field(
+        0, ge=0, le=10_000_000, description="Microseconds that a request may wait for others to join it."
+    )
+    instances: int = Field(1, ge=1, le=64, description="Executions at a time; they divide the threads.")
+    device: str = Field("auto", max_length=16, description="auto, cpu or cuda:N.")
+    optimization: Optimization = Field("all", description="How far onnxruntime rewrites the graph when it loads.")
+    warmup: list[dict[str, list[Annotated[int, Field(ge=0)]]]] = Field(
+        default_factory=list,
+        max_length=16,
+        description="Shapes by input name, each run once with zeros before the model is ready.",
+    )
+
+    def options(self) -> ModelOptions:
+        return ModelOptions(
+            max_batch_size=self.max_batch_size or 0,
+            max_queue_delay_us=self.max_queue_delay_us,
+            instances=self.instances,
+            device=self.device,
+            optimization=self.optimization,
+            warmup=tuple(self.warmup),
+        )
 
 
 class Checkpoint(BaseModel):
@@ -110,6 +140,7 @@ class Model(BaseModel):
     checkpoint: str | None = Field(description="The checkpoint it was made from; none for a built-in model.")
     served_checkpoint: str | None = Field(description="The checkpoint that runs: the same, or its certified fold.")
     fold: dict[str, Any] | None
+    options: dict[str, Any] = Field(description="How it runs: batch size, delay, instances, device, optimization.")
     inputs: list[Tensor]
     outputs: list[Tensor]
     infer: str = Field(description="Path of its Open Inference Protocol endpoint.")
@@ -126,6 +157,7 @@ class Model(BaseModel):
             checkpoint=record.checkpoint if record else None,
             served_checkpoint=record.served_checkpoint if record else None,
             fold=record.fold if record else None,
+            options=asdict(entry.options),
             inputs=[Tensor.of(tensor) for tensor in spec.inputs] if spec else [],
             outputs=[Tensor.of(tensor) for tensor in spec.outputs] if spec else [],
             infer=f"/v2/models/{quote(entry.name)}/versions/{entry.version}/infer",

@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import math
 import re
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakValueDictionary
@@ -13,7 +14,7 @@ from normcore.errors import CheckpointError, ParameterError
 from service.application.checkpoints import Checkpoints, GraphSandbox
 from service.application.folding import Folding, FoldOptions
 from service.application.usage import Usage
-from service.engine.protocol import Engine
+from service.engine.protocol import Engine, ModelOptions
 from service.errors import ConflictError, ModelNotFoundError, ModelNotReadyError
 from service.settings import Settings
 from service.storage.metadata import Metadata, ModelRecord, now
@@ -21,7 +22,10 @@ from service.storage.metadata import Metadata, ModelRecord, now
 log = logging.getLogger(__name__)
 
 State = Literal["READY", "UNAVAILABLE", "LOADING", "UNLOADING"]
-LoadEngine = Callable[[Path, str, str], Awaitable[Engine]]
+LoadEngine = Callable[[Path, str, str, ModelOptions], Awaitable[Engine]]
+
+# Rows of a batch where nobody says, for networks whose rows are independent.
+AUTOMATIC_BATCH_SIZE = 32
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,127}")
 
@@ -37,6 +41,10 @@ class Entry:
     reason: str = ""
     usage: Usage = field(default_factory=Usage)
     loaded: Engine | None = None
+
+    @property
+    def options(self) -> ModelOptions:
+        return ModelOptions(**self.record.options) if self.record is not None else ModelOptions()
 
     def engine(self) -> Engine:
         """The loaded engine. Raises ModelNotReadyError."""
@@ -93,25 +101,41 @@ class Models:
                 engine, entry.loaded, entry.state = entry.loaded, None, "UNAVAILABLE"
                 await engine.close()
 
-    async def register(self, name: str, *, checkpoint: str, version: int | None, fold: bool) -> Entry:
-        """Serve a kept checkpoint; with `fold`, serve its certified fold if there is one."""
+    async def register(
+        self,
+        name: str,
+        *,
+        checkpoint: str,
+        version: int | None,
+        fold: bool,
+        options: ModelOptions,
+        is_batch_size_automatic: bool = True,
+    ) -> Entry:
+        """Serve a kept checkpoint; with `fold`, serve its certified fold if there is one.
+
+        Requests are joined only where the rows of a batch were seen to be independent. With an automatic batch size
+        a network that fails this check runs every request alone; with one that was asked for it is refused.
+        """
         _check_name(name)
+        self._check_warmup(options)
         async with self._lock(name), self._checkpoints.used(checkpoint) as source:
             versions = self._entries.get(name, {})
             number = version if version is not None else max(versions, default=0) + 1
             if number in versions:
                 raise ConflictError(f"version: model {name!r} already has a version {number}")
             served, outcome = await self._fold(source.id) if fold else (source.id, {"requested": False})
-            record = ModelRecord(
-                name=name,
-                version=number,
-                checkpoint=source.id,
-                served_checkpoint=served,
-                fold=outcome,
-                is_loaded=True,
-                created_at=now(),
-            )
             async with self._checkpoints.used(served):
+                rows = await self._first_load(served, options)
+                record = ModelRecord(
+                    name=name,
+                    version=number,
+                    checkpoint=source.id,
+                    served_checkpoint=served,
+                    fold=outcome,
+                    is_loaded=True,
+                    created_at=now(),
+                    options=asdict(_batched(options, rows, is_automatic=is_batch_size_automatic)),
+                )
                 return await self._serve(record)
 
     async def load(self, name: str) -> None:
@@ -169,7 +193,6 @@ class Models:
         return self._locks.setdefault(name, asyncio.Lock())
 
     async def _serve(self, record: ModelRecord) -> Entry:
-        await self._first_load(record.served_checkpoint)
         entry = Entry(name=record.name, version=record.version, record=record)
         await self._load(entry)
         try:
@@ -179,6 +202,14 @@ class Models:
             raise
         self._entries.setdefault(record.name, {})[record.version] = entry
         return entry
+
+    def _check_warmup(self, options: ModelOptions) -> None:
+        limit = self._settings.max_body_bytes
+        for shapes in options.warmup:
+            elements = sum(math.prod(shape) for shape in shapes.values())
+            if elements > limit:
+                expected = f"at most {limit} elements, as many as a body has bytes (NORMSERVE_MAX_BODY_BYTES)"
+                raise ParameterError("warmup", expected=expected, received=f"{elements}")
 
     async def _fold(self, checkpoint_id: str) -> tuple[str, dict[str, Any]]:
         outcome = await self._folding.fold(checkpoint_id, FoldOptions())
@@ -191,22 +222,25 @@ class Models:
             return checkpoint_id, summary | {"folded": 0, "reason": f"served unfolded: {certificate['sentence']}"}
         return outcome.checkpoint.id, summary | {"reason": certificate["sentence"]}
 
-    async def _first_load(self, checkpoint_id: str) -> None:
+    async def _first_load(self, checkpoint_id: str, options: ModelOptions) -> dict[str, Any]:
+        """What the sandbox found of the rows of a batch."""
         arguments = {
             "path": str(self._checkpoints.path(checkpoint_id)),
             "threads": 1,
             "deadline_s": self._settings.infer_deadline_s,
+            "optimization": options.optimization,
         }
-        await self._sandbox.run("load", arguments)
+        found: dict[str, Any] = (await self._sandbox.run("load", arguments))["rows"]
+        return found
 
     async def _load(self, entry: Entry) -> None:
         assert entry.record is not None
         previous, entry.state = entry.loaded, "LOADING"
         try:
             path = self._checkpoints.path(entry.record.served_checkpoint)
-            entry.loaded = await self._load_engine(path, entry.name, str(entry.version))
+            entry.loaded = await self._load_engine(path, entry.name, str(entry.version), entry.options)
             entry.reason = ""
-        except CheckpointError as error:
+        except (CheckpointError, ParameterError) as error:
             entry.reason = str(error)
             raise
         finally:
@@ -238,6 +272,18 @@ class Models:
         assert entry.record is not None
         entry.record = replace(entry.record, is_loaded=is_loaded)
         await self._metadata.set_loaded(entry.name, entry.version, is_loaded=is_loaded)
+
+
+def _batched(options: ModelOptions, rows: Mapping[str, Any], *, is_automatic: bool) -> ModelOptions:
+    """The options with the batch size that the rows allow. Raises ParameterError."""
+    if is_automatic:
+        return replace(options, max_batch_size=AUTOMATIC_BATCH_SIZE if rows["are_independent"] else 0)
+    if options.max_batch_size and not rows["are_independent"]:
+        expected = "0: requests cannot share an execution of this network"
+        raise ParameterError(
+            "max_batch_size", expected=expected, received=f"{options.max_batch_size}; {rows['sentence']}"
+        )
+    return options
 
 
 def _check_name(name: str) -> None:

@@ -4,17 +4,19 @@ import asyncio
 import ctypes
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
-from normcore.errors import DeadlineError, ParameterError, ShapeError
+from normcore.errors import CheckpointError, DeadlineError, NormcoreError, ParameterError, ShapeError
 from normcore.execution import TensorInfo, describe, open_session, run
+from service.datatypes import BYTES, Datatype, by_name
 from service.engine.batch import Batching, Part
-from service.engine.protocol import InferResult, ModelSpec, Parameters, Tensor, Tensors, TensorSpec
+from service.engine.devices import providers_for
+from service.engine.protocol import InferResult, ModelOptions, ModelSpec, Parameters, Tensor, Tensors, TensorSpec
 from service.engine.worker import Worker
 from service.errors import DeadlineExceededError, ModelNotReadyError
 
@@ -22,34 +24,17 @@ PLATFORM = "onnxruntime_onnx"
 BACKEND = "onnxruntime"
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """How a model runs.
-
-    Attributes:
-        max_batch_size: rows that requests are joined up to; 0 runs every request alone.
-        max_batch_bytes: bytes of the joined inputs.
-        max_queue_delay_us: microseconds that a request may wait for others.
-        instances: executions at a time; they share the session and divide the threads.
-    """
-
-    max_batch_size: int = 0
-    max_batch_bytes: int = 64 * 1024 * 1024
-    max_queue_delay_us: int = 0
-    instances: int = 1
-
-
 class OnnxEngine:
     """Implements Engine. Make it with `load`."""
 
-    def __init__(self, name: str, queue_size: int, options: EngineOptions) -> None:
+    def __init__(self, name: str, *, queue_size: int, max_batch_bytes: int, options: ModelOptions) -> None:
         self._session: onnxruntime.InferenceSession | None = None
         self._spec: ModelSpec | None = None
         batching = None
         if options.max_batch_size:
             batching = Batching(
                 max_rows=options.max_batch_size,
-                max_bytes=options.max_batch_bytes,
+                max_bytes=max_batch_bytes,
                 max_delay_s=options.max_queue_delay_us / 1e6,
                 run=self._compute_together,
             )
@@ -66,24 +51,27 @@ class OnnxEngine:
         threads: int,
         queue_size: int,
         deadline_s: float,
-        options: EngineOptions = EngineOptions(),
+        max_batch_bytes: int,
+        options: ModelOptions,
     ) -> "OnnxEngine":
-        """Open the session in one of the engine's worker threads.
+        """Open the session in one of the engine's worker threads, and run the warm-up shapes there.
 
         Raises:
-            CheckpointError: onnxruntime cannot load the file.
-            ParameterError: the model has no batch axis, and batching was asked for.
-            DeadlineExceededError: it does not load within `deadline_s`.
+            CheckpointError: onnxruntime cannot load the file, or a warm-up fails.
+            ParameterError: an option does not fit the model or this host.
+            DeadlineExceededError: all this takes longer than `deadline_s`.
         """
-        engine = cls(f"model {name} version {version}", queue_size, options)
-        share = max(1, threads // options.instances)
+        title = f"model {name} version {version}"
+        engine = cls(title, queue_size=queue_size, max_batch_bytes=max_batch_bytes, options=options)
+        until = time.monotonic() + deadline_s
+
+        def start() -> None:
+            engine._session, engine._spec = _open(path, name=name, version=version, threads=threads, options=options)
+            for shapes in options.warmup:
+                engine._warm_up(shapes, deadline_s=max(0.0, until - time.monotonic()))
+
         try:
-            opened = await engine._worker.submit(
-                lambda: _open(path, name=name, version=version, threads=share), deadline_s=deadline_s
-            )
-            engine._session, engine._spec = opened.result
-            if options.max_batch_size:
-                _check_batch_axis(engine.spec)
+            await engine._worker.submit(start, deadline_s=deadline_s)
         except BaseException:
             engine._worker.stop()
             raise
@@ -143,6 +131,17 @@ class OnnxEngine:
             self._session = None
             await asyncio.to_thread(_release_memory)
 
+    def _warm_up(self, shapes: Mapping[str, Sequence[int]], *, deadline_s: float) -> None:
+        known = {tensor.name: tensor for tensor in self.spec.inputs}
+        if set(shapes) != set(known):
+            expected = f"a shape for each of {', '.join(known)}"
+            raise ParameterError("warmup", expected=expected, received=", ".join(sorted(shapes)) or "none")
+        feeds = {name: _zeros(by_name(known[name].datatype), shape) for name, shape in shapes.items()}
+        try:
+            self._compute(feeds, [tensor.name for tensor in self.spec.outputs], deadline_s)
+        except NormcoreError as error:
+            raise CheckpointError(f"warmup of shapes {dict(shapes)}: {error}") from error
+
     def _compute(self, inputs: Tensors, names: Sequence[str], deadline_s: float) -> dict[str, Tensor]:
         if self._session is None:
             raise ModelNotReadyError(f"{self._worker.name} is unloaded")
@@ -173,6 +172,10 @@ class _Request:
     rows: int
 
 
+def _zeros(datatype: Datatype, shape: Sequence[int]) -> Tensor:
+    return np.full(tuple(shape), b"", object) if datatype is BYTES else np.zeros(tuple(shape), datatype.numpy)
+
+
 def _rows(inputs: Tensors) -> int:
     """The length that the first axes of all inputs share; 0 where they do not."""
     lengths = {array.shape[0] if array.ndim else 0 for array in inputs.values()}
@@ -196,10 +199,17 @@ def _check_batch_axis(spec: ModelSpec) -> None:
             )
 
 
-def _open(path: Path, *, name: str, version: str, threads: int) -> tuple[onnxruntime.InferenceSession, ModelSpec]:
-    session = open_session(path, threads=threads)
+def _open(
+    path: Path, *, name: str, version: str, threads: int, options: ModelOptions
+) -> tuple[onnxruntime.InferenceSession, ModelSpec]:
+    session = open_session(
+        path,
+        threads=max(1, threads // options.instances),
+        optimization=options.optimization,
+        providers=providers_for(options.device),
+    )
     signature = describe(session)
-    return session, ModelSpec(
+    spec = ModelSpec(
         name=name,
         version=version,
         platform=PLATFORM,
@@ -209,6 +219,9 @@ def _open(path: Path, *, name: str, version: str, threads: int) -> tuple[onnxrun
         # onnxruntime tells a free rank like a scalar's, and checks either itself
         is_checked_by_engine=any(not info.shape for info in signature.inputs),
     )
+    if options.max_batch_size:
+        _check_batch_axis(spec)
+    return session, spec
 
 
 def _tensor_spec(info: TensorInfo) -> TensorSpec:

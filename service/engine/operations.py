@@ -14,8 +14,9 @@ from normcore.errors import CheckpointError, DeadlineError, NormcoreError
 from normcore.execution import ExecutionError, describe, open_session, run
 from normcore.folding.fold import fold_checkpoint
 from normcore.folding.plan import plan_onnx
-from normcore.folding.probes import Feeds, NoProbeError, find_shapes
+from normcore.folding.probes import Feeds, NoProbeError, Shapes, find_shapes
 from normcore.folding.verify import ProbeOptions, certify
+from normcore.independence import RowCheck, check_rows
 from service.engine.zygote import Operation, Report
 
 Arguments = Mapping[str, Any]
@@ -56,9 +57,10 @@ def compare(arguments: Arguments, _: Report) -> Result:
 
 
 def load(arguments: Arguments, _: Report) -> Result:
-    """`{path, threads, deadline_s}` -> `{inputs, outputs, warm_up}`: the first load of a graph, and a first run.
+    """`{path, threads, deadline_s, optimization}` -> `{inputs, outputs, warm_up, rows}`: a first load and first runs.
 
-    `warm_up` is None after a run on small inputs, else why no such inputs were found.
+    `warm_up` is None after a run on small inputs, else why no such inputs were found. `rows` says whether the rows of
+    a batch are computed independently of one another.
     """
     path = Path(arguments["path"])
     model = ModelProto.FromString(path.read_bytes())
@@ -68,10 +70,15 @@ def load(arguments: Arguments, _: Report) -> Result:
             "rows of a request, or on chance; export the model in inference mode (model.eval())"
         )
     with _allocation_failures_as_memory_errors():
-        session = open_session(path, threads=arguments["threads"])
+        session = open_session(path, threads=arguments["threads"], optimization=arguments["optimization"])
         signature = describe(session)
-        warm_up = _warm_up(model, session, deadline_s=arguments["deadline_s"])
-    return asdict(signature) | {"warm_up": warm_up}
+        try:
+            shapes = _warm_up(model, session, deadline_s=arguments["deadline_s"])
+        except NoProbeError as error:
+            rows = RowCheck(False, None, f"it could not be tried: {error}")
+            return asdict(signature) | {"warm_up": str(error), "rows": asdict(rows)}
+        rows = check_rows(model, session, shapes, seed=0, deadline_s=arguments["deadline_s"])
+    return asdict(signature) | {"warm_up": None, "rows": asdict(rows)}
 
 
 OPERATIONS: Mapping[str, Operation] = {"inspect": inspect, "fold": fold, "compare": compare, "load": load}
@@ -81,7 +88,9 @@ def _limits(arguments: Arguments) -> GraphLimits:
     return GraphLimits(**arguments["limits"])
 
 
-def _warm_up(model: ModelProto, session: onnxruntime.InferenceSession, *, deadline_s: float) -> str | None:
+def _warm_up(model: ModelProto, session: onnxruntime.InferenceSession, *, deadline_s: float) -> Shapes:
+    """Shapes on which the graph runs. Raises NoProbeError."""
+
     def accept(feeds: Feeds) -> str | None:
         try:
             run(session, feeds, deadline_s=deadline_s)
@@ -91,11 +100,7 @@ def _warm_up(model: ModelProto, session: onnxruntime.InferenceSession, *, deadli
             return _reason(error)
         return None
 
-    try:
-        find_shapes(model, accept, seed=0)
-    except NoProbeError as error:
-        return str(error)
-    return None
+    return find_shapes(model, accept, seed=0)
 
 
 def _reason(error: ExecutionError) -> str:

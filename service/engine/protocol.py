@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from normcore.execution import Optimization
+
 Tensor = NDArray[Any]
 Tensors = Mapping[str, Tensor]
 ParameterValue = str | bool | int | float | None
@@ -59,6 +61,27 @@ class InferResult:
     is_first: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How a model runs.
+
+    Attributes:
+        max_batch_size: rows that requests are joined up to; 0 runs every request alone.
+        max_queue_delay_us: microseconds that a request may wait for others to join it.
+        instances: executions at a time; they share one session and divide the threads.
+        device: auto, cpu or cuda:N.
+        optimization: how far onnxruntime rewrites the graph.
+        warmup: shapes by input name, each run once before the model is ready.
+    """
+
+    max_batch_size: int = 0
+    max_queue_delay_us: int = 0
+    instances: int = 1
+    device: str = "auto"
+    optimization: Optimization = "all"
+    warmup: tuple[Mapping[str, Sequence[int]], ...] = ()
+
+
 class Engine(Protocol):
     """A loaded model."""
 
@@ -92,6 +115,7 @@ class Engine(Protocol):
 __all__ = [
     "Engine",
     "InferResult",
+    "ModelOptions",
     "ModelSpec",
     "ParameterValue",
     "Parameters",

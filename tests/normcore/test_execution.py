@@ -52,11 +52,11 @@ def endless() -> bytes:
     return model(nodes, {"x": (TensorProto.FLOAT, ())}, {"y": TensorProto.FLOAT})
 
 
-@pytest.mark.parametrize("optimize", [True, False], ids=["optimized", "as_written"])
-def test_run_computes_all_outputs_in_order(optimize: bool) -> None:
+@pytest.mark.parametrize("optimization", ["none", "basic", "extended", "all"])
+def test_run_computes_all_outputs_in_order(optimization: execution.Optimization) -> None:
     nodes = [helper.make_node("Relu", ["x"], ["y"]), helper.make_node("Neg", ["x"], ["z"])]
     file = model(nodes, {"x": (TensorProto.FLOAT, ("n",))}, {"y": TensorProto.FLOAT, "z": TensorProto.FLOAT})
-    session = execution.open_session(file, threads=2, optimize=optimize)
+    session = execution.open_session(file, threads=2, optimization=optimization)
     x = np.array([-1, 2], dtype=np.float32)
     y, z = execution.run(session, {"x": x}, deadline_s=5)
     np.testing.assert_array_equal(y, [0, 2])
@@ -66,7 +66,7 @@ def test_run_computes_all_outputs_in_order(optimize: bool) -> None:
 
 
 def test_open_session_reads_a_path_and_leaves_the_graph_alone_when_asked(ocr_cls: Path) -> None:
-    session = execution.open_session(ocr_cls, threads=2, optimize=False)
+    session = execution.open_session(ocr_cls, threads=2, optimization="none")
     x = np.random.default_rng(0).normal(size=(2, 3, 48, 192)).astype(np.float32)
     (y,) = execution.run(session, {"x": x}, deadline_s=30)
     np.testing.assert_allclose(y.sum(1), 1, rtol=1e-5)

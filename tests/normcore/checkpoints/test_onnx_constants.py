@@ -69,7 +69,7 @@ def test_equals_onnxruntime(operator: str, operands: tuple[NDArray[Any], ...], a
     )
     graph.output[0].ClearField("type")
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    session = open_session(model.SerializeToString(), threads=1, optimize=False)
+    session = open_session(model.SerializeToString(), threads=1, optimization="none")
     (expected,) = run(session, dict(zip(names, operands, strict=True)), deadline_s=10)
     result = evaluate(node, operands, operands[0].shape, max_elements=100)
     assert result is not None

@@ -87,7 +87,7 @@ class Net:
 
 
 def evaluate(model: ModelProto, **feeds: Array) -> list[Array]:
-    return run(open_session(model.SerializeToString(), threads=1, optimize=False), feeds, deadline_s=30)
+    return run(open_session(model.SerializeToString(), threads=1, optimization="none"), feeds, deadline_s=30)
 
 
 def difference(left: Array, right: Array) -> float:

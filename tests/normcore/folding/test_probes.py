@@ -94,7 +94,7 @@ def test_a_network_that_accepts_nothing_is_said_with_its_reason() -> None:
 
 
 def test_the_detector_gets_sizes_that_it_accepts(ocr_det: Path) -> None:
-    session = execution.open_session(ocr_det, threads=2, optimize=False)
+    session = execution.open_session(ocr_det, threads=2, optimization="none")
 
     def accept(feeds: Feeds) -> str | None:
         try:

@@ -38,7 +38,7 @@ def graph_of(
 
 
 def native(model: ModelProto, x: Array) -> Array:
-    session = execution.open_session(model.SerializeToString(), threads=1, optimize=False)
+    session = execution.open_session(model.SerializeToString(), threads=1, optimization="none")
     return execution.run(session, {"x": x}, ["y"], deadline_s=10)[0]
 
 
@@ -186,7 +186,7 @@ def test_real_networks_agree_to_rounding_at_every_normalization(fixture: str, re
     x = normal(2, 3, 64, 96)
     exact = Reference(model).run({"x": x}, names)
     model.graph.output.extend(ValueInfoProto(name=name) for name in names)
-    session = execution.open_session(model.SerializeToString(), threads=2, optimize=False)
+    session = execution.open_session(model.SerializeToString(), threads=2, optimization="none")
     arrays = execution.run(session, {"x": x}, names, deadline_s=30)
     errors = [
         np.abs(array - exact[name]).max() / np.abs(exact[name]).max() for name, array in zip(names, arrays, strict=True)

@@ -37,6 +37,31 @@ def free_rank() -> ModelProto:
     return model("free_rank", [helper.make_node("Neg", ["x"], ["y"])], [value("x", None)], [value("y", None)])
 
 
+def free_columns() -> ModelProto:
+    nodes = [helper.make_node("Neg", ["x"], ["y"]), helper.make_node("Abs", ["x"], ["z"])]
+    outputs = [value("y", ["N", "C"]), value("z", ["N", "C"])]
+    return model("free_columns", nodes, [value("x", ["N", "C"])], outputs)
+
+
+def fixed_rows() -> ModelProto:
+    return model("fixed_rows", [helper.make_node("Neg", ["x"], ["y"])], [value("x", [2, 3])], [value("y", [2, 3])])
+
+
+def lookup(*, rows: int) -> ModelProto:
+    """Fails on numbers that are no rows of its table."""
+    nodes = [constant("table", np.ones((rows, 2)), "float32"), helper.make_node("Gather", ["table", "x"], ["y"])]
+    return model("lookup", nodes, [value("x", ["N", 1], TensorProto.INT64)], [value("y", ["N", 1, 2])])
+
+
+def centered_over_the_batch() -> ModelProto:
+    """Takes the mean over the rows away: no row stands for itself."""
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[0]),
+        helper.make_node("Sub", ["x", "mean"], ["y"]),
+    ]
+    return model("centered", nodes, [value("x", ["N", 3])], [value("y", ["N", 3])])
+
+
 def text() -> ModelProto:
     nodes = [helper.make_node("Identity", ["x"], ["y"])]
     return model("text", nodes, [value("x", ["N"], TensorProto.STRING)], [value("y", ["N"], TensorProto.STRING)])

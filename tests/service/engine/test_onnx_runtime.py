@@ -3,15 +3,16 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from onnx import ModelProto
 
-from normcore.errors import CheckpointError
+from normcore.errors import CheckpointError, ParameterError
 from normcore.execution import ExecutionError
 from service.engine.onnx_runtime import OnnxEngine
-from service.engine.protocol import Engine, ModelSpec, TensorSpec
+from service.engine.protocol import Engine, InferResult, ModelOptions, ModelSpec, TensorSpec
 from service.errors import DeadlineExceededError, ModelNotReadyError, OverloadedError
 from tests.service.engine import graphs
 
@@ -22,9 +23,17 @@ Load = Callable[..., Awaitable[OnnxEngine]]
 async def load(tmp_path: Path) -> AsyncIterator[Load]:
     engines = []
 
-    async def load(model: ModelProto, *, queue_size: int = 4) -> OnnxEngine:
-        path = graphs.save(model, tmp_path)
-        engine = await OnnxEngine.load(path, name="m", version="3", threads=1, queue_size=queue_size, deadline_s=20)
+    async def load(model: ModelProto, *, queue_size: int = 4, **options: Any) -> OnnxEngine:
+        engine = await OnnxEngine.load(
+            graphs.save(model, tmp_path),
+            name="m",
+            version="3",
+            threads=1,
+            queue_size=queue_size,
+            deadline_s=20,
+            max_batch_bytes=1_000_000,
+            options=ModelOptions(**options),
+        )
         engines.append(engine)
         return engine
 
@@ -141,7 +150,16 @@ async def test_load_of_a_broken_file_names_the_reason_and_leaves_no_thread(tmp_p
     path.write_bytes(b"\x08\x09nonsense")
     before = threading.active_count()
     with pytest.raises(CheckpointError, match="onnxruntime cannot load the graph"):
-        await OnnxEngine.load(path, name="m", version="1", threads=1, queue_size=1, deadline_s=20)
+        await OnnxEngine.load(
+            path,
+            name="m",
+            version="1",
+            threads=1,
+            queue_size=1,
+            deadline_s=20,
+            max_batch_bytes=1,
+            options=ModelOptions(),
+        )
     await asyncio.sleep(0.05)
     assert threading.active_count() == before
 
@@ -149,4 +167,75 @@ async def test_load_of_a_broken_file_names_the_reason_and_leaves_no_thread(tmp_p
 async def test_load_stays_off_the_event_loop(tmp_path: Path) -> None:
     path = graphs.save(graphs.doubling(), tmp_path)
     with pytest.raises(DeadlineExceededError):
-        await OnnxEngine.load(path, name="m", version="1", threads=1, queue_size=1, deadline_s=0)
+        await OnnxEngine.load(
+            path,
+            name="m",
+            version="1",
+            threads=1,
+            queue_size=1,
+            deadline_s=0,
+            max_batch_bytes=1,
+            options=ModelOptions(),
+        )
+
+
+async def test_requests_that_wait_run_together_and_each_gets_its_rows(load: Load) -> None:
+    engine = await load(graphs.doubling(), max_batch_size=8, max_queue_delay_us=200_000, queue_size=20)
+    inputs = [np.full((rows, 3), rows, np.float32) for rows in (1, 2, 5)]
+    results = await asyncio.gather(*(engine.infer({"x": x}, outputs=["sum"], deadline_s=10) for x in inputs))
+
+    for x, result in zip(inputs, results, strict=True):
+        np.testing.assert_array_equal(result.outputs["sum"], 2 * x)
+    assert [(result.rows, result.batch_rows) for result in results] == [(1, 8), (2, 8), (5, 8)]
+    assert sum(result.is_first for result in results) == 1
+
+
+async def test_requests_of_other_outputs_or_trailing_shapes_or_wishes_run_apart(load: Load) -> None:
+    engine = await load(graphs.free_columns(), max_batch_size=8, queue_size=20)
+    x = np.ones((1, 3), np.float32)
+    wide = np.ones((1, 4), np.float32)
+    results = await asyncio.gather(
+        engine.infer({"x": x}, deadline_s=10),
+        engine.infer({"x": wide}, deadline_s=10),
+        engine.infer({"x": x}, outputs=["y"], deadline_s=10),
+        engine.infer({"x": x}, deadline_s=10, is_alone=True),
+        engine.infer({"x": np.ones((9, 3), np.float32)}, deadline_s=10),
+    )
+    assert results[3].batch_rows == 1
+    assert results[4].batch_rows == 9
+    assert results[1].outputs["y"].shape == (1, 4)
+
+
+async def test_a_batch_that_fails_is_run_request_by_request(load: Load) -> None:
+    engine = await load(graphs.lookup(rows=3), max_batch_size=8, max_queue_delay_us=200_000, queue_size=20)
+    good, bad = np.array([[2]], np.int64), np.array([[7]], np.int64)
+    first, failed, third = await asyncio.gather(
+        *(engine.infer({"x": x}, deadline_s=10) for x in (good, bad, good)), return_exceptions=True
+    )
+    assert isinstance(failed, ExecutionError)
+    for answer in (first, third):
+        assert isinstance(answer, InferResult)
+        assert answer.outputs["y"].shape[0] == 1
+
+
+async def test_batching_needs_a_free_first_axis(load: Load) -> None:
+    for model in (graphs.free_rank(), graphs.fixed_rows()):
+        with pytest.raises(ParameterError, match="max_batch_size"):
+            await load(model, max_batch_size=8)
+
+
+async def test_warm_up_runs_before_the_model_is_there_and_names_what_does_not_fit(load: Load) -> None:
+    assert await load(graphs.doubling(), warmup=({"x": [2, 3]},))
+    with pytest.raises(CheckpointError, match="warmup of shapes"):
+        await load(graphs.doubling(), warmup=({"x": [2, 4]},))
+    with pytest.raises(ParameterError, match="warmup: expected a shape for each of x, received y"):
+        await load(graphs.doubling(), warmup=({"y": [2, 3]},))
+
+
+async def test_instances_compute_at_the_same_time(load: Load) -> None:
+    engine = await load(graphs.endless_loop(), instances=2)
+    x = np.ones((1, 3), np.float32)
+    started = time.monotonic()
+    answers = await asyncio.gather(*(engine.infer({"x": x}, deadline_s=0.5) for _ in range(2)), return_exceptions=True)
+    assert all(isinstance(answer, DeadlineExceededError) for answer in answers)
+    assert time.monotonic() - started < 0.9

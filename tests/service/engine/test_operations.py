@@ -28,7 +28,7 @@ def _run(operation: str, **arguments: Any) -> dict[str, Any]:
 
 
 def _load_arguments(path: Path, *, deadline_s: float = 5.0) -> dict[str, Any]:
-    return {"path": str(path), "threads": 1, "deadline_s": deadline_s}
+    return {"path": str(path), "threads": 1, "deadline_s": deadline_s, "optimization": "all"}
 
 
 @pytest.fixture
@@ -75,6 +75,7 @@ def test_fold_without_verification_has_no_certificate(network: Path, tmp_path: P
 def test_load_describes_the_graph_and_runs_it_once(network: Path) -> None:
     found = _run("load", **_load_arguments(network))
 
+    assert found.pop("rows")["are_independent"]
     assert found == {
         "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 3, -1, -1]}],
         "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 4, -1, -1]}],
@@ -84,6 +85,13 @@ def test_load_describes_the_graph_and_runs_it_once(network: Path) -> None:
 
 def test_load_accepts_a_graph_that_no_probe_fits_and_says_so(tmp_path: Path) -> None:
     assert "tensors of numbers only" in _run("load", **_load_arguments(graphs.save(graphs.text(), tmp_path)))["warm_up"]
+
+
+def test_load_finds_rows_that_depend_on_their_company(tmp_path: Path) -> None:
+    path = graphs.save(graphs.centered_over_the_batch(), tmp_path)
+    rows = _run("load", **_load_arguments(path))["rows"]
+    assert not rows["are_independent"]
+    assert "more than 8" in rows["sentence"]
 
 
 def test_load_refuses_training_mode(tmp_path: Path) -> None:
