@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from normcore.normalization import METHODS
 from service import __version__
-from service.api import checkpoints, errors, infer, models, normalizations, openapi, operations, protocol
+from service.api import checkpoints, errors, infer, metrics, models, normalizations, openapi, operations, protocol
 from service.api.asgi import Endpoint
 from service.api.connection import Connection
 from service.api.middleware import Guard, RequestContext
@@ -77,7 +77,7 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
     for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
         app.router.routes.append(Route(path, Endpoint(infer.infer), methods=["POST"]))
     app.router.routes.append(Route("/v1/normalizations/{method}", Endpoint(normalizations.normalize), methods=["POST"]))
-    for module in (protocol, normalizations, checkpoints, models, operations):
+    for module in (protocol, normalizations, checkpoints, models, operations, metrics):
         app.include_router(module.router)
     errors.install(app)
     openapi.install(app)

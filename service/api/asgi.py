@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from service.application.usage import Timing
 from service.codecs.body import EncodedBody
 from service.state import Services
 
@@ -63,10 +64,14 @@ def leave(scope: Mapping[str, object]) -> None:
         cancel()
 
 
-async def send_body(send: Send, body: EncodedBody) -> None:
+async def send_tensors(send: Send, body: EncodedBody, timing: Timing) -> None:
     """Answer 200: a small body in one piece, the chunks of a large one without joining them."""
-    length = sum(len(chunk) for chunk in body.chunks)
-    headers = [(b"content-type", body.content_type.encode()), (b"content-length", str(length).encode())]
+    length = body.size_bytes
+    headers = [
+        (b"content-type", body.content_type.encode()),
+        (b"content-length", str(length).encode()),
+        (b"server-timing", _server_timing(timing)),
+    ]
     headers += [(name.lower().encode(), value.encode("latin-1")) for name, value in body.headers.items()]
     if body.json_length is not None:
         headers.append((b"inference-header-content-length", str(body.json_length).encode()))
@@ -75,3 +80,13 @@ async def send_body(send: Send, body: EncodedBody) -> None:
     for chunk in first:
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
     await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _server_timing(timing: Timing) -> bytes:
+    """The header's value; durations are in milliseconds."""
+    return b"queue;dur=%.3f, decode;dur=%.3f, compute;dur=%.3f, encode;dur=%.3f" % (
+        timing.queue_ns / 1e6,
+        timing.compute_input_ns / 1e6,
+        timing.compute_infer_ns / 1e6,
+        timing.compute_output_ns / 1e6,
+    )

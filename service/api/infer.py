@@ -10,7 +10,7 @@ import orjson
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from service.api.asgi import cancelled_when_client_leaves, send_body, services_of
+from service.api.asgi import cancelled_when_client_leaves, send_tensors, services_of
 from service.api.body import received
 from service.application.models import Entry, Models
 from service.application.usage import Timing
@@ -44,9 +44,9 @@ async def infer(scope: Scope, receive: Receive, send: Send) -> None:
             result = await services.inference.infer(entry, request.inputs, outputs=names, parameters=request.parameters)
         computed = time.perf_counter_ns()
         encoded = await _encode(request, result, entry, services)
-    output_ns = time.perf_counter_ns() - computed
-    entry.usage.succeeded(Timing(result.queue_ns, decoded - started, result.compute_ns, output_ns), result)
-    await send_body(send, encoded)
+    timing = Timing(result.queue_ns, decoded - started, result.compute_ns, time.perf_counter_ns() - computed)
+    entry.usage.succeeded(timing, result, request_bytes=len(body), response_bytes=encoded.size_bytes)
+    await send_tensors(send, encoded, timing)
 
 
 def _find(models: Models, name: str, version: str | None = None) -> Entry:

@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from normcore.errors import ParameterError
 from normcore.normalization import METHODS, Method
-from service.api.asgi import cancelled_when_client_leaves, send_body, services_of
+from service.api.asgi import cancelled_when_client_leaves, send_tensors, services_of
 from service.api.body import received
 from service.api.infer import check_json_size, run_codec
 from service.application.usage import Timing
@@ -62,9 +62,9 @@ async def normalize(scope: Scope, receive: Receive, send: Send) -> None:
             lambda: writer.encode(method.name, result.outputs, result.diagnostics),
             size_bytes=sum(tensor.nbytes for tensor in result.outputs.values()) if writer is json_v1 else 0,
         )
-    output_ns = time.perf_counter_ns() - computed
-    entry.usage.succeeded(Timing(result.queue_ns, decoded - started, result.compute_ns, output_ns), result)
-    await send_body(send, encoded)
+    timing = Timing(result.queue_ns, decoded - started, result.compute_ns, time.perf_counter_ns() - computed)
+    entry.usage.succeeded(timing, result, request_bytes=len(body), response_bytes=encoded.size_bytes)
+    await send_tensors(send, encoded, timing)
 
 
 def _method(name: str) -> Method:

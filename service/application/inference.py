@@ -1,12 +1,16 @@
 """One inference, the same for the protocol and for our own API: check against the spec, run, count."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 
 from normcore.errors import DtypeError, ParameterError, ShapeError
+from normcore.execution import ExecutionError
 from service import datatypes
 from service.application.models import Entry
+from service.application.usage import FailureReason
 from service.engine.protocol import InferResult, ModelSpec, Parameters, Tensor, Tensors, TensorSpec
+from service.errors import DeadlineExceededError, OverloadedError
 
 RESERVED_PARAMETERS = frozenset(
     (
@@ -45,8 +49,8 @@ class Inference:
                 deadline_s=self._deadline(parameters.get("timeout")),
                 is_alone=_flag(parameters, "deterministic"),
             )
-        except BaseException:
-            entry.usage.failed(time.perf_counter_ns() - started)
+        except BaseException as error:
+            entry.usage.failed(time.perf_counter_ns() - started, _reason(error))
             raise
 
     def _deadline(self, timeout_us: object) -> float:
@@ -55,6 +59,15 @@ class Inference:
         if isinstance(timeout_us, bool) or not isinstance(timeout_us, int) or timeout_us < 0:
             raise ParameterError("timeout", expected="microseconds as a whole number >= 0", received=repr(timeout_us))
         return self._deadline_s if timeout_us >= self._deadline_s * 1e6 else timeout_us / 1e6
+
+
+def _reason(error: BaseException) -> FailureReason:
+    """Triton's reason for a failure."""
+    if isinstance(error, asyncio.CancelledError):
+        return "CANCELED"
+    if isinstance(error, OverloadedError | DeadlineExceededError):
+        return "REJECTED"
+    return "BACKEND" if isinstance(error, ExecutionError) else "OTHER"
 
 
 def _flag(parameters: Parameters, name: str) -> bool:

@@ -1,11 +1,24 @@
-"""Counters of one model, under the names of the protocol's statistics extension."""
+"""Counters of one model: the protocol's statistics extension and what the metrics show."""
 
 import time
-from collections import defaultdict
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from service.engine.protocol import InferResult
+
+FailureReason = Literal["REJECTED", "CANCELED", "BACKEND", "OTHER"]
+
+# Upper bounds of the buckets: 50 us to 30 s, and powers of two.
+_DURATIONS_NS = tuple(
+    round(seconds * 1e9)
+    for seconds in (
+        *(5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2),
+        *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+    )
+)
+_BATCH_SIZES = tuple(2**power for power in range(11))
 
 
 @dataclass(slots=True)
@@ -34,6 +47,21 @@ class Timing:
         return self.queue_ns + self.compute_input_ns + self.compute_infer_ns + self.compute_output_ns
 
 
+class Histogram:
+    """Counts of integers by bucket, and their sum."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[int, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0
+
+    def add(self, value: int) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
 @dataclass(slots=True)
 class BatchUsage:
     """What executions of one batch size cost, each measured at the first of its requests."""
@@ -44,19 +72,35 @@ class BatchUsage:
 
 
 class Usage:
-    """Grows with every request; read as the statistics extension's JSON."""
+    """Grows with every request.
+
+    Attributes:
+        durations: histograms in nanoseconds: of whole requests, the queue, decoding, computing, encoding.
+        batch_sizes: of executions, in rows.
+        failures: requests that failed, by Triton's reasons.
+    """
 
     def __init__(self) -> None:
         self._last_inference_ms = 0
-        self._inference_count = 0
-        self._execution_count = 0
+        self.inference_count = 0
+        self.execution_count = 0
         self._success, self._fail, self._queue = Duration(), Duration(), Duration()
         self._input, self._infer, self._output = Duration(), Duration(), Duration()
         self._batches: defaultdict[int, BatchUsage] = defaultdict(BatchUsage)
+        self.durations = {
+            part: Histogram(_DURATIONS_NS) for part in ("request", "queue", "decode", "compute", "encode")
+        }
+        self.batch_sizes = Histogram(_BATCH_SIZES)
+        self.failures: Counter[FailureReason] = Counter()
+        self.request_bytes = 0
+        self.response_bytes = 0
 
-    def succeeded(self, timing: Timing, result: InferResult) -> None:
+    def succeeded(self, timing: Timing, result: InferResult, *, request_bytes: int, response_bytes: int) -> None:
         self._last_inference_ms = time.time_ns() // 1_000_000
-        self._inference_count += result.rows
+        self.inference_count += result.rows
+        self.request_bytes += request_bytes
+        self.response_bytes += response_bytes
+        self._observe(timing)
         self._success.add(timing.total_ns)
         self._queue.add(timing.queue_ns)
         self._input.add(timing.compute_input_ns)
@@ -64,14 +108,16 @@ class Usage:
         self._output.add(timing.compute_output_ns)
         if not result.is_first:
             return
-        self._execution_count += 1
+        self.execution_count += 1
+        self.batch_sizes.add(result.batch_rows)
         batch = self._batches[result.batch_rows]
         batch.compute_input.add(timing.compute_input_ns)
         batch.compute_infer.add(timing.compute_infer_ns)
         batch.compute_output.add(timing.compute_output_ns)
 
-    def failed(self, ns: int) -> None:
+    def failed(self, ns: int, reason: FailureReason) -> None:
         self._fail.add(ns)
+        self.failures[reason] += 1
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of one element of `model_stats`, without name and version."""
@@ -87,8 +133,8 @@ class Usage:
         }
         return {
             "last_inference": self._last_inference_ms,
-            "inference_count": self._inference_count,
-            "execution_count": self._execution_count,
+            "inference_count": self.inference_count,
+            "execution_count": self.execution_count,
             "inference_stats": {name: _duration(part) for name, part in parts.items()},
             "response_stats": {},
             "batch_stats": [
@@ -102,6 +148,13 @@ class Usage:
             ],
             "memory_usage": [],
         }
+
+    def _observe(self, timing: Timing) -> None:
+        self.durations["request"].add(timing.total_ns)
+        self.durations["queue"].add(timing.queue_ns)
+        self.durations["decode"].add(timing.compute_input_ns)
+        self.durations["compute"].add(timing.compute_infer_ns)
+        self.durations["encode"].add(timing.compute_output_ns)
 
 
 def _duration(duration: Duration) -> dict[str, int]:

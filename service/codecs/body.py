@@ -27,6 +27,10 @@ class EncodedBody:
     json_length: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def size_bytes(self) -> int:
+        return sum(len(chunk) for chunk in self.chunks)
+
 
 class Codec(Protocol):
     """A media type of tensor bodies on /v1; a module of this package is one."""

@@ -18,6 +18,7 @@ class NormalizationEngine:
     def __init__(self, method: Method, worker: Worker) -> None:
         self._method = method
         self._worker = worker
+        self._in_flight = 0
         self._spec = ModelSpec(
             name=f"{PREFIX}{method.name}",
             version="1",
@@ -33,6 +34,11 @@ class NormalizationEngine:
     @property
     def spec(self) -> ModelSpec:
         return self._spec
+
+    @property
+    def waiting(self) -> int:
+        """See Engine; the calls of this method alone, the one that runs included."""
+        return self._in_flight
 
     async def infer(
         self,
@@ -54,7 +60,11 @@ class NormalizationEngine:
                 result = self._method(tensors, parameters or {}, outputs)
                 return {name: from_torch(tensor) for name, tensor in result.outputs.items()}, result.diagnostics
 
-        ran = await self._worker.submit(compute, deadline_s=deadline_s)
+        self._in_flight += 1
+        try:
+            ran = await self._worker.submit(compute, deadline_s=deadline_s)
+        finally:
+            self._in_flight -= 1
         computed, diagnostics = ran.result
         return InferResult(computed, diagnostics=diagnostics, queue_ns=ran.queue_ns, compute_ns=ran.compute_ns)
 

@@ -82,6 +82,11 @@ class OnnxEngine:
         assert self._spec is not None
         return self._spec
 
+    @property
+    def waiting(self) -> int:
+        """See Engine."""
+        return self._worker.waiting
+
     async def infer(
         self,
         inputs: Tensors,

@@ -88,6 +88,11 @@ class Engine(Protocol):
     @property
     def spec(self) -> ModelSpec: ...
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their turn."""
+        ...
+
     async def infer(
         self,
         inputs: Tensors,

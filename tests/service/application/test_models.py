@@ -37,6 +37,8 @@ class FakeSandbox:
 
 
 class FakeEngine:
+    waiting = 0
+
     def __init__(self, name: str, version: str) -> None:
         self.spec = ModelSpec(name, version, platform="fake", backend="fake", inputs=(), outputs=())
 
