@@ -3,10 +3,12 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from service.api.compression import compress
 from service.application.usage import Timing
 from service.codecs.body import EncodedBody
 from service.state import Services
@@ -64,8 +66,14 @@ def leave(scope: Mapping[str, object]) -> None:
         cancel()
 
 
-async def send_tensors(send: Send, body: EncodedBody, timing: Timing) -> None:
-    """Answer 200: a small body in one piece, the chunks of a large one without joining them."""
+async def send_tensors(send: Send, body: EncodedBody, timing: Timing, *, coding: str | None = None) -> None:
+    """Answer 200: a small body in one piece, the chunks of a large one without joining them.
+
+    The length of the JSON in the header counts its bytes before compression.
+    """
+    if coding is not None:
+        compressed = await asyncio.to_thread(compress, body.chunks, coding)
+        body = replace(body, chunks=[compressed], headers={**body.headers, "Content-Encoding": coding})
     length = body.size_bytes
     headers = [
         (b"content-type", body.content_type.encode()),

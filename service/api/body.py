@@ -8,6 +8,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from service.api.compression import decompressed, request_coding
 from service.errors import BodyTimeoutError, MediaTypeError, PayloadMalformedError, PayloadTooLargeError
 from service.state import Services
 
@@ -27,13 +28,14 @@ async def received(
     settings = services.settings
     declared = _declared_length(headers)
     _check_size(declared or 0, settings.max_body_bytes, "NORMSERVE_MAX_BODY_BYTES")
-    _check_encoding(headers)
+    coding = request_coding(headers)
     # A body of unknown length may grow to the limit, so it is counted as that much from the start.
-    expected = settings.max_body_bytes if declared is None else declared
+    expected = settings.max_body_bytes if declared is None or coding else declared
     padding = -aligned_at % _ALIGNMENT
     with services.budget.reserve(expected) if expected else nullcontext():
         body = bytearray(padding)
-        async for chunk in stream(receive, headers, timeout_s=settings.body_timeout_s):
+        chunks = stream(receive, headers, timeout_s=settings.body_timeout_s)
+        async for chunk in decompressed(chunks, coding):
             body += chunk
             _check_size(len(body) - padding, settings.max_body_bytes, "NORMSERVE_MAX_BODY_BYTES")
         yield memoryview(body)[padding:]
@@ -94,8 +96,6 @@ def _check_size(size: int, limit: int, setting: str) -> None:
 
 
 def _check_encoding(headers: Headers) -> None:
-    coding = headers.get("content-encoding", "identity").strip().lower()
-    if coding not in ("", "identity"):
-        raise MediaTypeError(
-            f"Content-Encoding: expected identity, received {coding[:40]!r}; send the body uncompressed"
-        )
+    coding = request_coding(headers)
+    if coding is not None:
+        raise MediaTypeError(f"Content-Encoding: expected identity, received {coding!r}; send the body uncompressed")

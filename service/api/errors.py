@@ -103,6 +103,8 @@ async def _answer(request: Request, error: Exception) -> Response:
     headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, own.OverloadedError) else {}
     if isinstance(error, own.ModelNotReadyError | own.ShuttingDownError):
         headers["Retry-After"] = "1"
+    if "accept_encoding" in details:
+        headers["Accept-Encoding"] = details["accept_encoding"]
     return envelope(status, row.code, str(error), details=details, headers=headers)
 
 

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.asgi import cancelled_when_client_leaves, send_tensors, services_of
 from service.api.body import received
+from service.api.compression import response_coding
 from service.application.models import Entry, Models
 from service.application.usage import Timing
 from service.codecs import oip
@@ -46,7 +47,7 @@ async def infer(scope: Scope, receive: Receive, send: Send) -> None:
         encoded = await _encode(request, result, entry, services)
     timing = Timing(result.queue_ns, decoded - started, result.compute_ns, time.perf_counter_ns() - computed)
     entry.usage.succeeded(timing, result, request_bytes=len(body), response_bytes=encoded.size_bytes)
-    await send_tensors(send, encoded, timing)
+    await send_tensors(send, encoded, timing, coding=response_coding(headers))
 
 
 def _find(models: Models, name: str, version: str | None = None) -> Entry:

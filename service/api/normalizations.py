@@ -11,6 +11,7 @@ from normcore.errors import ParameterError
 from normcore.normalization import METHODS, Method
 from service.api.asgi import cancelled_when_client_leaves, send_tensors, services_of
 from service.api.body import received
+from service.api.compression import response_coding
 from service.api.infer import check_json_size, run_codec
 from service.application.usage import Timing
 from service.codecs import json_v1, media
@@ -64,7 +65,7 @@ async def normalize(scope: Scope, receive: Receive, send: Send) -> None:
         )
     timing = Timing(result.queue_ns, decoded - started, result.compute_ns, time.perf_counter_ns() - computed)
     entry.usage.succeeded(timing, result, request_bytes=len(body), response_bytes=encoded.size_bytes)
-    await send_tensors(send, encoded, timing)
+    await send_tensors(send, encoded, timing, coding=response_coding(headers))
 
 
 def _method(name: str) -> Method:
