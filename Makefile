@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[test,dev]'
+	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[test,tracing,dev]'
 	touch $@
 
 run: $(VENV)/.installed

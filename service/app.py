@@ -42,6 +42,7 @@ from service.settings import Settings
 from service.state import Services
 from service.storage.blobs import Blobs
 from service.storage.metadata import Metadata
+from service.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +56,13 @@ class LifespanState(TypedDict):
 def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
     """The service as an ASGI app; nothing is opened before its lifespan starts. Who stops it shares `health`."""
     health = health or Health()
+    tracing = Tracing.open(settings.otlp_endpoint) if settings.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[LifespanState]:
         async with AsyncExitStack() as stack:
+            if tracing is not None:
+                stack.push_async_callback(asyncio.to_thread, tracing.close)
             services = await _open(settings, health, stack)
             yield {"services": services}
 
@@ -69,7 +73,7 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
         redirect_slashes=False,
         lifespan=lifespan,
         middleware=[
-            Middleware(RequestContext),
+            Middleware(RequestContext, tracing=tracing),
             Middleware(Guard, allowed_hosts=settings.allowed_hosts, allowed_origins=settings.allowed_origins),
         ],
     )

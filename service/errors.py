@@ -89,3 +89,7 @@ class StorageFullError(ServiceError):
 
 class SchemaTooNewError(ServiceError):
     """The database was written by a newer program; it is left as it is."""
+
+
+class MissingExtraError(ServiceError):
+    """A setting asks for something whose packages are not installed."""

@@ -21,6 +21,9 @@ class Settings(BaseSettings):
         None, description="SQLAlchemy URL of the metadata; empty means SQLite inside data_dir."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log level.")
+    otlp_endpoint: str | None = Field(
+        None, description="OTLP/HTTP collector for traces, such as http://host:4318; empty sends none."
+    )
     root_path: str = Field("", description="Path prefix under which a proxy publishes the service.")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Host names a request may ask for, comma separated; empty allows every host."

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import envelope, internal_error
 from service.telemetry import request_id
+from service.tracing import RequestSpan, Tracing
 
 log = logging.getLogger("service.access")
 
@@ -20,13 +21,20 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class RequestContext:
     """Takes or makes the request's id (`X-Request-Id`), logs one line, and turns a failure into the fixed 500."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, tracing: Tracing | None = None) -> None:
         self.app = app
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
-            return
+        elif self._tracing is None:
+            await self._handle(scope, receive, send)
+        else:
+            with self._tracing.request(scope["method"], scope["path"], Headers(scope=scope)) as span:
+                await self._handle(scope, receive, send, span)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send, span: RequestSpan | None = None) -> None:
         offered = Headers(scope=scope).get("x-request-id", "")
         identity = offered if _REQUEST_ID.fullmatch(offered) else secrets.token_hex(8)
         token = request_id.set(identity)
@@ -37,7 +45,10 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = identity
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = identity
+                if span is not None:
+                    headers["traceparent"] = span.traceparent
             await send(message)
 
         try:
@@ -47,11 +58,19 @@ class RequestContext:
             if not status:
                 await internal_error()(scope, receive, send_with_id)
         finally:
+            if span is not None:
+                span.end(route=_route(scope), status=status)
             if log.isEnabledFor(logging.INFO):
                 elapsed_ms = round((time.perf_counter() - started) * 1000, 3)
                 extra = {"method": scope["method"], "path": scope["path"], "status": status, "ms": elapsed_ms}
                 log.info("request", extra=extra)
             request_id.reset(token)
+
+
+def _route(scope: Scope) -> str:
+    """The route's pattern, of which there are few; the method alone where nothing matched."""
+    path = getattr(scope.get("route"), "path", "")
+    return f"{scope['method']} {path}".strip()
 
 
 class Guard:
