@@ -31,6 +31,7 @@ from service.application.folding import Folding
 from service.application.health import Health
 from service.application.inference import Inference
 from service.application.models import Models
+from service.application.preparation import Preparation
 from service.engine.admission import ReceiveBudget
 from service.engine.normalization import NormalizationEngine
 from service.engine.onnx_runtime import OnnxEngine
@@ -211,10 +212,8 @@ async def _open_models(
     models = Models(
         metadata=metadata,
         checkpoints=checkpoints,
-        folding=folding,
-        sandbox=sandbox,
+        preparation=Preparation(checkpoints=checkpoints, folding=folding, sandbox=sandbox, settings=settings),
         load_engine=load_engine,
-        settings=settings,
     )
     stack.push_async_callback(models.close)
     worker = Worker("normalization", settings.queue_size)

@@ -41,13 +41,16 @@ async def received(
         yield memoryview(body)[padding:]
 
 
-async def received_small(receive: Receive, headers: Headers, services: Services) -> bytes:
-    """A whole management document, at most 1 MiB."""
+async def received_small(
+    receive: Receive, headers: Headers, services: Services, *, limit_bytes: int | None = None
+) -> bytes:
+    """A whole management document, at most 1 MiB unless another limit is given."""
     _check_encoding(headers)
+    limit = _SMALL_BYTES if limit_bytes is None else limit_bytes
     body = bytearray()
     async for chunk in stream(receive, headers, timeout_s=services.settings.body_timeout_s):
         body += chunk
-        _check_size(len(body), _SMALL_BYTES, "a management document")
+        _check_size(len(body), limit, "a management document" if limit_bytes is None else "NORMSERVE_MAX_JSON_BYTES")
     return bytes(body)
 
 

@@ -1,6 +1,7 @@
 """/v2 but for inference itself: health, metadata, configuration, statistics, repository."""
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import orjson
@@ -11,10 +12,13 @@ from service import __version__
 from service.api.body import received_small
 from service.api.dependencies import ServicesDep
 from service.application.models import Entry
+from service.codecs.model_config import decode_overrides
 from service.datatypes import by_name
 from service.engine.protocol import TensorSpec
 from service.errors import PayloadMalformedError, UnsupportedError
 from service.state import Services
+
+_INLINE_JSON_BYTES = 64 * 1024
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
@@ -130,18 +134,24 @@ async def index_repository(request: Request, services: ServicesDep) -> list[dict
 
 @router.post("/repository/models/{name}/load")
 async def load_model(name: str, request: Request, services: ServicesDep) -> Response:
-    """Load every version of a registered model; a loaded one is swapped only when the new one is ready."""
+    """Load every version of a registered model; a loaded one is swapped only when the new one is ready.
+
+    `parameters.config`, a model configuration as a JSON text, changes `max_batch_size`, `dynamic_batching` and
+    `instance_group`; with `file:<version>/model.onnx`, base64, these files become the versions of the model.
+    """
     services.health.refuse_while_draining()
-    document = await _document(request, services)
+    document = await _document(request, services, limit_bytes=services.settings.max_json_bytes)
     parameters = document.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise PayloadMalformedError("parameters: expected an object")
-    if parameters:
-        names = ", ".join(sorted(parameters))
-        raise UnsupportedError(
-            f"parameters: received {names}; a load takes no overrides, register with POST /v1/models"
-        )
-    await services.models.load(name)
+    overrides = await asyncio.to_thread(decode_overrides, parameters)
+    if overrides is None:
+        await services.models.load(name)
+    elif overrides.files:
+        kept = {version: await _keep(services, content) for version, content in overrides.files.items()}
+        await services.models.load_files(name, kept, overrides.options)
+    else:
+        await services.models.load_changed(name, overrides.options)
     return Response(status_code=200)
 
 
@@ -195,11 +205,23 @@ def _config_input(spec: TensorSpec, *, is_batched: bool) -> dict[str, Any]:
     }
 
 
-async def _document(request: Request, services: Services) -> dict[str, Any]:
-    """A small JSON object; Content-Type is ignored and an empty body is an empty object, as clients send them."""
-    body = await received_small(request.receive, request.headers, services)
+async def _keep(services: Services, content: bytes) -> str:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield content
+
+    record, _ = await services.checkpoints.keep(await services.checkpoints.stage(chunks()), filename="model.onnx")
+    return record.id
+
+
+async def _document(request: Request, services: Services, *, limit_bytes: int | None = None) -> dict[str, Any]:
+    """A JSON object, a small one unless a limit is given; an empty body is an empty object, as clients send it."""
+    body = await received_small(request.receive, request.headers, services, limit_bytes=limit_bytes)
+    loop = asyncio.get_running_loop()
     try:
-        document = orjson.loads(body) if body.strip() else {}
+        if limit_bytes is not None and len(body) > _INLINE_JSON_BYTES:
+            document = await loop.run_in_executor(services.json_thread, orjson.loads, body)
+        else:
+            document = orjson.loads(body) if body.strip() else {}
     except orjson.JSONDecodeError as error:
         raise PayloadMalformedError(f"body: expected a JSON object, received text that is not JSON: {error}") from error
     if not isinstance(document, dict):

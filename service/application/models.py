@@ -2,32 +2,25 @@
 
 import asyncio
 import logging
-import math
-import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 from normcore.errors import CheckpointError, ParameterError
-from service.application.checkpoints import Checkpoints, GraphSandbox
-from service.application.folding import Folding, FoldOptions
+from service.application.checkpoints import Checkpoints
+from service.application.preparation import Preparation, check_name
 from service.application.usage import Usage
 from service.engine.protocol import Engine, ModelOptions
 from service.errors import ConflictError, ModelNotFoundError, ModelNotReadyError
-from service.settings import Settings
-from service.storage.metadata import Metadata, ModelRecord, now
+from service.storage.metadata import Metadata, ModelRecord
 
 log = logging.getLogger(__name__)
 
 State = Literal["READY", "UNAVAILABLE", "LOADING", "UNLOADING"]
 LoadEngine = Callable[[Path, str, str, ModelOptions], Awaitable[Engine]]
-
-# Rows of a batch where nobody says, for networks whose rows are independent.
-AUTOMATIC_BATCH_SIZE = 32
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,127}")
 
 
 @dataclass(slots=True)
@@ -62,17 +55,13 @@ class Models:
         *,
         metadata: Metadata,
         checkpoints: Checkpoints,
-        folding: Folding,
-        sandbox: GraphSandbox,
+        preparation: Preparation,
         load_engine: LoadEngine,
-        settings: Settings,
     ) -> None:
         self._metadata = metadata
         self._checkpoints = checkpoints
-        self._folding = folding
-        self._sandbox = sandbox
+        self._preparation = preparation
         self._load_engine = load_engine
-        self._settings = settings
         self._entries: dict[str, dict[int, Entry]] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # those that are held
 
@@ -111,31 +100,21 @@ class Models:
         options: ModelOptions,
         is_batch_size_automatic: bool = True,
     ) -> Entry:
-        """Serve a kept checkpoint; with `fold`, serve its certified fold if there is one.
-
-        Requests are joined only where the rows of a batch were seen to be independent. With an automatic batch size
-        a network that fails this check runs every request alone; with one that was asked for it is refused.
-        """
-        _check_name(name)
-        self._check_warmup(options)
-        async with self._lock(name), self._checkpoints.used(checkpoint) as source:
+        """Serve a kept checkpoint; with `fold`, serve its certified fold if there is one."""
+        check_name(name)
+        async with self._lock(name):
             versions = self._entries.get(name, {})
             number = version if version is not None else max(versions, default=0) + 1
             if number in versions:
                 raise ConflictError(f"version: model {name!r} already has a version {number}")
-            served, outcome = await self._fold(source.id) if fold else (source.id, {"requested": False})
-            async with self._checkpoints.used(served):
-                rows = await self._first_load(served, options)
-                record = ModelRecord(
-                    name=name,
-                    version=number,
-                    checkpoint=source.id,
-                    served_checkpoint=served,
-                    fold=outcome,
-                    is_loaded=True,
-                    created_at=now(),
-                    options=asdict(_batched(options, rows, is_automatic=is_batch_size_automatic)),
-                )
+            async with self._preparation.prepared(
+                name,
+                number,
+                checkpoint=checkpoint,
+                fold=fold,
+                options=options,
+                is_batch_size_automatic=is_batch_size_automatic,
+            ) as record:
                 return await self._serve(record)
 
     async def load(self, name: str) -> None:
@@ -144,6 +123,25 @@ class Models:
             for entry in self._registered(name):
                 await self._load(entry)
                 await self._set_loaded(entry, is_loaded=True)
+
+    async def load_files(self, name: str, checkpoints: Mapping[int, str], change: Mapping[str, Any]) -> None:
+        """Serve these checkpoints as the versions of a model, and no others; `change` replaces options.
+
+        All of them are ready before the old versions close; when one fails, the old ones stay.
+        """
+        check_name(name)
+        async with self._lock(name):
+            options = replace(ModelOptions(), **change)
+            await self._replace(name, {number: (checkpoint, options) for number, checkpoint in checkpoints.items()})
+
+    async def load_changed(self, name: str, change: Mapping[str, Any]) -> None:
+        """Load every version of a model with these options replaced."""
+        async with self._lock(name):
+            served = {}
+            for entry in self._registered(name):
+                assert entry.record is not None
+                served[entry.version] = (entry.record.served_checkpoint, replace(entry.options, **change))
+            await self._replace(name, served)
 
     async def unload(self, name: str) -> None:
         async with self._lock(name):
@@ -192,6 +190,33 @@ class Models:
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
 
+    async def _replace(self, name: str, versions: Mapping[int, tuple[str, ModelOptions]]) -> None:
+        before = self._entries.get(name, {})
+        if any(entry.record is None for entry in before.values()):
+            raise ConflictError(f"model {name!r} is built in: it is always loaded")
+        async with AsyncExitStack() as stack:
+            loaded: dict[int, Entry] = {}
+            async with AsyncExitStack() as undo:
+                for number, (checkpoint, options) in versions.items():
+                    preparing = self._preparation.prepared(
+                        name, number, checkpoint=checkpoint, fold=False, options=options, is_batch_size_automatic=False
+                    )
+                    record = await stack.enter_async_context(preparing)
+                    old = before.get(number)
+                    if old is not None and old.record is not None and old.record.served_checkpoint == checkpoint:
+                        record = replace(old.record, options=record.options, is_loaded=True)
+                    entry = Entry(name=name, version=number, record=record, usage=old.usage if old else Usage())
+                    await self._load(entry)
+                    undo.push_async_callback(self._unload, entry)
+                    loaded[number] = entry
+                await self._metadata.replace_models(name, [entry.record for entry in loaded.values() if entry.record])
+                undo.pop_all()
+            self._entries[name] = loaded
+        for entry in before.values():
+            if entry.loaded is not None:
+                await entry.loaded.drain()
+            await self._unload(entry)
+
     async def _serve(self, record: ModelRecord) -> Entry:
         entry = Entry(name=record.name, version=record.version, record=record)
         await self._load(entry)
@@ -202,36 +227,6 @@ class Models:
             raise
         self._entries.setdefault(record.name, {})[record.version] = entry
         return entry
-
-    def _check_warmup(self, options: ModelOptions) -> None:
-        limit = self._settings.max_body_bytes
-        for shapes in options.warmup:
-            elements = sum(math.prod(shape) for shape in shapes.values())
-            if elements > limit:
-                expected = f"at most {limit} elements, as many as a body has bytes (NORMSERVE_MAX_BODY_BYTES)"
-                raise ParameterError("warmup", expected=expected, received=f"{elements}")
-
-    async def _fold(self, checkpoint_id: str) -> tuple[str, dict[str, Any]]:
-        outcome = await self._folding.fold(checkpoint_id, FoldOptions())
-        certificate = outcome.report["certificate"]
-        verdict = certificate["verdict"] if certificate else None
-        summary = {"requested": True, "folded": outcome.report["folded"], "verdict": verdict}
-        if not outcome.report["folded"]:
-            return checkpoint_id, summary | {"reason": "nothing folds; the checkpoint is served as it is"}
-        if verdict != "equivalent":
-            return checkpoint_id, summary | {"folded": 0, "reason": f"served unfolded: {certificate['sentence']}"}
-        return outcome.checkpoint.id, summary | {"reason": certificate["sentence"]}
-
-    async def _first_load(self, checkpoint_id: str, options: ModelOptions) -> dict[str, Any]:
-        """What the sandbox found of the rows of a batch."""
-        arguments = {
-            "path": str(self._checkpoints.path(checkpoint_id)),
-            "threads": 1,
-            "deadline_s": self._settings.infer_deadline_s,
-            "optimization": options.optimization,
-        }
-        found: dict[str, Any] = (await self._sandbox.run("load", arguments))["rows"]
-        return found
 
     async def _load(self, entry: Entry) -> None:
         assert entry.record is not None
@@ -272,25 +267,3 @@ class Models:
         assert entry.record is not None
         entry.record = replace(entry.record, is_loaded=is_loaded)
         await self._metadata.set_loaded(entry.name, entry.version, is_loaded=is_loaded)
-
-
-def _batched(options: ModelOptions, rows: Mapping[str, Any], *, is_automatic: bool) -> ModelOptions:
-    """The options with the batch size that the rows allow. Raises ParameterError."""
-    if is_automatic:
-        return replace(options, max_batch_size=AUTOMATIC_BATCH_SIZE if rows["are_independent"] else 0)
-    if options.max_batch_size and not rows["are_independent"]:
-        expected = "0: requests cannot share an execution of this network"
-        raise ParameterError(
-            "max_batch_size", expected=expected, received=f"{options.max_batch_size}; {rows['sentence']}"
-        )
-    return options
-
-
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        expected = "1 to 128 letters, digits, dots, underscores, hyphens or spaces, the first a letter or digit"
-        raise ParameterError("name", expected=expected, received=repr(name[:200]))
-    if name == "stats" or name.startswith("normcore."):
-        raise ConflictError(
-            f"name: {name!r} is reserved; 'stats' and names that begin with 'normcore.' are the service's"
-        )

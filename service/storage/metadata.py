@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -133,6 +133,16 @@ class Metadata:
 
     async def add_model(self, record: ModelRecord) -> None:
         await self._write(_models.insert().values(**asdict(record)))
+
+    async def replace_models(self, name: str, records: Sequence[ModelRecord]) -> None:
+        """Make these the versions of a model, in one transaction."""
+
+        def replace() -> None:
+            with self._engine.begin() as connection:
+                connection.execute(_models.delete().where(_models.c.name == name))
+                connection.execute(_models.insert(), [asdict(record) for record in records])
+
+        await self._run(replace)
 
     async def models(self) -> list[ModelRecord]:
         rows = await self._read(_models.select().order_by(_models.c.name, _models.c.version))

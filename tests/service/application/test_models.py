@@ -12,6 +12,7 @@ from normcore.errors import ParameterError
 from service.application.checkpoints import Checkpoints
 from service.application.folding import Folding
 from service.application.models import Entry, Models
+from service.application.preparation import Preparation
 from service.engine.protocol import Engine, InferResult, ModelOptions, ModelSpec, Parameters, Tensors
 from service.errors import CheckpointNotFoundError, ConflictError, ModelNotFoundError
 from service.settings import Settings
@@ -74,10 +75,10 @@ class Registry:
         self.models = Models(
             metadata=metadata,
             checkpoints=self.checkpoints,
-            folding=folding,
-            sandbox=self.sandbox,
+            preparation=Preparation(
+                checkpoints=self.checkpoints, folding=folding, sandbox=self.sandbox, settings=settings
+            ),
             load_engine=self._load,
-            settings=settings,
         )
 
     async def add(self, content: bytes) -> str:
