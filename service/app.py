@@ -166,7 +166,7 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
     stack.push_async_callback(sandbox.close)
     checkpoints = Checkpoints(blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings)
     folding = Folding(checkpoints=checkpoints, blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings)
-    models = await _open_models(settings, metadata, checkpoints, folding, sandbox, threads, stack)
+    models = await _open_models(settings, blobs, metadata, checkpoints, folding, sandbox, threads, stack)
     restoring = asyncio.create_task(_restore(models, health))
     stack.callback(restoring.cancel)
     return Services(
@@ -190,6 +190,7 @@ async def _restore(models: Models, health: Health) -> None:
 
 async def _open_models(
     settings: Settings,
+    blobs: Blobs,
     metadata: Metadata,
     checkpoints: Checkpoints,
     folding: Folding,
@@ -212,7 +213,9 @@ async def _open_models(
     models = Models(
         metadata=metadata,
         checkpoints=checkpoints,
-        preparation=Preparation(checkpoints=checkpoints, folding=folding, sandbox=sandbox, settings=settings),
+        preparation=Preparation(
+            checkpoints=checkpoints, blobs=blobs, folding=folding, sandbox=sandbox, settings=settings
+        ),
         load_engine=load_engine,
     )
     stack.push_async_callback(models.close)

@@ -129,7 +129,7 @@ def inspect_onnx(model: ModelProto) -> CheckpointSummary:
         parameters=sum(count_elements(tuple(tensor.dims)) for tensor in weights),
         bytes=sum(_size_bytes(tensor) for tensor in weights),
         operators=dict(sorted(Counter(node.op_type for node in nodes).items())),
-        has_training_mode=any(_has_training_mode(node, graph, opset) for graph in graphs for node in graph.node),
+        has_training_mode=any(is_in_training_mode(node, graph, opset) for graph in graphs for node in graph.node),
     )
 
 
@@ -137,6 +137,22 @@ def opset_of(model: ModelProto) -> int:
     """Version of the standard operators."""
     versions = [int(entry.version) for entry in model.opset_import if entry.domain in STANDARD_DOMAINS]
     return max(versions)
+
+
+def is_in_training_mode(node: NodeProto, graph: GraphProto, opset: int) -> bool:
+    """Whether a batch norm or dropout of this graph computes as it does in training."""
+    if node.op_type == "BatchNormalization":
+        if opset < _TRAINING_MODE_OPSET and len(node.output) > 1:
+            return True  # before the attribute existed, listing the statistics as outputs meant training
+        return any(attribute.name == "training_mode" and attribute.i for attribute in node.attribute)
+    if node.op_type != "Dropout" or len(node.input) < 3 or not node.input[2]:
+        return False
+    modes = {tensor.name: tensor for tensor in graph.initializer}
+    for producer in graph.node:
+        if producer.op_type == "Constant" and producer.attribute and producer.attribute[0].HasField("t"):
+            modes[producer.output[0]] = producer.attribute[0].t
+    mode = modes.get(node.input[2])
+    return mode is None or bool(numpy_helper.to_array(mode).any())
 
 
 def _check_validity(model: ModelProto) -> None:
@@ -170,26 +186,12 @@ def _size_bytes(tensor: TensorProto) -> int:
     return (count_elements(tuple(tensor.dims)) * element_bits(tensor.data_type) + 7) // 8
 
 
-def _has_training_mode(node: NodeProto, graph: GraphProto, opset: int) -> bool:
-    if node.op_type == "BatchNormalization":
-        if opset < _TRAINING_MODE_OPSET and len(node.output) > 1:
-            return True  # before the attribute existed, listing the statistics as outputs meant training
-        return any(attribute.name == "training_mode" and attribute.i for attribute in node.attribute)
-    if node.op_type != "Dropout" or len(node.input) < 3 or not node.input[2]:
-        return False
-    modes = {tensor.name: tensor for tensor in graph.initializer}
-    for producer in graph.node:
-        if producer.op_type == "Constant" and producer.attribute and producer.attribute[0].HasField("t"):
-            modes[producer.output[0]] = producer.attribute[0].t
-    mode = modes.get(node.input[2])
-    return mode is None or bool(numpy_helper.to_array(mode).any())
-
-
 __all__ = [
     "CheckpointSummary",
     "GraphLimits",
     "TensorSummary",
     "inspect_onnx",
+    "is_in_training_mode",
     "load_onnx",
     "opset_of",
 ]

@@ -26,6 +26,7 @@ async def serve_model(request: Request, response: Response, services: ServicesDe
         checkpoint=wanted.checkpoint,
         version=wanted.version,
         fold=wanted.fold,
+        freeze_training=wanted.freeze_training,
         options=wanted.options(),
         is_batch_size_automatic=wanted.max_batch_size is None,
     )

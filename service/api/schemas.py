@@ -37,6 +37,10 @@ class ModelRequest(Request):
     checkpoint: str = Field(description="Id of an uploaded checkpoint.")
     version: int | None = Field(None, ge=1, le=2**31 - 1, description="Default: the highest version plus one.")
     fold: bool = Field(True, description="Serve the certified fold where there is one.")
+    freeze_training: bool = Field(
+        False,
+        description="Serve a network exported in training mode with its running statistics; without, it is refused.",
+    )
     max_batch_size: int | None = Field(
         None,
         ge=0,

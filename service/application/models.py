@@ -97,10 +97,14 @@ class Models:
         checkpoint: str,
         version: int | None,
         fold: bool,
+        freeze_training: bool = False,
         options: ModelOptions,
         is_batch_size_automatic: bool = True,
     ) -> Entry:
-        """Serve a kept checkpoint; with `fold`, serve its certified fold if there is one."""
+        """Serve a kept checkpoint, with `fold` its certified fold if there is one.
+
+        With `freeze_training` a network exported in training mode computes with its running statistics.
+        """
         check_name(name)
         async with self._lock(name):
             versions = self._entries.get(name, {})
@@ -112,6 +116,7 @@ class Models:
                 number,
                 checkpoint=checkpoint,
                 fold=fold,
+                freeze_training=freeze_training,
                 options=options,
                 is_batch_size_automatic=is_batch_size_automatic,
             ) as record:

@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from normcore.errors import ParameterError
@@ -13,7 +14,8 @@ from service.application.folding import Folding, FoldOptions
 from service.engine.protocol import ModelOptions
 from service.errors import ConflictError
 from service.settings import Settings
-from service.storage.metadata import ModelRecord, now
+from service.storage.blobs import Blobs
+from service.storage.metadata import CheckpointRecord, ModelRecord, now
 
 # Rows of a batch where nobody says, for networks whose rows are independent.
 AUTOMATIC_BATCH_SIZE = 32
@@ -25,9 +27,16 @@ class Preparation:
     """Makes the record of a version out of a kept checkpoint."""
 
     def __init__(
-        self, *, checkpoints: Checkpoints, folding: Folding, sandbox: GraphSandbox, settings: Settings
+        self,
+        *,
+        checkpoints: Checkpoints,
+        blobs: Blobs,
+        folding: Folding,
+        sandbox: GraphSandbox,
+        settings: Settings,
     ) -> None:
         self._checkpoints = checkpoints
+        self._blobs = blobs
         self._folding = folding
         self._sandbox = sandbox
         self._settings = settings
@@ -40,6 +49,7 @@ class Preparation:
         *,
         checkpoint: str,
         fold: bool,
+        freeze_training: bool = False,
         options: ModelOptions,
         is_batch_size_automatic: bool,
     ) -> AsyncIterator[ModelRecord]:
@@ -50,7 +60,8 @@ class Preparation:
         """
         self._check_warmup(options)
         async with self._checkpoints.used(checkpoint) as source:
-            served, outcome = await self._fold(source.id) if fold else (source.id, {"requested": False})
+            frozen = await self._freeze(source) if freeze_training else source.id
+            served, outcome = await self._fold(frozen) if fold else (frozen, {"requested": False})
             async with self._checkpoints.used(served):
                 rows = await self._first_load(served, options)
                 yield ModelRecord(
@@ -71,6 +82,25 @@ class Preparation:
             if elements > limit:
                 expected = f"at most {limit} elements, as many as a body has bytes (NORMSERVE_MAX_BODY_BYTES)"
                 raise ParameterError("warmup", expected=expected, received=f"{elements}")
+
+    async def _freeze(self, source: CheckpointRecord) -> str:
+        """The checkpoint whose batch norms use their running statistics; the same one where all do already."""
+        target = self._blobs.stage_path()
+        try:
+            arguments = {
+                "source": str(self._checkpoints.path(source.id)),
+                "target": str(target),
+                "limits": self._checkpoints.graph_limits(),
+            }
+            found = await self._sandbox.run("freeze", arguments)
+            if not found["frozen"]:
+                return source.id
+            staged = await self._blobs.adopt(target)
+            filename = f"{Path(source.filename).stem}.frozen.onnx"
+            record, _ = await self._checkpoints.keep(staged, filename=filename)
+            return record.id
+        finally:
+            await self._blobs.discard(target)
 
     async def _fold(self, checkpoint_id: str) -> tuple[str, dict[str, Any]]:
         outcome = await self._folding.fold(checkpoint_id, FoldOptions())

@@ -16,6 +16,7 @@ from normcore.folding.fold import fold_checkpoint
 from normcore.folding.plan import plan_onnx
 from normcore.folding.probes import Feeds, NoProbeError, Shapes, find_shapes
 from normcore.folding.verify import ProbeOptions, certify
+from normcore.freezing import freeze_training_mode
 from normcore.independence import RowCheck, check_rows
 from service.engine.zygote import Operation, Report
 
@@ -56,6 +57,14 @@ def compare(arguments: Arguments, _: Report) -> Result:
     return asdict(certify(Path(arguments["original"]), Path(arguments["folded"]), options))
 
 
+def freeze(arguments: Arguments, _: Report) -> Result:
+    """`{source, target, limits}` -> `{frozen}`, the outputs of the nodes changed; writes the file `target`."""
+    model = load_onnx(Path(arguments["source"]), limits=_limits(arguments))
+    frozen, changed = freeze_training_mode(model)
+    Path(arguments["target"]).write_bytes(frozen.SerializeToString())
+    return {"frozen": list(changed)}
+
+
 def load(arguments: Arguments, _: Report) -> Result:
     """`{path, threads, deadline_s, optimization}` -> `{inputs, outputs, warm_up, rows}`: a first load and first runs.
 
@@ -67,7 +76,8 @@ def load(arguments: Arguments, _: Report) -> Result:
     if inspect_onnx(model).has_training_mode:
         raise CheckpointError(
             "a batch norm or dropout of the graph computes in training mode, so its answers would depend on the other "
-            "rows of a request, or on chance; export the model in inference mode (model.eval())"
+            "rows of a request, or on chance; export the model in inference mode (model.eval()), or serve it with "
+            "freeze_training"
         )
     with _allocation_failures_as_memory_errors():
         session = open_session(path, threads=arguments["threads"], optimization=arguments["optimization"])
@@ -81,7 +91,13 @@ def load(arguments: Arguments, _: Report) -> Result:
     return asdict(signature) | {"warm_up": None, "rows": asdict(rows)}
 
 
-OPERATIONS: Mapping[str, Operation] = {"inspect": inspect, "fold": fold, "compare": compare, "load": load}
+OPERATIONS: Mapping[str, Operation] = {
+    "inspect": inspect,
+    "fold": fold,
+    "compare": compare,
+    "freeze": freeze,
+    "load": load,
+}
 
 
 def _limits(arguments: Arguments) -> GraphLimits:

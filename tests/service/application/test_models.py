@@ -76,7 +76,7 @@ class Registry:
             metadata=metadata,
             checkpoints=self.checkpoints,
             preparation=Preparation(
-                checkpoints=self.checkpoints, folding=folding, sandbox=self.sandbox, settings=settings
+                checkpoints=self.checkpoints, blobs=blobs, folding=folding, sandbox=self.sandbox, settings=settings
             ),
             load_engine=self._load,
         )
