@@ -42,7 +42,7 @@ from service.engine.worker import Worker
 from service.settings import Settings
 from service.state import Services
 from service.storage.blobs import Blobs
-from service.storage.metadata import Metadata
+from service.storage.metadata import Metadata, database_url
 from service.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
     blobs = Blobs(settings.data_dir)
     await asyncio.to_thread(blobs.open)
     stack.callback(blobs.close)
-    metadata = Metadata(settings.database_url or f"sqlite:///{settings.data_dir / 'normserve.db'}")
+    metadata = Metadata(database_url(settings.database_url, settings.data_dir))
     await metadata.open()
     stack.push_async_callback(metadata.close)
     sandbox = Sandbox(

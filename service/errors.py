@@ -91,5 +91,8 @@ class SchemaTooNewError(ServiceError):
     """The database was written by a newer program; it is left as it is."""
 
 
-class MissingExtraError(ServiceError):
-    """A setting asks for something whose packages are not installed."""
+class StartError(ServiceError):
+    """The service cannot start as it is set; the message names the setting."""
+
+    def __init__(self, setting: str, problem: str) -> None:
+        super().__init__(f"{setting}: {problem}", setting=setting)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from service.errors import MissingExtraError
+from service.errors import StartError
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -23,16 +23,14 @@ class Tracing:
 
     @classmethod
     def open(cls, endpoint: str) -> "Tracing":
-        """Send to `endpoint`, such as http://collector:4318. Raises MissingExtraError without the extra `tracing`."""
+        """Send to `endpoint`, such as http://collector:4318. Raises StartError without the extra `tracing`."""
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
-            raise MissingExtraError(
-                "NORMSERVE_OTLP_ENDPOINT needs the extra: pip install 'normserve[tracing]'"
-            ) from error
+            raise StartError("NORMSERVE_OTLP_ENDPOINT", "needs an extra: pip install 'normserve[tracing]'") from error
         provider = TracerProvider(resource=Resource.create({"service.name": "normserve"}), shutdown_on_exit=False)
         exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces")
         provider.add_span_processor(BatchSpanProcessor(exporter))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sql
@@ -79,6 +80,11 @@ class ModelRecord:
 def now() -> str:
     """The present moment in UTC, as records keep it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def database_url(setting: str | None, data_dir: Path) -> str:
+    """The database that is set, or the embedded one."""
+    return setting or f"sqlite:///{data_dir / 'normserve.db'}"
 
 
 class Metadata:

@@ -1,0 +1,78 @@
+"""What must hold before the service starts, so that a wrong setting is one line and not a trace."""
+
+import difflib
+import os
+import secrets
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+import sqlalchemy as sql
+
+from service.errors import SchemaTooNewError, StartError
+from service.settings import Settings
+from service.storage.metadata import Metadata, database_url
+from service.tracing import Tracing
+
+_PREFIX = "NORMSERVE_"
+
+
+async def check_start(settings: Settings) -> None:
+    """Try the data directory, the database, the address and the collector of traces. Raises StartError."""
+    _check_data_dir(settings.data_dir)
+    await _check_database(settings)
+    _check_address(settings.host, settings.port)
+    if settings.otlp_endpoint:
+        Tracing.open(settings.otlp_endpoint).close()
+
+
+def unknown_variables(names: Iterable[str]) -> list[str]:
+    """A sentence for each variable that has our prefix and is no setting."""
+    known = [f"{_PREFIX}{field.upper()}" for field in Settings.model_fields]
+    found = []
+    for name in sorted(names):
+        if name.upper().startswith(_PREFIX) and name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)
+            found.append(f"{name}: no such setting" + (f", did you mean {near[0]}?" if near else ""))
+    return found
+
+
+def _check_data_dir(folder: Path) -> None:
+    probe = folder / f".probe-{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise StartError("NORMSERVE_DATA_DIR", f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+async def _check_database(settings: Settings) -> None:
+    name = "NORMSERVE_DATABASE_URL" if settings.database_url else "NORMSERVE_DATA_DIR"
+    try:
+        metadata = Metadata(database_url(settings.database_url, settings.data_dir))
+    except (sql.exc.ArgumentError, ImportError) as error:  # no URL, or a driver that is not installed
+        raise StartError(name, str(error)) from error
+    try:
+        await metadata.open()
+    except SchemaTooNewError as error:
+        raise StartError(name, error.message) from error
+    except sql.exc.SQLAlchemyError as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise StartError(name, f"the database cannot be opened: {reason}") from error
+    finally:
+        await metadata.close()
+
+
+def _check_address(host: str, port: int) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise StartError("NORMSERVE_HOST", f"{host!r} is no address of this machine: {error.strerror}") from error
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise StartError("NORMSERVE_HOST, NORMSERVE_PORT", f"cannot listen on {host}:{port}: {reason}") from error
