@@ -22,9 +22,10 @@ from starlette.routing import Route
 
 from normcore.normalization import METHODS
 from service import __version__
-from service.api import checkpoints, errors, infer, metrics, models, normalizations, openapi, operations, protocol
+from service.api import checkpoints, errors, metrics, models, normalizations, openapi, operations, protocol
 from service.api.asgi import Endpoint
 from service.api.connection import Connection
+from service.api.infer import InferRoute
 from service.api.middleware import Guard, RequestContext
 from service.application.checkpoints import Checkpoints
 from service.application.folding import Folding
@@ -76,11 +77,11 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
         middleware=[
             Middleware(RequestContext, tracing=tracing),
             Middleware(Guard, allowed_hosts=settings.allowed_hosts, allowed_origins=settings.allowed_origins),
+            Middleware(InferRoute),
         ],
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # RequestContext and /metrics do that
     )
     # Tensor routes are plain ASGI: a declared body would be parsed before any check, and costs a third of the rate.
-    for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
-        app.router.routes.append(Route(path, Endpoint(infer.infer), methods=["POST"]))
     app.router.routes.append(Route("/v1/normalizations/{method}", Endpoint(normalizations.normalize), methods=["POST"]))
     for module in (protocol, normalizations, checkpoints, models, operations, metrics):
         app.include_router(module.router)

@@ -27,6 +27,15 @@ class Endpoint:
         await self._call(scope, receive, send)
 
 
+def header(scope: Scope, name: bytes) -> str:
+    """The first value of a header, "" without; a third of the cost of the framework's mapping where it is missing."""
+    for key, value in scope["headers"]:
+        if key == name:
+            text: str = value.decode("latin-1")
+            return text
+    return ""
+
+
 def services_of(scope: Scope) -> Services:
     """The services that the lifespan put into every scope."""
     services: Services = scope["state"]["services"]

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -17,28 +16,52 @@ _PROGRESS_BYTES = 16 * 1024
 _SMALL_BYTES = 1024 * 1024
 
 
-@asynccontextmanager
-async def received(
-    receive: Receive, headers: Headers, services: Services, *, aligned_at: int = 0
-) -> AsyncIterator[memoryview]:
-    """A whole tensor body; its bytes count against the receive budget until the context ends.
+class Received:
+    """A context with a whole tensor body; its bytes count against the receive budget until the context ends.
 
     The byte at offset `aligned_at` lies at a multiple of 16 in memory, so that tensors that begin there need no copy.
     """
-    settings = services.settings
-    declared = _declared_length(headers)
-    _check_size(declared or 0, settings.max_body_bytes, "NORMSERVE_MAX_BODY_BYTES")
-    coding = request_coding(headers)
-    # A body of unknown length may grow to the limit, so it is counted as that much from the start.
-    expected = settings.max_body_bytes if declared is None or coding else declared
-    padding = -aligned_at % _ALIGNMENT
-    with services.budget.reserve(expected) if expected else nullcontext():
+
+    __slots__ = ("_aligned_at", "_budget", "_headers", "_receive", "_reserved_bytes", "_settings")
+
+    def __init__(self, receive: Receive, headers: Headers, services: Services, *, aligned_at: int = 0) -> None:
+        self._receive = receive
+        self._headers = headers
+        self._settings = services.settings
+        self._budget = services.budget
+        self._aligned_at = aligned_at
+        self._reserved_bytes = 0
+
+    async def __aenter__(self) -> memoryview:
+        limit_bytes = self._settings.max_body_bytes
+        declared = _declared_length(self._headers)
+        _check_size(declared or 0, limit_bytes, "NORMSERVE_MAX_BODY_BYTES")
+        coding = request_coding(self._headers)
+        # A body of unknown length may grow to the limit, so it is counted as that much from the start.
+        reserved_bytes = limit_bytes if declared is None or coding else declared
+        self._budget.reserve(reserved_bytes)
+        try:
+            body = await self._read(coding)
+        except BaseException:
+            self._budget.release(reserved_bytes)
+            raise
+        self._reserved_bytes = reserved_bytes
+        return body
+
+    async def __aexit__(self, *_: object) -> None:
+        self._budget.release(self._reserved_bytes)
+
+    async def _read(self, coding: str | None) -> memoryview:
+        limit_bytes = self._settings.max_body_bytes
+        padding = -self._aligned_at % _ALIGNMENT
         body = bytearray(padding)
-        chunks = stream(receive, headers, timeout_s=settings.body_timeout_s)
-        async for chunk in decompressed(chunks, coding):
+        chunks: AsyncIterator[bytes] = Stream(self._receive, self._headers, timeout_s=self._settings.body_timeout_s)
+        if coding is not None:
+            chunks = decompressed(chunks, coding)
+        async for chunk in chunks:
             body += chunk
-            _check_size(len(body) - padding, settings.max_body_bytes, "NORMSERVE_MAX_BODY_BYTES")
-        yield memoryview(body)[padding:]
+            _check_size(len(body) - padding, limit_bytes, "NORMSERVE_MAX_BODY_BYTES")
+        return memoryview(body)[padding:]
 
 
 async def received_small(
@@ -48,38 +71,53 @@ async def received_small(
     _check_encoding(headers)
     limit = _SMALL_BYTES if limit_bytes is None else limit_bytes
     body = bytearray()
-    async for chunk in stream(receive, headers, timeout_s=services.settings.body_timeout_s):
+    async for chunk in Stream(receive, headers, timeout_s=services.settings.body_timeout_s):
         body += chunk
         _check_size(len(body), limit, "a management document" if limit_bytes is None else "NORMSERVE_MAX_JSON_BYTES")
     return bytes(body)
 
 
-async def stream(receive: Receive, headers: Headers, *, timeout_s: float) -> AsyncIterator[bytes]:
-    """Chunks as they come. A sender must bring 16 KiB, or the end, in every `timeout_s` seconds."""
-    total = fresh = 0
-    loop = asyncio.get_running_loop()
-    limit = loop.time() + timeout_s
-    while True:
+class Stream(AsyncIterator[bytes]):
+    """Chunks as they come. A sender must bring 16 KiB, or the end, in every `timeout_s` seconds.
+
+    A class, not an async generator: the event loop keeps account of every generator, which costs a small request more
+    than its body does.
+    """
+
+    def __init__(self, receive: Receive, headers: Headers, *, timeout_s: float) -> None:
+        self._receive = receive
+        self._headers = headers
+        self._timeout_s = timeout_s
+        self._limit = asyncio.get_running_loop().time() + timeout_s
+        self._total = self._fresh = 0
+        self._is_complete = False
+
+    async def __anext__(self) -> bytes:
+        while not self._is_complete:
+            chunk = await self._next()
+            if chunk:
+                return chunk
+        raise StopAsyncIteration
+
+    async def _next(self) -> bytes:
         try:
-            async with asyncio.timeout_at(limit):
-                message = await receive()
+            async with asyncio.timeout_at(self._limit):
+                message = await self._receive()
         except TimeoutError:
-            length = headers.get("content-length", "unknown")
+            length = self._headers.get("content-length", "unknown")
             raise BodyTimeoutError(
-                f"body: stopped arriving; received {total} of {length} bytes, and too little within {timeout_s:g} s "
-                "(NORMSERVE_BODY_TIMEOUT_S)"
+                f"body: stopped arriving; received {self._total} of {length} bytes, and too little within "
+                f"{self._timeout_s:g} s (NORMSERVE_BODY_TIMEOUT_S)"
             ) from None
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        chunk = message.get("body", b"")
-        if chunk:
-            total += len(chunk)
-            fresh += len(chunk)
-            if fresh >= _PROGRESS_BYTES:
-                fresh, limit = 0, loop.time() + timeout_s
-            yield chunk
-        if not message.get("more_body", False):
-            return
+        chunk: bytes = message.get("body", b"")
+        self._is_complete = not message.get("more_body", False)
+        self._total += len(chunk)
+        self._fresh += len(chunk)
+        if self._fresh >= _PROGRESS_BYTES:
+            self._fresh, self._limit = 0, asyncio.get_running_loop().time() + self._timeout_s
+        return chunk
 
 
 def _declared_length(headers: Headers) -> int | None:

@@ -181,7 +181,7 @@ def _upload(request: Request, services: Services) -> tuple[FileField | None, Asy
 
 async def _bounded(request: Request, services: Services) -> AsyncIterator[bytes]:
     empty = True
-    async for chunk in body.stream(request.receive, request.headers, timeout_s=services.settings.body_timeout_s):
+    async for chunk in body.Stream(request.receive, request.headers, timeout_s=services.settings.body_timeout_s):
         empty = False
         yield chunk
     if empty:

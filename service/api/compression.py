@@ -27,16 +27,12 @@ def request_coding(headers: Headers) -> str | None:
     return coding
 
 
-async def decompressed(chunks: AsyncIterator[bytes], coding: str | None) -> AsyncIterator[bytes]:
+async def decompressed(chunks: AsyncIterator[bytes], coding: str) -> AsyncIterator[bytes]:
     """The plain body in pieces of at most 256 KiB: who counts them stops a bomb early.
 
     Raises:
         PayloadMalformedError: the body is not what its coding says, or ends too early, or goes on after its end.
     """
-    if coding is None:
-        async for chunk in chunks:
-            yield chunk
-        return
     decoder = zlib.decompressobj(_WINDOW_BITS[coding])
     async for chunk in chunks:
         rest = chunk

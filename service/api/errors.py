@@ -4,7 +4,7 @@
 Protocol's `{"error": sentence}`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI
@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 import normcore.errors as numerical
 import service.errors as own
@@ -62,17 +63,22 @@ TABLE: dict[type[Exception], Row] = {
     own.StorageFullError: Row(507, "storage_full"),
 }
 
+Handler = Callable[[Request, Exception], Awaitable[Response]]
+
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
 
 
 def install(app: FastAPI) -> None:
     """Register the table and the framework's own errors."""
-    for error in TABLE:
-        app.add_exception_handler(error, _answer)
-    app.add_exception_handler(HTTPException, _answer_http)
-    app.add_exception_handler(RequestValidationError, _answer_validation)
-    app.add_exception_handler(InvalidDocumentError, _answer_document)
-    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    for error, handler in HANDLERS.items():
+        app.add_exception_handler(error, handler)
+
+
+async def answer(scope: Scope, receive: Receive, send: Send, error: Exception) -> None:
+    """Answer one of HANDLERS outside of the framework."""
+    handler = next(HANDLERS[kind] for kind in type(error).__mro__ if kind in HANDLERS)
+    response = await handler(Request(scope, receive), error)
+    await response(scope, receive, send)
 
 
 def envelope(
@@ -140,3 +146,12 @@ def _is_v2(request: Request) -> bool:
 
 async def _answer_nobody(_: Request, __: Exception) -> Response:
     return Response(status_code=499)
+
+
+HANDLERS: dict[type[Exception], Handler] = dict.fromkeys(TABLE, _answer) | {
+    HTTPException: _answer_http,
+    RequestValidationError: _answer_validation,
+    InvalidDocumentError: _answer_document,
+    ClientDisconnect: _answer_nobody,
+}
+ANSWERED = tuple(HANDLERS)

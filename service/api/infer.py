@@ -1,6 +1,7 @@
 """The infer endpoint of the Open Inference Protocol, as plain ASGI: bytes in, bytes out."""
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,11 +9,13 @@ from typing import TypeVar
 
 import orjson
 from starlette.datastructures import Headers
-from starlette.types import Receive, Scope, Send
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.asgi import cancelled_when_client_leaves, send_tensors, services_of
-from service.api.body import received
+from service.api.body import Received
 from service.api.compression import response_coding
+from service.api.errors import ANSWERED, answer
 from service.application.models import Entry, Models
 from service.application.usage import Timing
 from service.codecs import oip
@@ -25,18 +28,46 @@ from service.state import Services
 
 T = TypeVar("T")
 
+_PATH = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 _VERSION_DIGITS = 18
 _INLINE_JSON_BYTES = 64 * 1024
 
 
-async def infer(scope: Scope, receive: Receive, send: Send) -> None:
-    """POST /v2/models/{name}[/versions/{version}]/infer."""
+class InferRoute:
+    """POST /v2/models/{name}[/versions/{version}]/infer, in front of the framework.
+
+    A small inference costs less than the layers and the search of routes that a request would pass in there.
+    """
+
+    path = "/v2/models/{name}/infer"
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = None
+        if scope["type"] == "http":
+            found = _PATH.fullmatch(scope["path"].removeprefix(scope["root_path"]))
+        if found is None:
+            await self.app(scope, receive, send)
+            return
+        scope["route"] = self
+        try:
+            if scope["method"] != "POST":
+                raise HTTPException(405, headers={"Allow": "POST"})
+            await infer(found["name"], found["version"], scope, receive, send)
+        except ANSWERED as error:
+            await answer(scope, receive, send, error)
+
+
+async def infer(name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
+    """One inference, bytes to bytes."""
     services = services_of(scope)
-    entry = _find(services.models, **scope["path_params"])
+    entry = _find(services.models, name, version)
     entry.engine()
     headers = Headers(scope=scope)
     header = headers.get("inference-header-content-length")
-    async with received(receive, headers, services, aligned_at=_number(header)) as body:
+    async with Received(receive, headers, services, aligned_at=_number(header)) as body:
         started = time.perf_counter_ns()
         request = await _decode(body, header, entry, services)
         decoded = time.perf_counter_ns()
@@ -50,7 +81,7 @@ async def infer(scope: Scope, receive: Receive, send: Send) -> None:
     await send_tensors(send, encoded, timing, coding=response_coding(headers))
 
 
-def _find(models: Models, name: str, version: str | None = None) -> Entry:
+def _find(models: Models, name: str, version: str | None) -> Entry:
     if version is None:
         return models.find(name)
     if len(version) > _VERSION_DIGITS or not version.isascii() or not version.isdigit():

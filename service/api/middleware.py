@@ -1,14 +1,15 @@
 """What surrounds every request: an id, one log line, a fixed 500, and the guard against foreign web pages."""
 
 import logging
+import random
 import re
-import secrets
 import time
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.asgi import header
 from service.api.errors import envelope, internal_error
 from service.telemetry import request_id
 from service.tracing import RequestSpan, Tracing
@@ -19,7 +20,10 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestContext:
-    """Takes or makes the request's id (`X-Request-Id`), logs one line, and turns a failure into the fixed 500."""
+    """Takes or makes the request's id (`X-Request-Id`), logs one line, and turns a failure into the fixed 500.
+
+    The line of a success is of the level debug: writing it would cost a small inference a tenth of its rate.
+    """
 
     def __init__(self, app: ASGIApp, *, tracing: Tracing | None = None) -> None:
         self.app = app
@@ -35,8 +39,8 @@ class RequestContext:
                 await self._handle(scope, receive, send, span)
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send, span: RequestSpan | None = None) -> None:
-        offered = Headers(scope=scope).get("x-request-id", "")
-        identity = offered if _REQUEST_ID.fullmatch(offered) else secrets.token_hex(8)
+        offered = header(scope, b"x-request-id")
+        identity = offered if _REQUEST_ID.fullmatch(offered) else f"{random.getrandbits(64):016x}"
         token = request_id.set(identity)
         started = time.perf_counter()
         status = 0
@@ -45,10 +49,10 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = identity
+                added = [(b"x-request-id", identity.encode())]
                 if span is not None:
-                    headers["traceparent"] = span.traceparent
+                    added.append((b"traceparent", span.traceparent.encode()))
+                message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
 
         try:
@@ -60,10 +64,11 @@ class RequestContext:
         finally:
             if span is not None:
                 span.end(route=_route(scope), status=status)
-            if log.isEnabledFor(logging.INFO):
+            level = logging.DEBUG if 200 <= status < 400 else logging.INFO
+            if log.isEnabledFor(level):
                 elapsed_ms = round((time.perf_counter() - started) * 1000, 3)
                 extra = {"method": scope["method"], "path": scope["path"], "status": status, "ms": elapsed_ms}
-                log.info("request", extra=extra)
+                log.log(level, "request", extra=extra)
             request_id.reset(token)
 
 
@@ -82,20 +87,22 @@ class Guard:
         self._origins = frozenset(origin.lower().rstrip("/") for origin in allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        problem = self._problem(Headers(scope=scope), scope["path"]) if scope["type"] == "http" else None
+        problem = self._problem(scope) if scope["type"] == "http" else None
         if problem is None:
             await self.app(scope, receive, send)
         else:
             await envelope(403, "forbidden", problem)(scope, receive, send)
 
-    def _problem(self, headers: Headers, path: str) -> str | None:
-        host = headers.get("host", "").lower()
+    def _problem(self, scope: Scope) -> str | None:
+        origin = header(scope, b"origin").lower()
+        if not origin and not self._hosts:
+            return None
+        host = header(scope, b"host").lower()
         # Probes ask by address, whatever name the service is published under.
-        if self._hosts and "/v2/health/" not in path and _hostname(host) not in self._hosts:
+        if self._hosts and "/v2/health/" not in scope["path"] and _hostname(host) not in self._hosts:
             return (
                 f"Host: expected one of {', '.join(sorted(self._hosts))} (NORMSERVE_ALLOWED_HOSTS), received {host!r}"
             )
-        origin = headers.get("origin", "").lower()
         if origin and origin not in self._origins and _authority(origin) != host:
             return (
                 f"Origin: expected this service's own origin or one of NORMSERVE_ALLOWED_ORIGINS, received {origin!r}"

@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 from normcore.errors import ParameterError
 from normcore.normalization import METHODS, Method
 from service.api.asgi import cancelled_when_client_leaves, send_tensors, services_of
-from service.api.body import received
+from service.api.body import Received
 from service.api.compression import response_coding
 from service.api.infer import check_json_size, run_codec
 from service.application.usage import Timing
@@ -43,7 +43,7 @@ async def normalize(scope: Scope, receive: Receive, send: Send) -> None:
     reader = media.request_codec(headers.get("content-type"))
     writer = media.response_codec(headers.get("accept"), default=reader)
     names = [tensor.name for tensor in method.tensors]
-    async with received(receive, headers, services) as body:
+    async with Received(receive, headers, services) as body:
         json_bytes = len(body) if reader is json_v1 else 0
         check_json_size(json_bytes, services)
         started = time.perf_counter_ns()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import orjson
 
@@ -18,10 +19,14 @@ from service.codecs.json_text import (
     parse_object,
     printable,
 )
+from service.datatypes import Datatype
 from service.engine.protocol import Parameters, ParameterValue, Tensor, Tensors
 from service.errors import PayloadMalformedError, UnsupportedError
 
 HEADER = "Inference-Header-Content-Length"
+# Heads of requests that are kept: the most of them, and bytes of the longest.
+_REMEMBERED = 256
+_REMEMBERED_BYTES = 2048
 _RESERVED_PREFIX = "triton_"
 _SHARED_MEMORY = "shared_memory_region"
 
@@ -47,12 +52,55 @@ class InferRequest:
     raw: Buffer | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The JSON of a request, read but for the bytes of its tensors: `inputs` by name, in the order of those bytes."""
+
+    id: str
+    parameters: dict[str, ParameterValue]
+    inputs: dict[str, "_Place | Tensor"]
+    outputs: tuple[RequestedOutput, ...]
+    wants_binary: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A tensor behind the JSON."""
+
+    datatype: Datatype
+    shape: tuple[int, ...]
+    size_bytes: int
+    field: str
+
+
 def decode_request(body: Buffer, header_length: int | str | None) -> InferRequest:
     """Decode a request; tensors are views on the body. `header_length` as the header brought it, None without."""
     json_length = _json_length(header_length, len(body))
     if json_length == 0 and header_length is not None:
         return InferRequest("", {}, {}, wants_binary=True, raw=body)
-    document = parse_object(memoryview(body)[:json_length])
+    text = memoryview(body)[:json_length]
+    # Clients send the same JSON before ever new tensors; without tensors behind it, it is seldom the same.
+    is_repeated = json_length < len(body) and json_length <= _REMEMBERED_BYTES
+    head = _remembered_head(bytes(text)) if is_repeated else _head(text)
+    inputs: dict[str, Tensor] = {}
+    offset = json_length
+    for name, place in head.inputs.items():
+        if isinstance(place, _Place):
+            inputs[name] = oip_binary.cut(
+                body, offset, place.size_bytes, place.datatype, place.shape, field=place.field
+            )
+            offset += place.size_bytes
+        else:
+            inputs[name] = place
+    if offset != len(body):
+        raise PayloadMalformedError(
+            f"body: expected {offset} bytes (the JSON and every binary_data_size), received {len(body)}"
+        )
+    return InferRequest(head.id, head.parameters, inputs, head.outputs, head.wants_binary)
+
+
+def _head(text: Buffer) -> _Head:
+    document = parse_object(text)
     parameters = _parameters(document.get("parameters"), "parameters")
     for name in parameters:
         if name.startswith(_RESERVED_PREFIX):
@@ -61,13 +109,22 @@ def decode_request(body: Buffer, header_length: int | str | None) -> InferReques
             )
     wants_binary = _flag(parameters.pop("binary_data_output", False), "parameters.binary_data_output")
     request_id = document.get("id")
-    return InferRequest(
+    return _Head(
         id="" if request_id is None else expect_string(request_id, field="id"),
         parameters=parameters,
-        inputs=_inputs(document, body, json_length),
+        inputs=_inputs(document),
         outputs=_outputs(document.get("outputs"), wants_binary=wants_binary),
         wants_binary=wants_binary,
     )
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _remembered_head(text: bytes) -> _Head:
+    head = _head(text)
+    for array in head.inputs.values():
+        if not isinstance(array, _Place):
+            array.flags.writeable = False  # several requests will share it
+    return head
 
 
 def encode_response(
@@ -133,24 +190,19 @@ def _flag(value: ParameterValue, place: str) -> bool:
     return value
 
 
-def _inputs(document: dict[str, object], body: Buffer, json_length: int) -> dict[str, Tensor]:
-    inputs: dict[str, Tensor] = {}
-    offset = json_length
+def _inputs(document: dict[str, object]) -> dict[str, _Place | Tensor]:
+    inputs: dict[str, _Place | Tensor] = {}
     for item in expect_list(document.get("inputs"), field="inputs"):
         entry = expect_object(item, field=f"inputs[{len(inputs)}]")
         name = expect_string(entry.get("name"), field=f"inputs[{len(inputs)}].name")
         place = f"input {name[:60]!r}"
         if name in inputs:
             raise PayloadMalformedError(f"{place}: expected once, received twice")
-        inputs[name], offset = _input(entry, body, offset, place)
-    if offset != len(body):
-        raise PayloadMalformedError(
-            f"body: expected {offset} bytes (the JSON and every binary_data_size), received {len(body)}"
-        )
+        inputs[name] = _input(entry, place)
     return inputs
 
 
-def _input(entry: dict[str, object], body: Buffer, offset: int, place: str) -> tuple[Tensor, int]:
+def _input(entry: dict[str, object], place: str) -> _Place | Tensor:
     datatype = datatypes.by_name(entry.get("datatype"), field=f"{place}.datatype")
     shape = check_shape(entry.get("shape"), field=f"{place}.shape")
     parameters = _parameters(entry.get("parameters"), f"{place}.parameters")
@@ -159,13 +211,13 @@ def _input(entry: dict[str, object], body: Buffer, offset: int, place: str) -> t
     if ("data" in entry) == ("binary_data_size" in parameters):
         raise PayloadMalformedError(f"{place}: expected exactly one of data and parameters.binary_data_size")
     if "data" in entry:
-        return json_tensors.to_array(entry["data"], datatype, shape, field=f"{place}.data"), offset
+        return json_tensors.to_array(entry["data"], datatype, shape, field=f"{place}.data")
     size_bytes = parameters["binary_data_size"]
     if type(size_bytes) is not int or size_bytes < 0:
         raise PayloadMalformedError(
             f"{place}.parameters.binary_data_size: expected a number of bytes, received {describe(size_bytes)}"
         )
-    return oip_binary.cut(body, offset, size_bytes, datatype, shape, field=place), offset + size_bytes
+    return _Place(datatype, shape, size_bytes, place)
 
 
 def _outputs(value: object, *, wants_binary: bool) -> tuple[RequestedOutput, ...]:

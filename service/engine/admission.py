@@ -1,8 +1,5 @@
 """Admission: the bytes of request bodies that may be held at once."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from service.errors import OverloadedError, PayloadTooLargeError
 
 
@@ -17,9 +14,8 @@ class ReceiveBudget:
     def used_bytes(self) -> int:
         return self._used_bytes
 
-    @contextmanager
-    def reserve(self, size_bytes: int) -> Iterator[None]:
-        """Hold `size_bytes` while the block runs. Raises OverloadedError while others hold too much."""
+    def reserve(self, size_bytes: int) -> None:
+        """Hold `size_bytes` until they are released. Raises OverloadedError while others hold too much."""
         if size_bytes > self.limit_bytes:
             raise PayloadTooLargeError(
                 f"a body of {size_bytes} bytes is over the limit of {self.limit_bytes} bytes "
@@ -31,7 +27,6 @@ class ReceiveBudget:
                 f"{size_bytes} more do not fit (NORMSERVE_RECEIVE_BUDGET_BYTES); try again"
             )
         self._used_bytes += size_bytes
-        try:
-            yield
-        finally:
-            self._used_bytes -= size_bytes
+
+    def release(self, size_bytes: int) -> None:
+        self._used_bytes -= size_bytes

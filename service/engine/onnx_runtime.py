@@ -189,8 +189,8 @@ def _rows(inputs: Tensors) -> int:
 
 def _part(inputs: Tensors, outputs: tuple[str, ...], rows: int) -> Part:
     """Requests with the same inputs, datatypes, trailing shapes and outputs are of one group."""
-    trailing = tuple(sorted((name, array.dtype.str, array.shape[1:]) for name, array in inputs.items()))
-    size_bytes = sum(array.nbytes for array in inputs.values())
+    trailing = tuple([(name, array.dtype, array.shape[1:]) for name, array in inputs.items()])
+    size_bytes = sum([array.nbytes for array in inputs.values()])
     return Part((trailing, outputs), rows, size_bytes, _Request(inputs, outputs, rows))
 
 

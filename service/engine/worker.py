@@ -23,6 +23,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
         self._changed = threading.Condition()
+        self._arrived: list[Task[Any]] = []
         self._waiting: deque[Task[Any]] = deque()
         self._running = 0
         self._is_closed = False
@@ -37,7 +38,7 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._arrived) + len(self._waiting)
 
     async def submit(self, call: Callable[[], T], *, deadline_s: float, part: Part | None = None) -> Ran[T]:
         """Run the call, or its part in a batch.
@@ -66,7 +67,7 @@ class Worker:
         """Return once nothing waits or runs."""
         idle = self._loop.create_future()
         with self._changed:
-            if self._is_closed or not (self._waiting or self._running):
+            if self._is_closed or not (self._arrived or self._waiting or self._running):
                 return
             self._idle.append(idle)
         await idle
@@ -75,8 +76,9 @@ class Worker:
         """Refuse new calls and those that wait; what runs finishes."""
         with self._changed:
             self._is_closed = True
-            refused = list(self._waiting)
+            refused = [*self._waiting, *self._arrived]
             self._waiting.clear()
+            self._arrived.clear()
             self._changed.notify_all()
         for task in refused:
             task.refuse(self._closed_error())
@@ -90,12 +92,22 @@ class Worker:
         self._wake_drains()
 
     def _enqueue(self, task: Task[Any]) -> None:
+        """Keep the task until this turn of the loop ends: calls that come in one turn wake the threads once.
+
+        Waking them for each would cost every call a fight for the interpreter, and leave nothing to join.
+        """
+        if self._is_closed:
+            raise self._closed_error()
+        if self.waiting + self._running > self._queue_size:
+            raise OverloadedError(f"{self.name}: {self._queue_size} requests wait already; try again")
+        if not self._arrived:
+            self._loop.call_soon(self._hand_over)
+        self._arrived.append(task)
+
+    def _hand_over(self) -> None:
         with self._changed:
-            if self._is_closed:
-                raise self._closed_error()
-            if len(self._waiting) + self._running > self._queue_size:
-                raise OverloadedError(f"{self.name}: {self._queue_size} requests wait already; try again")
-            self._waiting.append(task)
+            self._waiting.extend(self._arrived)
+            self._arrived.clear()
             self._changed.notify_all()  # one thread may wait for calls of its batch, another for any call
 
     def _closed_error(self) -> ModelNotReadyError:
@@ -106,8 +118,9 @@ class Worker:
 
     def _drop(self, task: Task[Any]) -> None:
         with self._changed:
-            if task in self._waiting:
-                self._waiting.remove(task)
+            for tasks in (self._arrived, self._waiting):
+                if task in tasks:
+                    tasks.remove(task)
         self._wake_drains()
 
     def _run(self) -> None:
@@ -195,7 +208,7 @@ class Worker:
         self._wake_drains()
 
     def _wake_drains(self) -> None:
-        while self._idle and not self._waiting and not self._running:
+        while self._idle and not self.waiting and not self._running:
             idle = self._idle.pop()
             if not idle.done():
                 idle.set_result(None)
