@@ -1,4 +1,8 @@
-"""Worker: threads that run calls first in, first out, behind a bounded queue; calls that may are run together."""
+"""Worker: threads that run calls first in, first out, behind a bounded queue; calls that may are run together.
+
+Two changes of thread, and the fight for the interpreter that comes with them, take 100 to 300 us. Batches that have
+lately taken less than that run in the event loop, as small JSON is parsed there.
+"""
 
 import asyncio
 import threading
@@ -8,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from service.engine.batch import Batch, Batching, Part, Ran, Task
+from service.engine.pace import Pace
 from service.errors import ModelNotReadyError, OverloadedError
 
 T = TypeVar("T")
@@ -26,6 +31,7 @@ class Worker:
         self._arrived: list[Task[Any]] = []
         self._waiting: deque[Task[Any]] = deque()
         self._running = 0
+        self._pace = Pace()
         self._is_closed = False
         self._finished: deque[Task[Any]] = deque()
         self._is_wake_scheduled = False
@@ -105,10 +111,28 @@ class Worker:
         self._arrived.append(task)
 
     def _hand_over(self) -> None:
-        with self._changed:
-            self._waiting.extend(self._arrived)
-            self._arrived.clear()
-            self._changed.notify_all()  # one thread may wait for calls of its batch, another for any call
+        if self._batching is not None and self._batching.max_delay_s == 0:
+            self._run_brief(self._batching)
+        if self._arrived:
+            with self._changed:
+                self._waiting.extend(self._arrived)
+                self._arrived.clear()
+                self._changed.notify_all()  # one thread may wait for calls of its batch, another for any call
+
+    def _run_brief(self, limits: Batching) -> None:
+        """In the event loop: the batches that are brief, while the threads have nothing to do."""
+        while self._arrived and not self._waiting and not self._running:
+            batch = Batch(self._arrived[0])
+            for task in self._arrived[1:]:
+                if batch.takes(task, limits):
+                    batch.add(task)
+            if batch.group is None or not self._pace.is_brief(batch.group, batch.rows):
+                return
+            self._arrived = [task for task in self._arrived if task not in batch.tasks]
+            self._execute(batch)
+            for task in batch.tasks:
+                task.deliver()
+        self._wake_drains()
 
     def _closed_error(self) -> ModelNotReadyError:
         return ModelNotReadyError(f"{self.name} is being unloaded")
@@ -137,32 +161,33 @@ class Worker:
 
     def _step(self) -> bool:
         """One execution; its inputs and results are let go when this frame ends, not when the next call comes."""
-        tasks = self._take()
-        if not tasks:
+        batch = self._take()
+        if batch is None:
             return False
-        self._execute(tasks)
+        self._execute(batch)
+        tasks = batch.tasks
         with self._changed:
             self._running -= len(tasks)
             # under the lock: several threads finish
             self._finished.extend(tasks)
             must_wake, self._is_wake_scheduled = not self._is_wake_scheduled, True
-        del tasks  # an error's traceback holds this frame; through the task the error would hold itself
+        del tasks, batch  # an error's traceback holds this frame; through the task the error would hold itself
         if must_wake:  # the loop wakes once for results that come faster than it takes them
             self._loop.call_soon_threadsafe(self._deliver)
         return True
 
-    def _take(self) -> list[Task[Any]]:
-        """The next call and those that may run with it; none when the worker is closed."""
+    def _take(self) -> Batch | None:
+        """The next call and those that may run with it; None when the worker is closed."""
         with self._changed:
             while not self._waiting:
                 if self._is_closed:
-                    return []
+                    return None
                 self._changed.wait()
             batch = Batch(self._waiting.popleft())
             self._running += 1
             if self._batching is not None and batch.group is not None:
                 self._fill(batch, self._batching)
-            return batch.tasks
+            return batch
 
     def _fill(self, batch: Batch, limits: Batching) -> None:
         """Add calls of the batch's group, in their order; wait for more while there is time and nobody else waits."""
@@ -178,15 +203,17 @@ class Worker:
                 return
             self._changed.wait(remaining_s)
 
-    def _execute(self, tasks: list[Task[Any]]) -> None:
-        ready = [task for task in tasks if task.begin(self.name)]
-        if len(ready) > 1 and self._execute_together(ready):
-            return
-        for task in ready:
-            if task.begin(self.name):
-                task.end(*_outcome(task.call), batch_rows=task.rows, is_first=True)
-            del task  # for the reason given in _step
-        del tasks, ready
+    def _execute(self, batch: Batch) -> None:
+        ready = [task for task in batch.tasks if task.begin(self.name)]
+        started = time.perf_counter()
+        if len(ready) < 2 or not self._execute_together(ready):
+            for task in ready:
+                if task.begin(self.name):
+                    task.end(*_outcome(task.call), batch_rows=task.rows, is_first=True)
+                del task  # for the reason given in _step
+        if batch.group is not None:
+            self._pace.add(batch.group, batch.rows, time.perf_counter() - started)
+        del batch, ready
 
     def _execute_together(self, tasks: list[Task[Any]]) -> bool:
         assert self._batching is not None
