@@ -8,6 +8,16 @@ Verdict = Literal["equivalent", "different", "inconclusive"]
 
 
 @dataclass(frozen=True, slots=True)
+class TensorHash:
+    """One constant of a network: which it is, and the SHA-256 of its elements in row-major order."""
+
+    name: str
+    shape: tuple[int, ...]
+    datatype: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class PlanEntry:
     """One normalization of a checkpoint: what it folds into, or the reason why not.
 
@@ -24,6 +34,11 @@ class PlanEntry:
         residual: after a fold, the largest relative difference between the affine map stored in the folded operator
             and the exact one in float64.
         reason: why it is kept or was withdrawn.
+        eps: what the normalization adds to the variance.
+        eps_source: where that number comes from, such as `attribute of the node` or `given by the caller`.
+        consumers: nodes that read the normalization's output.
+        before: constants that the rewritten operators held.
+        after: constants that they hold instead.
     """
 
     normalization: str
@@ -37,6 +52,11 @@ class PlanEntry:
     formula: str | None = None
     residual: float | None = None
     reason: str | None = None
+    eps: float | None = None
+    eps_source: str | None = None
+    consumers: tuple[str, ...] = ()
+    before: tuple[TensorHash, ...] = ()
+    after: tuple[TensorHash, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +83,9 @@ class Probe:
         error_between: folded against unfolded, both native.
         error_exact: folded in float64 against unfolded in float64.
         bound: what error_folded may be.
-        conclusive: whether the output varies enough for the probe to tell anything.
+        conclusive: whether the probe can tell anything.
         equivalent: whether the bounds hold.
+        reason: why it is inconclusive: the output hardly varies, or the original itself is far from float64.
     """
 
     kind: str
@@ -79,16 +100,32 @@ class Probe:
     bound: float
     conclusive: bool
     equivalent: bool
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """One normalization's output, compared in float64 where it still exists in the folded graph."""
+    """A part of both networks that was rewritten, compared by itself in float64.
+
+    It begins at tensors that both networks have and ends at the next one that both have.
+
+    Attributes:
+        output: the tensor at which it ends.
+        error: max|folded - original| there, both in float64 from the same beginning.
+        scale: max|original| there.
+        equivalent: whether rounding the stored weights explains the error.
+        tensors: what the original computes in it, `output` included; the folded network has no others of these.
+        before: the operators of the original.
+        after: the operators of the folded network.
+    """
 
     output: str
     error: float
     scale: float
     equivalent: bool
+    tensors: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
