@@ -10,10 +10,12 @@ import onnx
 from onnx import ModelProto
 
 from normcore.checkpoints.onnx import GraphLimits, load_onnx
+from normcore.folding.evidence import describe_folds
 from normcore.folding.onnx.graph import Graph
 from normcore.folding.onnx.rules import fold_normalizations
-from normcore.folding.report import Certificate, FoldReport, PlanEntry
+from normcore.folding.report import FoldReport, PlanEntry
 from normcore.folding.verify import ProbeOptions, certify
+from normcore.folding.withdrawal import Trial, fold_what_is_proven
 
 Progress = Callable[[str, int, int], None]
 
@@ -76,45 +78,29 @@ def fold_checkpoint(
     report_progress("load", 0, total)
     model = load_onnx(source, limits=limits)
     deadline = time.monotonic() + (verify.deadline_s if verify else 0.0)
-    withdrawn: dict[str, str] = {}
-    while True:
+
+    def attempt(exclude: Collection[str]) -> Trial[tuple[ModelProto, tuple[PlanEntry, ...]]]:
         report_progress("fold", 1, total)
-        folded, entries = fold_onnx(model, freeze_initializers=freeze_initializers, exclude=withdrawn)
-        outputs = [entry.output for entry in entries if entry.status == "folded"]
+        folded, entries = fold_onnx(model, freeze_initializers=freeze_initializers, exclude=exclude)
+        outputs = tuple(entry.output for entry in entries if entry.status == "folded")
         report_progress("write", 2, total)
         _write(target, folded.SerializeToString() if outputs else source.read_bytes())
         certificate = None
         if verify is not None and outputs:
             report_progress("verify", 3, total)
             certificate = certify(source, target, replace(verify, deadline_s=max(deadline - time.monotonic(), 0.0)))
-        doubted = _doubted(outputs, certificate)
-        if not doubted:
-            break
-        withdrawn |= doubted
+        return Trial((folded, entries), outputs, certificate)
+
+    trial, withdrawn = fold_what_is_proven(attempt, deadline=deadline)
+    folded, entries = trial.result
     report_progress("done", total, total)
     return FoldReport(
-        entries=tuple(_mark(entry, withdrawn) for entry in entries),
+        entries=describe_folds(model, (_mark(entry, withdrawn) for entry in entries), trial.certificate),
         nodes_before=len(model.graph.node),
         nodes_after=len(folded.graph.node),
-        certificate=certificate,
-        notes=_notes(model, folded, outputs, withdrawn),
+        certificate=trial.certificate,
+        notes=_notes(model, folded, trial.outputs, withdrawn),
     )
-
-
-def _doubted(outputs: Collection[str], certificate: Certificate | None) -> dict[str, str]:
-    """The folds to withdraw, with the reason: those that failed at their own region, else all of a wrong network."""
-    if certificate is None:
-        return {}
-    failed = [region for region in certificate.regions if region.output in outputs and not region.equivalent]
-    if failed:
-        return {
-            region.output: f"its proof failed: the result differs by {region.error:.3g} where the largest value is "
-            f"{region.scale:.3g}"
-            for region in failed
-        }
-    if certificate.verdict == "different":
-        return dict.fromkeys(outputs, f"the proof of the whole network failed: {certificate.sentence}")
-    return {}
 
 
 def _mark(entry: PlanEntry, withdrawn: Mapping[str, str]) -> PlanEntry:

@@ -117,6 +117,8 @@ class Region:
         tensors: what the original computes in it, `output` included; the folded network has no others of these.
         before: the operators of the original.
         after: the operators of the folded network.
+        constants_before: constants that only the original reads in it.
+        constants_after: constants that only the folded network reads in it.
     """
 
     output: str
@@ -126,6 +128,8 @@ class Region:
     tensors: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    constants_before: tuple[TensorHash, ...] = ()
+    constants_after: tuple[TensorHash, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ probe, and when every normalization that went into another operator is, by itsel
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +23,11 @@ from normcore.errors import CheckpointError, DeadlineError, NormcoreError
 from normcore.execution import ExecutionError
 from normcore.folding import probes
 from normcore.folding.comparison import Comparison, Evaluations, compare
+from normcore.folding.extents import common_tensors, find_extents
 from normcore.folding.interfaces import find_difference, find_preactivations
 from normcore.folding.networks import Network
 from normcore.folding.probes import Feeds, Shapes
-from normcore.folding.regions import RegionProof, find_regions
+from normcore.folding.regions import RegionProof
 from normcore.folding.report import Certificate, Probe, Region, Verdict
 from normcore.folding.wording import describe_equivalence, describe_failed_probe, describe_failed_region
 
@@ -39,12 +40,22 @@ _REDRAWS = 8
 
 @dataclass(frozen=True, slots=True)
 class ProbeOptions:
-    """How hard to try: number of probes, their seed, seconds for everything, threads of onnxruntime."""
+    """How hard to try, and what to take for granted.
+
+    Attributes:
+        count: number of probes.
+        seed: their seed.
+        deadline_s: seconds for everything.
+        threads: threads of onnxruntime.
+        has_kept_names: a tensor of one name is one tensor in both files, so that a difference at any of them is one.
+            Otherwise names may have moved, and only outputs have to agree.
+    """
 
     count: int = 6
     seed: int = 0
     deadline_s: float = 60.0
     threads: int = 1
+    has_kept_names: bool = True
 
 
 DEFAULTS = ProbeOptions()
@@ -118,12 +129,26 @@ class _Proof:
             feeds = probes.make_probe(inputs, shapes, kind=kind, seed=seed)
             for tensor, comparison in self._compare(original, folded, feeds, seed).items():
                 self.probes.append(_record(kind, seed, shapes, tensor, comparison))
-        regions = find_regions(*self._models)
-        if regions:
-            proof = RegionProof(original.reference, self._models[1], regions, seed=self._options.seed)
-            for index in range(_REGION_PROBES):
-                feeds = probes.make_probe(inputs, shapes, kind="random", seed=self._options.seed + index)
-                proof.add(feeds, deadline=self._deadline)
+        self._prove_regions(
+            original,
+            folded,
+            [
+                probes.make_probe(inputs, shapes, kind="random", seed=self._options.seed + index)
+                for index in range(_REGION_PROBES)
+            ],
+        )
+
+    def _prove_regions(self, original: Network, folded: Network, feeds: Sequence[Feeds]) -> None:
+        is_cut = None
+        if not self._options.has_kept_names:
+            names = common_tensors(*self._models)
+            kept = original.agreeing(folded, names, feeds[0], deadline=self._deadline) | set(self._outputs)
+            is_cut = kept.__contains__
+        extents = find_extents(*self._models, is_cut=is_cut)
+        if extents:
+            proof = RegionProof(original.reference, self._models[1], extents, seed=self._options.seed)
+            for probe in feeds:
+                proof.add(probe, deadline=self._deadline)
             self.regions = proof.regions()
 
     def _open(self) -> tuple[Network, Network]:
