@@ -1,5 +1,6 @@
 """What a fold says of itself: one entry per normalization, one certificate for the network."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -85,7 +86,7 @@ class Probe:
         bound: what error_folded may be.
         conclusive: whether the probe can tell anything.
         equivalent: whether the bounds hold.
-        reason: why it is inconclusive: the output hardly varies, or the original itself is far from float64.
+        reason: why it can tell nothing: the output hardly varies, or the original itself is far from float64.
     """
 
     kind: str
@@ -134,19 +135,35 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """The comparison of two checkpoint files, whoever made them."""
+    """The comparison of two checkpoint files, whoever made them.
+
+    Attributes:
+        verdict: `equivalent`, `different`, or `inconclusive` where nothing is proved.
+        sentence: the verdict in words, with its numbers.
+        original_sha256: of the one file.
+        folded_sha256: of the other.
+        probes: every probe of every output.
+        inconclusive: the probes that could tell nothing, and why.
+        regions: every part that differs between the two, by itself.
+        reference: what computed the two precisions.
+    """
 
     verdict: Verdict
     sentence: str
     original_sha256: str
     folded_sha256: str
     probes: tuple[Probe, ...]
+    inconclusive: tuple[str, ...]
     regions: tuple[Region, ...]
     reference: str
 
     @property
     def failed_outputs(self) -> tuple[str, ...]:
         return tuple(region.output for region in self.regions if not region.equivalent)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: None in place of NaN and the infinities."""
+        return _without_infinities(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,4 +181,17 @@ class FoldReport:
         return sum(entry.status == "folded" for entry in self.entries)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"folded": self.folded, "normalizations": len(self.entries)}
+        """As JSON has it: None in place of NaN and the infinities."""
+        return _without_infinities(asdict(self) | {"folded": self.folded, "normalizations": len(self.entries)})
+
+
+def _without_infinities(document: dict[str, Any]) -> dict[str, Any]:
+    return {name: _finite(value) for name, value in document.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _without_infinities(value)
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -29,7 +29,12 @@ from normcore.folding.networks import Network
 from normcore.folding.probes import Feeds, Shapes
 from normcore.folding.regions import RegionProof
 from normcore.folding.report import Certificate, Probe, Region, Verdict
-from normcore.folding.wording import describe_equivalence, describe_failed_probe, describe_failed_region
+from normcore.folding.wording import (
+    describe_equivalence,
+    describe_failed_probe,
+    describe_failed_region,
+    describe_silent_probe,
+)
 
 _MIN_CONCLUSIVE = 4
 _MAX_EXTRA = 12
@@ -86,6 +91,7 @@ def certify(original: Path, folded: Path, options: ProbeOptions = DEFAULTS) -> C
         original_sha256=hashlib.sha256(files[0]).hexdigest(),
         folded_sha256=hashlib.sha256(files[1]).hexdigest(),
         probes=tuple(proof.probes),
+        inconclusive=tuple(describe_silent_probe(probe) for probe in proof.probes if not probe.conclusive),
         regions=proof.regions,
         reference=f"onnx.reference in float64; onnxruntime {onnxruntime.__version__} without optimizations",
     )
@@ -197,9 +203,10 @@ class _Proof:
         silent = self._silent_output()
         if silent is not None:
             count = len({probe.seed for probe in self.probes})
+            reasons = dict.fromkeys(probe.reason for probe in self.probes if probe.output == silent and probe.reason)
             return "inconclusive", (
-                f"Nothing is proved: in fewer than {_MIN_CONCLUSIVE} of {count} probes did output {silent} vary enough "
-                "to tell, and the original compute it near enough to float64."
+                f"Nothing is proved: fewer than {_MIN_CONCLUSIVE} of {count} probes could tell anything of output "
+                f"{silent}; {'; '.join(reasons)}."
             )
         return "equivalent", describe_equivalence(self.probes, self.regions)
 
@@ -236,6 +243,7 @@ def _record(kind: str, seed: int, shapes: Shapes, tensor: str, comparison: Compa
         bound=comparison.bound,
         conclusive=comparison.conclusive,
         equivalent=comparison.equivalent,
+        reason=comparison.reason,
     )
 
 

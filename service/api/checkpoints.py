@@ -11,7 +11,8 @@ from starlette.types import Receive, Scope, Send
 from service.api import body
 from service.api.dependencies import ServicesDep, document_schema, read_document
 from service.api.multipart import FileField
-from service.api.schemas import Checkpoint, CheckpointList, FoldAnswer, FoldPlan, FoldRequest
+from service.api.reports import Certificate, FoldReport, Normalization
+from service.api.schemas import Checkpoint, CheckpointList, FoldAnswer, FoldPlan, FoldRequest, VerifyRequest
 from service.application.folding import FoldedFile, FoldOptions
 from service.errors import CheckpointNotFoundError, PayloadMalformedError
 from service.state import Services
@@ -99,13 +100,15 @@ async def plan_fold(checkpoint_id: str, services: ServicesDep, freeze_initialize
     """See what a fold would do, without doing it."""
     entries = await services.checkpoints.plan(checkpoint_id, freeze_initializers=freeze_initializers)
     foldable = sum(entry["status"] == "foldable" for entry in entries)
-    return FoldPlan(checkpoint=checkpoint_id, foldable=foldable, normalizations=entries)
+    return FoldPlan(
+        checkpoint=checkpoint_id, foldable=foldable, normalizations=[Normalization(**entry) for entry in entries]
+    )
 
 
 @router.post(
     "/checkpoints/{checkpoint_id}/fold",
     status_code=201,
-    openapi_extra=document_schema(FoldRequest, example={"probes": 6, "seed": 0}, is_required=False),
+    openapi_extra=document_schema(FoldRequest, example={"verify": {"probes": 6, "seed": 0}}, is_required=False),
 )
 async def fold_checkpoint(
     checkpoint_id: str, request: Request, response: Response, services: ServicesDep
@@ -118,20 +121,37 @@ async def fold_checkpoint(
     """
     services.health.refuse_while_draining()
     wanted = await read_document(request, FoldRequest)
-    options = FoldOptions(freeze_initializers=wanted.freeze_initializers, probes=wanted.probes, seed=wanted.seed)
-    outcome = await services.folding.fold(checkpoint_id, options)
+    outcome = await services.folding.fold(checkpoint_id, wanted.options())
     response.status_code = 201 if outcome.is_new else 200
     response.headers["Location"] = f"/v1/checkpoints/{outcome.checkpoint.id}"
-    return FoldAnswer(checkpoint=Checkpoint.of(outcome.checkpoint), report=outcome.report)
+    return FoldAnswer(checkpoint=Checkpoint.of(outcome.checkpoint), report=FoldReport(**outcome.report))
 
 
 @router.get("/checkpoints/{checkpoint_id}/report")
-async def read_report(checkpoint_id: str, services: ServicesDep) -> dict[str, Any]:
+async def read_report(checkpoint_id: str, services: ServicesDep) -> FoldReport:
     """Read the report of the fold that made a checkpoint."""
     record = await services.checkpoints.get(checkpoint_id)
     if record.report is None:
         raise CheckpointNotFoundError(f"report: checkpoint {record.id} was uploaded, not folded here")
-    return record.report
+    return FoldReport(**record.report)
+
+
+@router.post(
+    "/checkpoints/{checkpoint_id}/compare/{other_id}",
+    openapi_extra=document_schema(VerifyRequest, example={"probes": 6, "seed": 0}, is_required=False),
+)
+async def compare_checkpoints(
+    checkpoint_id: str, other_id: str, request: Request, services: ServicesDep
+) -> Certificate:
+    """Compare two checkpoints, whoever made the second: the certificate of a fold, for any two networks.
+
+    The first counts as right. The verdict is `equivalent` when the second is as close to float64 as the first on every
+    probe, `different` when it is not, and `inconclusive` when too few probes could tell. `regions` lists the parts
+    that differ between tensors that both have. Two checkpoints with other inputs or outputs are refused.
+    """
+    services.health.refuse_while_draining()
+    wanted = await read_document(request, VerifyRequest)
+    return Certificate(**await services.folding.compare(checkpoint_id, other_id, wanted.options()))
 
 
 @router.post("/fold", openapi_extra=_FILE_BODY, response_class=FileResponse)

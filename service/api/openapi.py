@@ -38,6 +38,7 @@ def install(app: FastAPI) -> None:
                 schema["paths"].setdefault(path, {}).update(item)
             for item in schema["paths"].values():
                 for operation in item.values():
+                    schema["components"]["schemas"].update(_nested_schemas(operation))
                     _summarize(operation)
                     _describe_errors(operation)
             app.openapi_schema = schema
@@ -151,6 +152,14 @@ def _infer(operation: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
             }
         },
     }
+
+
+def _nested_schemas(operation: dict[str, Any]) -> dict[str, Any]:
+    """The schemas inside a request document that its route declares by hand; they belong among the components."""
+    found: dict[str, Any] = {}
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        found |= content["schema"].pop("$defs", {})
+    return found
 
 
 def _summarize(operation: dict[str, Any]) -> None:

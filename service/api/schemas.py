@@ -5,6 +5,8 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.api.reports import FoldReport, Normalization
+from service.application.folding import FoldOptions, VerifyOptions
 from service.application.models import Entry
 from service.engine.protocol import TensorSpec
 from service.storage.metadata import CheckpointRecord
@@ -16,16 +18,28 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class VerifyRequest(Request):
+    """How to prove."""
+
+    probes: int | None = Field(
+        None, ge=4, le=64, description="Probes of the certificate; default NORMSERVE_VERIFY_PROBES."
+    )
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the probes.")
+
+    def options(self) -> VerifyOptions:
+        return VerifyOptions(probes=self.probes, seed=self.seed)
+
+
 class FoldRequest(Request):
     """How to fold."""
 
     freeze_initializers: bool = Field(
         False, description="Fold initializers that are also graph inputs, and remove those inputs."
     )
-    probes: int | None = Field(
-        None, ge=4, le=64, description="Probes of the certificate; default NORMSERVE_VERIFY_PROBES."
-    )
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the probes.")
+    verify: VerifyRequest = Field(default_factory=VerifyRequest, description="How to prove the fold.")
+
+    def options(self) -> FoldOptions:
+        return FoldOptions(freeze_initializers=self.freeze_initializers, verify=self.verify.options())
 
 
 class ModelRequest(Request):
@@ -47,7 +61,7 @@ class Checkpoint(BaseModel):
     created_at: str
     tensors: int = Field(description="Constant tensors in the file.")
     summary: dict[str, Any] = Field(description="Operators, inputs and outputs, as far as the format shows them.")
-    normalizations: list[dict[str, Any]] = Field(description="Each normalization: what it folds into, or why not.")
+    normalizations: list[Normalization] = Field(description="Each normalization: what it folds into, or why not.")
     folded_from: str | None = Field(description="Id of the checkpoint this one was folded from.")
 
     @classmethod
@@ -60,7 +74,7 @@ class Checkpoint(BaseModel):
             created_at=record.created_at,
             tensors=record.summary["tensors"],
             summary=record.summary,
-            normalizations=record.normalizations,
+            normalizations=[Normalization(**entry) for entry in record.normalizations],
             folded_from=record.folded_from,
         )
 
@@ -75,15 +89,15 @@ class FoldPlan(BaseModel):
     """What a fold would do."""
 
     checkpoint: str
-    foldable: int
-    normalizations: list[dict[str, Any]]
+    foldable: int = Field(description="How many normalizations would fold.")
+    normalizations: list[Normalization]
 
 
 class FoldAnswer(BaseModel):
     """A folded checkpoint and the report of its fold."""
 
     checkpoint: Checkpoint
-    report: dict[str, Any]
+    report: FoldReport
 
 
 class Tensor(BaseModel):

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,19 @@ from service.storage.metadata import CheckpointRecord, Metadata
 
 
 @dataclass(frozen=True, slots=True)
-class FoldOptions:
-    """What a caller may ask of a fold; None takes the setting's default."""
+class VerifyOptions:
+    """What a caller may ask of a proof; None takes the setting's default."""
 
-    freeze_initializers: bool = False
     probes: int | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FoldOptions:
+    """What a caller may ask of a fold."""
+
+    freeze_initializers: bool = False
+    verify: VerifyOptions = field(default_factory=VerifyOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +97,31 @@ class Folding:
             await self._blobs.discard(staged.path)
             await self._blobs.discard(target)
 
+    async def compare(self, checkpoint_id: str, other_id: str, options: VerifyOptions) -> dict[str, Any]:
+        """The certificate of two kept checkpoints."""
+        async with self._checkpoints.used(checkpoint_id), self._checkpoints.used(other_id):
+            arguments = {
+                "original": str(self._checkpoints.path(checkpoint_id)),
+                "other": str(self._checkpoints.path(other_id)),
+                "limits": self._checkpoints.graph_limits(),
+                "verify": self._verify(options),
+            }
+            return await self._sandbox.run("compare", arguments)
+
     async def _fold(self, source: Path, target: Path, options: FoldOptions) -> dict[str, Any]:
-        verify = {
-            "count": options.probes or self._settings.verify_probes,
-            "seed": options.seed,
-            "deadline_s": 0.8 * self._settings.sandbox_deadline_s,  # the rest is for the fold itself
-            "threads": 1,  # a proof must not fight the served models for the cores
-        }
         arguments = {
             "source": str(source),
             "target": str(target),
             "limits": self._checkpoints.graph_limits(),
             "freeze_initializers": options.freeze_initializers,
-            "verify": verify,
+            "verify": self._verify(options.verify),
         }
         return await self._sandbox.run("fold", arguments)
+
+    def _verify(self, options: VerifyOptions) -> dict[str, Any]:
+        return {
+            "count": options.probes or self._settings.verify_probes,
+            "seed": options.seed,
+            "deadline_s": 0.8 * self._settings.sandbox_deadline_s,  # the rest is for the fold itself
+            "threads": 1,  # a proof must not fight the served models for the cores
+        }

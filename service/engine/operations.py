@@ -12,10 +12,11 @@ from onnx import ModelProto
 from normcore.checkpoints.onnx import GraphLimits, inspect_onnx, load_onnx
 from normcore.errors import CheckpointError, DeadlineError, NormcoreError
 from normcore.execution import ExecutionError, describe, open_session, run
+from normcore.folding.compare import compare_checkpoints
 from normcore.folding.fold import fold_checkpoint
 from normcore.folding.plan import plan_onnx
 from normcore.folding.probes import Feeds, NoProbeError, find_shapes
-from normcore.folding.verify import ProbeOptions, certify
+from normcore.folding.verify import ProbeOptions
 from service.engine.zygote import Operation, Report
 
 Arguments = Mapping[str, Any]
@@ -50,9 +51,13 @@ def fold(arguments: Arguments, report: Report) -> Result:
 
 
 def compare(arguments: Arguments, _: Report) -> Result:
-    """`{original, folded, verify}` -> the certificate."""
-    options = ProbeOptions(**arguments["verify"])
-    return asdict(certify(Path(arguments["original"]), Path(arguments["folded"]), options))
+    """`{original, other, limits, verify}` -> the certificate."""
+    return compare_checkpoints(
+        Path(arguments["original"]),
+        Path(arguments["other"]),
+        limits=_limits(arguments),
+        options=ProbeOptions(**arguments["verify"]),
+    ).to_dict()
 
 
 def load(arguments: Arguments, _: Report) -> Result:

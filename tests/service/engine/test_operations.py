@@ -57,7 +57,7 @@ def test_fold_writes_the_folded_file_and_compare_agrees(network: Path, tmp_path:
     report = _run(
         "fold", source=str(network), target=str(target), limits=LIMITS, freeze_initializers=False, verify=VERIFY
     )
-    certificate = _run("compare", original=str(network), folded=str(target), verify=VERIFY)
+    certificate = _run("compare", original=str(network), other=str(target), limits=LIMITS, verify=VERIFY)
 
     assert report["folded"] == 1
     assert report["certificate"]["verdict"] == certificate["verdict"] == "equivalent"
