@@ -27,9 +27,9 @@ def find_difference(original: ModelProto, folded: ModelProto, *, names: Names = 
 
 
 def find_preactivations(original: ModelProto, folded: ModelProto) -> dict[str, str]:
-    """By output, the tensor before the saturating function that ends both graphs, where both give it one name."""
-    before, after = _preactivations(original), _preactivations(folded)
-    return {output: name for output, name in before.items() if after.get(output) == name}
+    """By output, the tensor before the saturating function that ends both graphs alike, under one name in both."""
+    before, after = _tails(original), _tails(folded)
+    return {output: tail[0] for output, tail in before.items() if after.get(output) == tail}
 
 
 def required_inputs(model: ModelProto) -> list[ValueInfoProto]:
@@ -54,15 +54,22 @@ def _differs(left: ValueInfoProto, right: ValueInfoProto, other: str, *, is_inpu
     return None if is_same else f"of shape {sizes[0]}, that of the {other} is {sizes[1]}"
 
 
-def _preactivations(model: ModelProto) -> dict[str, str]:
+def _tails(model: ModelProto) -> dict[str, list[str]]:
+    """By output: its preactivation, then the operators from there on, each with its attributes."""
     producers: dict[str, NodeProto] = {}
     for node in model.graph.node:
         producers.update(dict.fromkeys(node.output, node))
     found = {}
     for output in model.graph.output:
+        operators = []
         node = producers.get(output.name)
         while node is not None and node.op_type in _PASSING:
+            operators.append(_operator(node))
             node = producers.get(node.input[0])
         if node is not None and node.op_type in _SATURATING and node.input[0] in producers:
-            found[output.name] = node.input[0]
+            found[output.name] = [node.input[0], _operator(node), *reversed(operators)]
     return found
+
+
+def _operator(node: NodeProto) -> str:
+    return f"{node.op_type} {sorted(str(attribute) for attribute in node.attribute)}"
