@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, numpy_helper
 
-from normcore.checkpoints.onnx_structure import STANDARD_DOMAINS, count_elements
+from normcore.checkpoints.onnx_structure import NEWEST_OPSET, STANDARD_DOMAINS, count_elements
 
 Value = NDArray[Any]
 Shape = tuple[int | None, ...]
@@ -28,7 +28,9 @@ def tensor_value(tensor: TensorProto, *, max_elements: int) -> Value | None:
     return numpy_helper.to_array(tensor)
 
 
-def evaluate(node: NodeProto, operands: Operands, shape: Shape | None, *, max_elements: int) -> Value | None:
+def evaluate(
+    node: NodeProto, operands: Operands, shape: Shape | None, *, max_elements: int, opset: int = NEWEST_OPSET
+) -> Value | None:
     """The first output of a node, or None where it is not constant, not supported or too large.
 
     Args:
@@ -36,6 +38,7 @@ def evaluate(node: NodeProto, operands: Operands, shape: Shape | None, *, max_el
         operands: the value of each input, None where it is unknown or absent.
         shape: shape of the first input as far as it is known without its value; only Shape and Size ask for it.
         max_elements: bound on the elements of the result.
+        opset: version of the operators; some mean something else in an older one.
     """
     if node.domain not in STANDARD_DOMAINS:
         return None

@@ -1,0 +1,233 @@
+"""What a fold writes into a state_dict: the operator's weight and bias, and what is left of the batch norm.
+
+With scale = weight / sqrt(var + eps) and shift = bias - mean scale of the batch norm, W and b of the operator:
+
+    deploy             W' = scale W                     b' = scale b + shift     the batch norm goes
+    shape-preserving   W' = scale W                     b' = scale b             weight' = sqrt(1 + eps), bias' = shift,
+                                                                                 mean' = 0, var' = 1
+    the same for a batch norm without weight and bias:
+                       W' = scale sqrt(1 + eps) W       b' = scale sqrt(1 + eps) b
+                                                                                 mean' = -shift sqrt(1 + eps), var' = 1
+
+All in float64 with one rounding; weights pass in blocks of rows, so that no tensor need fit into memory.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normcore.checkpoints.safetensors_writer import Computed
+from normcore.checkpoints.tensors import DATATYPES, TensorFile, read_rows, read_tensor
+from normcore.folding.affine import Affine
+from normcore.folding.filters import scale_transposed_outputs, transposed_rows
+from normcore.folding.onnx.refusal import Refusal
+from normcore.folding.onnx.rounding import store
+from normcore.folding.report import TensorHash
+from normcore.folding.state_dict.modules import Linear, Norm, join
+from normcore.folding.state_dict.report import Form, Kind, Pairing
+from normcore.folding.state_dict.weights import Exact, effective_weight, gain_axes, read_exact
+
+_BLOCK_ELEMENTS = 1 << 16
+
+FORMULAS: dict[Form, str] = {
+    "deploy": "W' = scale W; b' = scale b + shift",
+    "shape_preserving": "W' = scale W; b' = scale b; weight' = sqrt(1 + eps); bias' = shift; mean' = 0; var' = 1",
+}
+AFFINELESS_FORMULA = "W' = scale sqrt(1 + eps) W; b' = scale sqrt(1 + eps) b; mean' = -shift sqrt(1 + eps); var' = 1"
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A batch norm that folds, into what, and by which map."""
+
+    norm: Norm
+    linear: Linear
+    kind: Kind
+    eps: float
+    affine: Affine
+    entry: Pairing
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What is learnt of the tensors of one fold while they are written."""
+
+    before: dict[str, TensorHash] = field(default_factory=dict)
+    after: dict[str, TensorHash] = field(default_factory=dict)
+    residual: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """One fold, ready to be written; `removed` are the keys that go."""
+
+    fold: Fold
+    tensors: dict[str, Computed]
+    removed: tuple[str, ...]
+    ledger: Ledger
+
+
+def rewrite(file: BinaryIO, source: TensorFile, fold: Fold, *, form: Form) -> Rewrite:
+    """All small tensors at once; the weight when it is written. Raises Refusal."""
+    ledger = Ledger()
+    pen = _Pen(source, ledger)
+    for key in (*fold.norm.keys, fold.linear.bias):
+        if key is not None and key != fold.norm.num_batches_tracked:
+            pen.note(file, key)
+    tensors: dict[str, Computed] = {}
+    removed: tuple[str, ...] = ()
+    factor = fold.affine.scale
+    if form == "shape_preserving":
+        factor = fold.affine.scale * (1.0 if fold.norm.weight else np.sqrt(1 + fold.eps))
+        tensors |= _reduced_norm(pen, fold)
+        if fold.linear.bias is not None:
+            tensors[fold.linear.bias] = pen.vector(fold.linear.bias, factor * _bias(file, source, fold), role="bias")
+        weights = _shaped_weight(pen, fold, factor)
+    else:
+        bias = factor * _bias(file, source, fold) + fold.affine.shift
+        key = join(fold.linear.name, "bias")
+        datatype = source.tensors[fold.linear.bias].datatype if fold.linear.bias else fold.linear.datatype
+        tensors[key] = pen.vector(key, bias, role="bias", datatype=datatype)
+        gone = fold.linear.parts if fold.linear.recipe != "plain" else ()
+        weights, removed = _plain_weight(pen, fold, factor), (*fold.norm.keys, *gone)
+    return Rewrite(fold, tensors | weights, removed, ledger)
+
+
+def bake(file: BinaryIO, source: TensorFile, linear: Linear) -> tuple[str, Computed]:
+    """The plain weight of a reparametrized operator. Raises Refusal."""
+    exact = effective_weight(file, source, linear)
+    return linear.weight, _Pen(source, Ledger()).vector(linear.weight, exact, role="weight", datatype=linear.datatype)
+
+
+class _Pen:
+    """Makes tensors and notes their hashes."""
+
+    def __init__(self, source: TensorFile, ledger: Ledger) -> None:
+        self.source = source
+        self.ledger = ledger
+
+    def note(self, file: BinaryIO, key: str) -> None:
+        """The hash of a tensor as it was."""
+        tensor = self.source.tensors[key]
+        digest = hashlib.sha256(_raw(read_tensor(file, tensor))).hexdigest()
+        self.ledger.before[key] = TensorHash(key, tensor.shape, tensor.datatype, digest)
+
+    def vector(self, key: str, exact: Exact, *, role: str, datatype: str | None = None) -> Computed:
+        """A tensor that is known at once. Raises Refusal."""
+        name = datatype or self.source.tensors[key].datatype
+        rows = exact.reshape(len(exact), -1) if role == "weight" else None
+        stored = store(exact, DATATYPES[name], role, rows=rows)
+        self.ledger.residual = max(self.ledger.residual, stored.residual)
+        digest = hashlib.sha256(_raw(stored.array)).hexdigest()
+        self.ledger.after[key] = TensorHash(key, exact.shape, name, digest)
+        return Computed(name, exact.shape, lambda file: iter([stored.array]))
+
+
+def _reduced_norm(pen: _Pen, fold: Fold) -> dict[str, Computed]:
+    norm, root = fold.norm, np.sqrt(1 + fold.eps)
+    zeros = np.zeros(norm.num_features)
+    shift = fold.affine.shift
+    mean = zeros if norm.bias else -shift * (1.0 if norm.weight else root)
+    tensors = {
+        norm.running_mean: pen.vector(norm.running_mean, mean, role="running mean"),
+        norm.running_var: pen.vector(norm.running_var, zeros + 1, role="running variance"),
+    }
+    if norm.weight:
+        tensors[norm.weight] = pen.vector(norm.weight, zeros + root, role="batch norm weight")
+    if norm.bias:
+        # A bias beside no weight: y = (x - mean) / sqrt(1 + eps) + bias takes the shift as it is.
+        tensors[norm.bias] = pen.vector(norm.bias, shift, role="batch norm bias")
+    return tensors
+
+
+def _bias(file: BinaryIO, source: TensorFile, fold: Fold) -> Exact:
+    if fold.linear.bias is None:
+        return np.zeros(fold.norm.num_features)
+    bias = read_exact(file, source.tensors[fold.linear.bias])
+    if bias.shape != (fold.norm.num_features,):
+        raise Refusal(f"the bias of {fold.linear.name} has shape {list(bias.shape)}")
+    return bias
+
+
+def _plain_weight(pen: _Pen, fold: Fold, factor: Exact) -> dict[str, Computed]:
+    linear = fold.linear
+
+    def blocks(file: BinaryIO) -> Iterator[NDArray[Any]]:
+        if linear.recipe != "plain":
+            for part in linear.parts:
+                pen.note(file, part)
+            whole = effective_weight(file, pen.source, linear)
+            yield from _scaled(iter([whole]), whole.dtype)
+            return
+        tensor = pen.source.tensors[linear.weight]
+        # A transposed convolution's output channel is spread over all rows; float16 wants to see it whole.
+        is_whole = fold.kind == "conv_transpose"
+        yield from _scaled(
+            iter([read_tensor(file, tensor)]) if is_whole else read_rows(file, tensor, elements=_BLOCK_ELEMENTS),
+            tensor.dtype,
+        )
+
+    def _scaled(parts: Iterator[NDArray[Any]], dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+        before, after, row = hashlib.sha256(), hashlib.sha256(), 0
+        for part in parts:
+            before.update(_raw(part))
+            exact, rows = _scale(part.astype(np.float64), fold, factor, row)
+            if not np.isfinite(part).all():
+                raise Refusal(f"the weight of {linear.name} has NaN or infinite elements")
+            stored = store(exact, DATATYPES[linear.datatype], "weight", rows=rows)
+            pen.ledger.residual = max(pen.ledger.residual, stored.residual)
+            after.update(_raw(stored.array))
+            row += len(part)
+            yield stored.array
+        if linear.recipe == "plain":
+            name, datatype = linear.weight, linear.datatype
+            pen.ledger.before[name] = TensorHash(name, linear.shape, datatype, before.hexdigest())
+        pen.ledger.after[linear.weight] = TensorHash(linear.weight, linear.shape, linear.datatype, after.hexdigest())
+
+    return {linear.weight: Computed(linear.datatype, linear.shape, blocks)}
+
+
+def _scale(block: Exact, fold: Fold, factor: Exact, row: int) -> tuple[Exact, Exact]:
+    """A block of rows, scaled, and the same as one row per output channel."""
+    if fold.kind == "conv_transpose":
+        groups = fold.norm.num_features // block.shape[1]
+        scaled = scale_transposed_outputs(block, factor, groups=groups)
+        return scaled, transposed_rows(scaled, groups=groups)
+    own = factor[row : row + len(block)]
+    scaled = block * own.reshape(-1, *[1] * (block.ndim - 1))
+    return scaled, scaled.reshape(len(block), -1)
+
+
+def _shaped_weight(pen: _Pen, fold: Fold, factor: Exact) -> dict[str, Computed]:
+    """The weight in the form it has: a weight norm keeps its direction and takes the scale into its gain."""
+    linear = fold.linear
+    if linear.recipe == "plain":
+        return _plain_weight(pen, fold, factor)
+    axis = 1 if fold.kind == "conv_transpose" else 0
+    gain = pen.source.tensors[linear.parts[0]]
+    is_per_channel = (
+        linear.recipe == "weight_norm"
+        and linear.shape[axis] == fold.norm.num_features
+        and axis not in gain_axes(gain.shape, linear.shape)
+    )
+    if not is_per_channel:
+        raise Refusal(
+            f"{linear.name} has a {linear.recipe.replace('_', ' ')} that cannot take a scale per output channel; "
+            "the deploy form bakes it"
+        )
+    shape = [-1 if place == axis else 1 for place in range(len(linear.shape))]
+    with pen.source.path.open("rb") as file:
+        pen.note(file, linear.parts[0])
+        exact = read_exact(file, gain) * factor.reshape(shape)
+    return {linear.parts[0]: pen.vector(linear.parts[0], exact, role="gain")}
+
+
+def _raw(array: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+__all__ = ["AFFINELESS_FORMULA", "FORMULAS", "Fold", "Ledger", "Rewrite", "bake", "rewrite"]
