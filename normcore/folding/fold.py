@@ -5,14 +5,15 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import onnx
 from onnx import ModelProto
 
 from normcore.checkpoints.onnx import GraphLimits, load_onnx
 from normcore.folding.evidence import describe_folds
-from normcore.folding.onnx.graph import Graph
-from normcore.folding.onnx.rules import fold_normalizations
+from normcore.folding.onnx.options import FoldOptions
+from normcore.folding.onnx.rules import fold_graph
 from normcore.folding.report import FoldReport, PlanEntry
 from normcore.folding.verify import ProbeOptions, certify
 from normcore.folding.withdrawal import Trial, fold_what_is_proven
@@ -22,28 +23,37 @@ Progress = Callable[[str, int, int], None]
 _STEPS = ("load", "fold", "write", "verify")
 
 
-def fold_onnx(
-    model: ModelProto, *, freeze_initializers: bool = False, exclude: Collection[str] = ()
-) -> tuple[ModelProto, tuple[PlanEntry, ...]]:
+def fold_onnx(model: ModelProto, **options: Unpack[FoldOptions]) -> tuple[ModelProto, tuple[PlanEntry, ...]]:
     """A copy of the model with every batch norm folded for which a rule holds, and what became of each normalization.
 
-    Names of tensors, inputs, outputs, opset and metadata stay; the number of nodes falls. All arithmetic is in
-    float64 with one rounding at the end, whose size is the entry's `residual`.
+    What is folded: batch norms, and rows of Mul, Add, Sub and Div by constants that scale channels (decomposed batch
+    norms); backward into the operators that make their input, else forward into all that read their output. All
+    arithmetic is in float64 with one rounding at the end, whose size is the entry's `residual`. A name means the same
+    tensor before and after; inputs, outputs, opset and metadata stay; the number of nodes never rises by default.
 
     Args:
         model: from `load_onnx`; it is not changed.
-        freeze_initializers: treat initializers that are also graph inputs as constants, and drop those inputs.
-        exclude: output names of normalizations to leave alone.
+        options: by keyword:
+            freeze_initializers (False): treat initializers that are also graph inputs as constants, and drop those
+            inputs.
+            exclude (()): output names of normalizations to leave alone.
+            zero_padding ("auto"): how a norm goes forward into a convolution that pads with zeros, which its shift
+            would have to reach: `offset` leaves an Add of shift / scale before it, `pad` pads explicitly with
+            -shift / scale, `map` adds a bias per position behind it (`pad` and `map` may add nodes and need a fixed
+            size), `refuse` keeps the norm, `auto` is `offset`, which makes the smallest graph.
+            cross_activations (False): move positive scales forward through Relu, LeakyRelu and PRelu; the norm becomes
+            an Add of shift / scale.
+            move_gains (False): move the gain and bias of layer, RMS, group and instance norms into what follows; the
+            norms stay, with a gain of 1.
+            affine (False): make every batch norm that could not be folded one Mul and one Add.
 
     Returns:
         The folded model (a plain copy where nothing folds) and one entry per normalization, in the graph's order.
     """
     folded = ModelProto()
     folded.CopyFrom(model)
-    graph = Graph(folded, freeze_initializers=freeze_initializers)
-    entries = tuple(fold_normalizations(graph, exclude=exclude))
+    entries = fold_graph(folded, **options)
     if any(entry.status == "folded" for entry in entries):
-        graph.commit()
         onnx.checker.check_model(folded)
     return folded, entries
 
@@ -53,9 +63,9 @@ def fold_checkpoint(
     target: Path,
     *,
     limits: GraphLimits,
-    freeze_initializers: bool = False,
     verify: ProbeOptions | None,
     progress: Progress | None = None,
+    **options: Unpack[FoldOptions],
 ) -> FoldReport:
     """Fold an ONNX file into another one, and prove the two equivalent.
 
@@ -66,9 +76,9 @@ def fold_checkpoint(
         source: an ONNX file of any origin.
         target: where the folded file goes; it appears at once or not at all.
         limits: what the source may be.
-        freeze_initializers: see `fold_onnx`.
         verify: how to prove, all repetitions within its one deadline; None writes an unproven file.
         progress: called with a step's name, how many steps are done and how many there are.
+        options: see `fold_onnx`.
 
     Raises:
         CheckpointError: the source is not usable.
@@ -81,7 +91,7 @@ def fold_checkpoint(
 
     def attempt(exclude: Collection[str]) -> Trial[tuple[ModelProto, tuple[PlanEntry, ...]]]:
         report_progress("fold", 1, total)
-        folded, entries = fold_onnx(model, freeze_initializers=freeze_initializers, exclude=exclude)
+        folded, entries = fold_onnx(model, **(options | {"exclude": {*options.get("exclude", ()), *exclude}}))
         outputs = tuple(entry.output for entry in entries if entry.status == "folded")
         report_progress("write", 2, total)
         _write(target, folded.SerializeToString() if outputs else source.read_bytes())

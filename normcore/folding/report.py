@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Status = Literal["foldable", "folded", "withdrawn", "kept"]
+Direction = Literal["backward", "forward", "merge", "in place"]
 Verdict = Literal["equivalent", "different", "inconclusive"]
 
 
@@ -38,6 +39,8 @@ class PlanEntry:
         eps: what the normalization adds to the variance.
         eps_source: where that number comes from, such as `attribute of the node` or `given by the caller`.
         consumers: nodes that read the normalization's output.
+        direction: where it went: into what stands before it, into what follows, into another normalization, or nowhere.
+        option: the choice by which it could be folded, where there was one, such as `offset` for zero padding.
         before: constants that the rewritten operators held.
         after: constants that they hold instead.
     """
@@ -56,6 +59,8 @@ class PlanEntry:
     eps: float | None = None
     eps_source: str | None = None
     consumers: tuple[str, ...] = ()
+    direction: Direction | None = None
+    option: str | None = None
     before: tuple[TensorHash, ...] = ()
     after: tuple[TensorHash, ...] = ()
 
