@@ -20,11 +20,12 @@ _SMOOTH_MINIMUM = -0.376  # HardSwish reaches -0.375, Mish -0.31, SiLU -0.28, GE
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One pair of a template, with the running mean of its norm."""
+    """One pair of a template, with the running mean of its norm, and whether numbers of a sequence name the two."""
 
     norm: Norm
     linear: Linear
     mean: NDArray[np.float64]
+    is_in_sequence: bool
 
 
 class Family:
@@ -62,7 +63,7 @@ def judge(instance: Instance, family: Family, modules: Modules, *, keeps_order: 
     return [
         family.shapes,
         _kind(instance, family),
-        _order(instance, family, modules) if keeps_order else family.inputs,
+        _order(instance, family, modules, keeps_order=keeps_order),
         _activation(instance, family),
         _bias(instance, family),
     ]
@@ -106,6 +107,8 @@ def _kind(instance: Instance, family: Family) -> Evidence:
     kernel = linear.shape[2:]
     if len(linear.shape) == 2:
         return Evidence("kind", True, "a weight of rank 2 is a linear layer's")
+    if linear.shape[0] != channels:
+        return Evidence("kind", None, "its shape does not fit a convolution")
     if linear.shape[1] == 1:
         return Evidence("kind", True, "a depthwise filter is scaled alike whether or not it is transposed")
     if any(size % 2 == 0 for size in kernel) and could_be_transposed(linear, channels):
@@ -123,8 +126,12 @@ def _kind(instance: Instance, family: Family) -> Evidence:
     )
 
 
-def _order(instance: Instance, family: Family, modules: Modules) -> Evidence:
-    """A checkpoint in registration order: code that applies the norm first mostly registers it first."""
+def _order(instance: Instance, family: Family, modules: Modules, *, keeps_order: bool) -> Evidence:
+    """Code that applies the norm first mostly registers it first, and the elements of a sequence run in its order."""
+    if instance.is_in_sequence:
+        return Evidence("order", True, "the numbers of the sequence put the norm directly after the operator")
+    if not keeps_order:
+        return family.inputs
     places = modules.positions
     if family.misplaced is not None:
         norm, linear = family.misplaced.norm.name, family.misplaced.linear.name

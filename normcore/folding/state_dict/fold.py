@@ -1,6 +1,7 @@
 """Fold a state_dict: plan, write, and where the class is known, prove."""
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any, BinaryIO
 from normcore.checkpoints.safetensors_writer import Computed, write_safetensors
 from normcore.checkpoints.tensors import Tensor, TensorFile, TensorLimits
 from normcore.folding.onnx.refusal import Refusal
+from normcore.folding.report import TensorHash
 from normcore.folding.state_dict.loader import loader_source
+from normcore.folding.state_dict.modules import Linear
 from normcore.folding.state_dict.options import StateDictOptions
 from normcore.folding.state_dict.proof import prove
 from normcore.folding.state_dict.report import Change, Form, Pairing, StateDictPlan, StateDictReport
-from normcore.folding.state_dict.rewrite import AFFINELESS_FORMULA, FORMULAS, Fold, Rewrite, bake, rewrite
+from normcore.folding.state_dict.rewrite import AFFINELESS_FORMULA, FORMULAS, Baking, Fold, Rewrite, bake, rewrite
 from normcore.folding.state_dict.study import Study, refuse, study
 
 Progress = Callable[[str, int, int], None]
@@ -24,7 +27,6 @@ MANIFEST_KEY = "normserve.manifest"
 _DEFAULT_LIMITS = TensorLimits()
 _DEFAULT_OPTIONS = StateDictOptions()
 _STEPS = ("study", "write", "verify")
-_NO_HASH = "0" * 64
 _NORM_TYPES = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "FrozenBatchNorm2d")
 
 
@@ -88,15 +90,20 @@ def fold_state_dict(
     known = study(source, limits=limits, options=options)
     report_progress("write", 1, total)
     work = _Work(known, options)
-    work.write(target)
-    proof = None
-    if known.architecture is not None and work.rewrites:
-        report_progress("verify", 2, total)
-        proof = prove(known, target, form=options.form)
-        if proof.verdict == "different":
-            target.unlink()
+    unproven = target.with_name(f"{target.name}.{os.getpid()}.unproven")
+    try:
+        work.write(unproven)
+        proof = None
+        if known.architecture is not None and work.rewrites:
+            report_progress("verify", 2, total)
+            folds = [each.fold for each in work.rewrites.values()]
+            proof = prove(known.architecture, known.source, unproven, folds, prefix=known.prefix, form=options.form)
+        is_written = work.has_changes and (proof is None or proof.verdict == "equivalent")
+        if is_written:
+            unproven.replace(target)
+    finally:
+        unproven.unlink(missing_ok=True)
     report_progress("done", total, total)
-    is_written = work.is_written and (proof is None or proof.verdict == "equivalent")
     return StateDictReport(
         form=options.form,
         contents=known.contents,
@@ -107,7 +114,7 @@ def fold_state_dict(
         removed=tuple(work.removed) if is_written else (),
         proof=proof,
         loader=loader_source() if is_written and options.form == "deploy" else None,
-        notes=_notes(known, folded=len(work.rewrites)),
+        notes=(*_notes(known, folded=len(work.rewrites)), *work.notes),
     )
 
 
@@ -119,9 +126,10 @@ class _Work:
         self._options = options
         self._folds = dict(known.folds)
         self._refused: dict[str, Pairing] = {}
-        self._baked: dict[str, tuple[str, ...]] = {}
+        self._baked: dict[str, Baking] = {}
         self.rewrites: dict[str, Rewrite] = {}
-        self.is_written = False
+        self.has_changes = False
+        self.notes: list[str] = []
 
     def write(self, target: Path) -> None:
         """Write what can be folded; a fold that turns out to be impossible is taken back, with the reason."""
@@ -148,8 +156,8 @@ class _Work:
             for key in each.removed:
                 del tensors[key]
             tensors |= each.tensors
-        self.is_written = bool(self.rewrites or self._baked)
-        if self.is_written:
+        self.has_changes = bool(self.rewrites or self._baked)
+        if self.has_changes:
             write_safetensors(source.path, target, tensors, metadata=self._metadata)
 
     def _bake(self, file: BinaryIO, tensors: dict[str, Tensor | Computed]) -> None:
@@ -158,28 +166,29 @@ class _Work:
         for name, linear in self._known.modules.linears.items():
             if linear.recipe == "plain" or linear.problem or name in taken:
                 continue
-            key, weight = bake(file, self._known.source, linear)
+            try:
+                baking = bake(file, self._known.source, linear)
+            except Refusal as refusal:
+                self.notes.append(f"{name} is not baked: {refusal}")
+                continue
             for part in linear.parts:
                 del tensors[part]
-            tensors[key] = weight
-            self._baked[key] = linear.parts
+            tensors[linear.weight] = baking.weight
+            self._baked[linear.weight] = baking
 
     @property
     def removed(self) -> list[str]:
         gone = [key for each in self.rewrites.values() for key in each.removed]
-        return gone + [part for parts in self._baked.values() for part in parts]
+        return gone + [part for each in self._baked.values() for part in each.linear.parts]
 
     def changes(self) -> tuple[Change, ...]:
         """Every tensor that is new or changed."""
         found = []
         for each in self.rewrites.values():
-            norm_keys = [key for key in each.fold.norm.keys if key != each.fold.norm.num_batches_tracked]
-            for key in each.tensors:
-                own = [part for part in each.fold.linear.keys if part.startswith(key) or key not in norm_keys]
-                after = each.ledger.after.get(key)
-                old = (*dict.fromkeys((*own, *norm_keys)),)
-                found.append(Change(key, old, each.fold.eps, after.sha256 if after else _NO_HASH))
-        found += [Change(key, parts, None, _NO_HASH) for key, parts in self._baked.items()]
+            hashes = each.ledger.after
+            found += [Change(key, each.sources(key), each.fold.eps, _digest(hashes, key)) for key in each.tensors]
+        for key, baking in self._baked.items():
+            found.append(Change(key, baking.linear.parts, None, _digest(baking.ledger.after, key)))
         return tuple(found)
 
     def entry(self, name: str, *, is_written: bool) -> Pairing:
@@ -203,6 +212,13 @@ class _Work:
             after=tuple(each.ledger.after.values()),
         )
 
+    def _plain_now(self) -> list[Linear]:
+        """Operators whose reparametrization went, by a fold or by request."""
+        linears = [each.fold.linear for each in self.rewrites.values() if each.fold.linear.weight in each.tensors]
+        return [linear for linear in linears if linear.recipe != "plain"] + [
+            baking.linear for baking in self._baked.values()
+        ]
+
     def _metadata(self) -> Mapping[str, str]:
         prefix = self._known.prefix
         folds = [
@@ -212,7 +228,6 @@ class _Work:
                 "kind": each.fold.kind,
                 "channels": each.fold.norm.num_features,
                 "eps": each.fold.eps,
-                "recipe": each.fold.linear.recipe,
                 "norm_types": _NORM_TYPES,
             }
             for each in self.rewrites.values()
@@ -221,12 +236,18 @@ class _Work:
             "form": self._options.form,
             "prefix": prefix,
             "folds": folds,
+            "baked": [linear.name.removeprefix(prefix) for linear in self._plain_now()],
             "changes": [
                 {"key": change.key, "old_keys": change.old_keys, "eps": change.eps, "sha256": change.sha256}
                 for change in self.changes()
             ],
         }
         return {"format": "pt", MANIFEST_KEY: json.dumps(manifest)}
+
+
+def _digest(hashes: Mapping[str, TensorHash], key: str) -> str:
+    """Zeros of the same length before the tensor is written, when the header's length has to be known."""
+    return hashes[key].sha256 if key in hashes else "0" * 64
 
 
 def _rehearse(file: BinaryIO, source: TensorFile, folds: Mapping[str, Fold], *, form: Form) -> dict[str, str]:

@@ -6,6 +6,16 @@ import json
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch.nn.utils import parametrize
+
+_IMPORTS = """\
+import json
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn.utils import parametrize
+"""
 
 
 def load_folded(model: nn.Module, path: str) -> nn.Module:
@@ -13,6 +23,8 @@ def load_folded(model: nn.Module, path: str) -> nn.Module:
     with safe_open(path, "pt") as file:
         manifest = json.loads(file.metadata()["normserve.manifest"])
         state = {key.removeprefix(manifest["prefix"]): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no dict
+    for name in manifest["baked"]:
+        remove_reparametrization(model.get_submodule(name))
     for fold in manifest["folds"]:
         norm, linear = model.get_submodule(fold["norm"]), model.get_submodule(fold["linear"])
         if not type(linear).__module__.startswith("torch.nn.") or type(norm).__name__ not in fold["norm_types"]:
@@ -25,10 +37,21 @@ def load_folded(model: nn.Module, path: str) -> nn.Module:
     return model
 
 
+def remove_reparametrization(linear: nn.Module) -> None:
+    """Weight norm and spectral norm, of either style, to a plain weight."""
+    if parametrize.is_parametrized(linear):
+        parametrize.remove_parametrizations(linear, "weight")
+    elif hasattr(linear, "weight_g"):
+        nn.utils.remove_weight_norm(linear)
+    elif hasattr(linear, "weight_orig"):
+        nn.utils.remove_spectral_norm(linear)
+        linear._load_state_dict_pre_hooks.clear()  # torch leaves its own behind, which asks for weight_orig
+
+
 def loader_source() -> str:
     """The Python above, as text."""
-    imports = "import json\n\nimport torch\nfrom safetensors import safe_open\nfrom torch import nn\n\n\n"
-    return imports + inspect.getsource(load_folded)
+    parts = (_IMPORTS, inspect.getsource(load_folded), inspect.getsource(remove_reparametrization))
+    return "\n\n".join(parts)
 
 
 __all__ = ["load_folded", "loader_source"]

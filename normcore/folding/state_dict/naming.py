@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from normcore.folding.state_dict.modules import Linear, join, leaf_of, parent_of
 
+IN_SEQUENCE = "the element before it in a sequence"
+"""The rule by which the numbers of a sequence name both modules, and their order."""
+
 _DIGITS = re.compile(r"\d+")
 _WORDS = (
     ("batch_norm", "conv"),
@@ -86,7 +89,7 @@ def _proposals(norm: str, linears: Mapping[str, Linear]) -> Iterator[tuple[str, 
 
 def _by_number(parent: str, number: int) -> Iterator[tuple[str, str]]:
     if number > 0:
-        yield join(parent, str(number - 1)), "the element before it in a sequence"
+        yield join(parent, str(number - 1)), IN_SEQUENCE
     if leaf_of(parent) in ("bns", "norms"):
         yield join(join(parent_of(parent), "convs"), str(number)), "the same number in a list of convolutions"
 
@@ -106,4 +109,4 @@ def _by_word(leaf: str) -> Iterator[tuple[str, str]]:
             yield leaf.replace(word, replacement), f"the same name with {replacement} for {word}"
 
 
-__all__ = ["Counterpart", "find_counterparts", "sounds_transposed", "template"]
+__all__ = ["IN_SEQUENCE", "Counterpart", "find_counterparts", "sounds_transposed", "template"]

@@ -13,7 +13,7 @@ from normcore.folding.affine import Affine, affine_of
 from normcore.folding.onnx.refusal import Refusal
 from normcore.folding.state_dict.evidence import Family, Instance, judge, uniqueness
 from normcore.folding.state_dict.modules import Modules, Norm, parent_of
-from normcore.folding.state_dict.naming import Counterpart, find_counterparts, template
+from normcore.folding.state_dict.naming import IN_SEQUENCE, Counterpart, find_counterparts, template
 from normcore.folding.state_dict.report import Candidate, Evidence, Kind, Pairing, Standing
 from normcore.folding.state_dict.weights import Exact, read_exact
 
@@ -96,7 +96,8 @@ class Pairings:
     def _instance(self, file: BinaryIO, name: str, counterpart: Counterpart) -> Instance:
         norm = self._modules.norms[name]
         mean = read_exact(file, self._source.tensors[norm.running_mean])
-        return Instance(norm, self._modules.linears[counterpart.linear], mean)
+        linear = self._modules.linears[counterpart.linear]
+        return Instance(norm, linear, mean, is_in_sequence=counterpart.rule == IN_SEQUENCE)
 
     def _candidates(self, norm: Norm) -> tuple[tuple[Candidate, ...], int]:
         """The nearest operators with a fitting shape, and how many there are."""

@@ -4,7 +4,7 @@ Each folded operator is given the input that it has in the original network, and
 norm's. Rounding the stored weights may move it by `ulp (|W'| * |x| + |b'|)`, which is computed, not guessed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from normcore.checkpoints.tensor_file import open_tensors
 from normcore.checkpoints.tensors import TensorFile
+from normcore.folding.state_dict.architectures import Architecture
 from normcore.folding.state_dict.loader import load_folded
 from normcore.folding.state_dict.report import Form, Proof
-from normcore.folding.state_dict.study import Study
+from normcore.folding.state_dict.rewrite import Fold
 
 _INPUT_SHAPES = ((2, 3, 96, 112),)
 _ULP = {"F64": 2.0**-50, "F32": 2.0**-22, "F16": 2.0**-9, "BF16": 2.0**-6}  # twice the rounding, of weight and of norm
@@ -31,15 +32,16 @@ class _Worst:
     pairs: int = 0
 
 
-def prove(known: Study, folded: Path, *, form: Form) -> Proof:
-    """Compare the folded file with the original; `known` says which class and which pairs."""
-    assert known.architecture is not None
-    original = _load(known.architecture.build(), known.source, prefix=known.prefix)
-    other = known.architecture.build()
+def prove(
+    architecture: Architecture, source: TensorFile, folded: Path, folds: Sequence[Fold], *, prefix: str, form: Form
+) -> Proof:
+    """Compare the folded file with the original, as a whole and at each of the folds."""
+    original = _load(architecture.build(), source, prefix=prefix)
+    other = architecture.build()
     if form == "deploy":
         load_folded(other, str(folded))
     else:
-        _load(other, open_tensors(folded), prefix=known.prefix)
+        _load(other, open_tensors(folded), prefix=prefix)
     other.double().eval()
     worst = _Worst()
     output_error = 0.0
@@ -47,7 +49,7 @@ def prove(known: Study, folded: Path, *, form: Form) -> Proof:
     with torch.inference_mode():
         for shape in _INPUT_SHAPES:
             image = torch.randn(shape, generator=generator, dtype=torch.float64)
-            with _compared(known, original, other, form, worst):
+            with _compared(folds, original, other, prefix, worst):
                 expected = _tensors(original(image))
             found = _tensors(other(image))
             for mine, theirs in zip(found, expected, strict=True):
@@ -55,7 +57,7 @@ def prove(known: Study, folded: Path, *, form: Form) -> Proof:
                 output_error = max(output_error, float((mine - theirs).abs().max()) / (scale or 1.0))
     is_equal = worst.pair <= 1.0 and output_error <= _OUTPUT_TOLERANCE
     return Proof(
-        architecture=known.architecture.name,
+        architecture=architecture.name,
         verdict="equivalent" if is_equal else "different",
         sentence=_sentence(worst, output_error, is_equal=is_equal),
         pairs=worst.pairs,
@@ -79,12 +81,14 @@ def _load(model: nn.Module, source: TensorFile, *, prefix: str) -> nn.Module:
 
 
 @contextmanager
-def _compared(known: Study, original: nn.Module, other: nn.Module, form: Form, worst: _Worst) -> Iterator[None]:
+def _compared(
+    folds: Sequence[Fold], original: nn.Module, other: nn.Module, prefix: str, worst: _Worst
+) -> Iterator[None]:
     """While the original runs, give each folded operator the same input and compare at the batch norm."""
     handles = []
     pending: dict[str, tuple[Tensor, Tensor]] = {}
-    for fold in known.folds.values():
-        norm, linear = (name.removeprefix(known.prefix) for name in (fold.norm.name, fold.linear.name))
+    for fold in folds:
+        norm, linear = (name.removeprefix(prefix) for name in (fold.norm.name, fold.linear.name))
         ulp = _ULP[fold.linear.datatype]
         before, after = original.get_submodule(linear), original.get_submodule(norm)
         new_linear = other.get_submodule(linear)

@@ -70,6 +70,16 @@ class Rewrite:
     removed: tuple[str, ...]
     ledger: Ledger
 
+    def sources(self, key: str) -> tuple[str, ...]:
+        """Keys of the original that a new or changed tensor was computed from."""
+        norm, linear = self.fold.norm, self.fold.linear
+        statistics = tuple(own for own in norm.keys if own != norm.num_batches_tracked)
+        if key in statistics:
+            return statistics
+        is_weight = key == linear.weight or key in linear.parts
+        own = linear.parts if is_weight else (linear.bias,) if linear.bias else ()
+        return (*own, *statistics)
+
 
 def rewrite(file: BinaryIO, source: TensorFile, fold: Fold, *, form: Form) -> Rewrite:
     """All small tensors at once; the weight when it is written. Raises Refusal."""
@@ -97,10 +107,29 @@ def rewrite(file: BinaryIO, source: TensorFile, fold: Fold, *, form: Form) -> Re
     return Rewrite(fold, tensors | weights, removed, ledger)
 
 
-def bake(file: BinaryIO, source: TensorFile, linear: Linear) -> tuple[str, Computed]:
-    """The plain weight of a reparametrized operator. Raises Refusal."""
-    exact = effective_weight(file, source, linear)
-    return linear.weight, _Pen(source, Ledger()).vector(linear.weight, exact, role="weight", datatype=linear.datatype)
+@dataclass(frozen=True, slots=True)
+class Baking:
+    """A reparametrized operator on its way to a plain weight."""
+
+    linear: Linear
+    weight: Computed
+    ledger: Ledger
+
+
+def bake(file: BinaryIO, source: TensorFile, linear: Linear) -> Baking:
+    """The plain weight of a reparametrized operator; computed to see that it can be, and again to be written.
+
+    Raises:
+        Refusal: it cannot be computed or stored.
+    """
+    pen = _Pen(source, Ledger())
+
+    def blocks(reading: BinaryIO) -> Iterator[NDArray[Any]]:
+        exact = effective_weight(reading, source, linear)
+        return pen.vector(linear.weight, exact, role="weight", datatype=linear.datatype).blocks(reading)
+
+    blocks(file)
+    return Baking(linear, Computed(linear.datatype, linear.shape, blocks), pen.ledger)
 
 
 class _Pen:
@@ -230,4 +259,4 @@ def _raw(array: NDArray[Any]) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-__all__ = ["AFFINELESS_FORMULA", "FORMULAS", "Fold", "Ledger", "Rewrite", "bake", "rewrite"]
+__all__ = ["AFFINELESS_FORMULA", "FORMULAS", "Baking", "Fold", "Ledger", "Rewrite", "bake", "rewrite"]
