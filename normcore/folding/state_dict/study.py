@@ -132,12 +132,10 @@ def _kind(norm: Norm, linear: Linear, told: Kind | None) -> Kind:
     """What the operator is. Raises FoldError where the shapes do not fit, or fit several and nobody says."""
     channels, shape = norm.num_features, linear.shape
     fitting: list[Kind] = []
-    if len(shape) == 2:
-        fitting = ["linear"] if shape[0] == channels else []
-    else:
-        fitting = ["conv"] if shape[0] == channels else []
-        if could_be_transposed(linear, channels):
-            fitting.append("conv_transpose")
+    if shape[0] == channels:
+        fitting.append("linear" if len(shape) == 2 else "conv")
+    if could_be_transposed(linear, channels):
+        fitting.append("conv_transpose")
     where = f"pairs[{norm.name!r}]: {linear.name!r} with a weight of shape {list(shape)}"
     if told is not None:
         if told not in fitting:
@@ -146,9 +144,10 @@ def _kind(norm: Norm, linear: Linear, told: Kind | None) -> Kind:
     if not fitting:
         raise FoldError(f"{where} cannot have the {channels} outputs that the batch norm has channels")
     is_depthwise = shape[1] == 1 and shape[0] == channels  # scaled alike either way
-    is_doubtful = shape[0] == shape[1] or any(size % 2 == 0 for size in shape[2:])
-    if len(fitting) > 1 and is_doubtful and not is_depthwise:
-        raise FoldError(f"{where} fits {' and '.join(fitting)}: say which as its kind")
+    is_square = shape[0] == shape[1]
+    is_doubtful = shape[0] != channels or is_square or any(size % 2 == 0 for size in shape[2:])
+    if "conv_transpose" in fitting and is_doubtful and not is_depthwise:
+        raise FoldError(f"{where} could be {' or '.join(fitting)}: say which as its kind")
     return fitting[0]
 
 

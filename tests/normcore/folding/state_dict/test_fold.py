@@ -30,7 +30,8 @@ def channels_last(conv: nn.Conv2d) -> nn.Module:
 
 def whole_weight_norm() -> nn.Module:
     dim: Any = None  # one length for the whole tensor; torch annotates int
-    return parametrizations.weight_norm(nn.Conv2d(3, 20, 3), dim=dim)
+    conv: nn.Module = parametrizations.weight_norm(nn.Conv2d(3, 20, 3), dim=dim)
+    return conv
 
 
 OPERATORS: list[tuple[str, Callable[[], nn.Module], int, tuple[int, ...], Kind | None]] = [
@@ -40,10 +41,10 @@ OPERATORS: list[tuple[str, Callable[[], nn.Module], int, tuple[int, ...], Kind |
     ("square", lambda: nn.Conv2d(8, 8, 3, bias=False), 8, (2, 8, 7, 9), "conv"),
     ("grouped", lambda: nn.Conv2d(8, 12, 3, groups=4), 12, (2, 8, 7, 9), None),
     ("depthwise", lambda: nn.Conv2d(8, 8, 3, groups=8), 8, (2, 8, 7, 9), None),
-    ("transposed", lambda: nn.ConvTranspose2d(6, 10, 3), 10, (2, 6, 5, 7), None),
+    ("transposed", lambda: nn.ConvTranspose2d(6, 10, 3), 10, (2, 6, 5, 7), "conv_transpose"),
     ("transposed-square", lambda: nn.ConvTranspose2d(8, 8, 4, 2, bias=False), 8, (2, 8, 5, 7), "conv_transpose"),
-    ("transposed-grouped", lambda: nn.ConvTranspose2d(8, 12, 3, groups=4), 12, (2, 8, 5, 7), None),
-    ("transposed-1d", lambda: nn.ConvTranspose1d(5, 7, 3), 7, (2, 5, 9), None),
+    ("transposed-grouped", lambda: nn.ConvTranspose2d(8, 12, 3, groups=4), 12, (2, 8, 5, 7), "conv_transpose"),
+    ("transposed-1d", lambda: nn.ConvTranspose1d(5, 7, 3), 7, (2, 5, 9), "conv_transpose"),
     ("linear", lambda: nn.Linear(5, 9), 9, (4, 5), None),
     ("channels-last", lambda: channels_last(nn.Conv2d(3, 20, 3)), 20, (2, 3, 7, 9), None),
 ]
