@@ -1,6 +1,6 @@
 """Values of a graph that are the same in every run, however they are computed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
@@ -23,14 +23,11 @@ class Constants:
         overridable: set[str],
         types: Mapping[str, TensorType],
         producer: Callable[[str], NodeProto | None],
-        *,
-        opset: int,
     ) -> None:
         self._initializers = initializers
         self._overridable = overridable
         self._types = types
         self._producer = producer
-        self._opset = opset
 
     def resolve(self, name: str) -> Value:
         """The value of a tensor. Raises Refusal where a run or a caller decides it."""
@@ -61,7 +58,7 @@ class Constants:
         operands = [self._operand(node, slot, known, depth) for slot in range(len(node.input))]
         found = self._types.get(node.input[0]) if node.input else None
         shape = None if found is None else found.shape
-        value = evaluate(node, operands, shape, max_elements=_MAX_ELEMENTS, opset=self._opset)
+        value = evaluate(node, operands, shape, max_elements=_MAX_ELEMENTS)
         if value is None:
             raise Refusal(f"{name!r} is computed at run time by {label(node)}")
         return value
@@ -82,9 +79,4 @@ def label(node: NodeProto) -> str:
     return f"{node.op_type} {name!r}"
 
 
-def join(names: Sequence[str]) -> str:
-    """Names in a sentence."""
-    return ", ".join(repr(name) for name in names)
-
-
-__all__ = ["Constants", "join", "label"]
+__all__ = ["Constants", "label"]

@@ -48,9 +48,7 @@ class Graph:
         self._names = {name for name in all_names(model.graph) if name}
         for index, node in self._nodes.items():
             self._enter(index, node)
-        self._constants = Constants(
-            self._initializers, self._overridable, self._types, self._producing, opset=self.opset
-        )
+        self._constants = Constants(self._initializers, self._overridable, self._types, self._producing)
 
     def nodes(self) -> Iterator[tuple[int, NodeProto]]:
         """Positions and nodes, in the order of the graph; new ones last."""

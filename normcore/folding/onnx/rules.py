@@ -8,9 +8,7 @@ from onnx import ModelProto, NodeProto
 
 from normcore.checkpoints.onnx_structure import STANDARD_DOMAINS, bodies, walk_graphs
 from normcore.folding.onnx.attempt import Outcome, fold_backward, fold_forward, fold_into_affine, label_of
-from normcore.folding.onnx.batch_norm import read_eps
 from normcore.folding.onnx.graph import Graph, label
-from normcore.folding.onnx.operands import attributes_of
 from normcore.folding.onnx.options import FoldOptions, ZeroPadding
 from normcore.folding.onnx.refusal import Refusal
 from normcore.folding.onnx.seeds import BATCH_NORM, Seed, batch_norms, scalings
@@ -151,7 +149,6 @@ def _folded(entry: PlanEntry, outcome: Outcome) -> PlanEntry:
 def _entry(graph: Graph, norm: NodeProto, reason: str) -> PlanEntry:
     output = next((name for name in norm.output if name), "")
     shape = graph.shape(norm.input[1]) if len(norm.input) > 1 else None
-    has_eps = norm.op_type == BATCH_NORM
     return PlanEntry(
         normalization=norm.name or output,
         operator=norm.op_type,
@@ -159,11 +156,6 @@ def _entry(graph: Graph, norm: NodeProto, reason: str) -> PlanEntry:
         status="kept",
         output=output,
         reason=reason,
-        eps=read_eps(norm) if has_eps else None,
-        eps_source=("attribute of the node" if "epsilon" in attributes_of(norm) else "default of ONNX")
-        if has_eps
-        else None,
-        consumers=tuple(label_of(graph, index) for index, _ in graph.consumers(output)),
     )
 
 
@@ -175,7 +167,6 @@ def _entry_of_row(graph: Graph, seed: Seed) -> PlanEntry:
         num_features=None,
         status="kept",
         output=output,
-        consumers=tuple(label_of(graph, index) for index, _ in graph.consumers(output)),
     )
 
 
