@@ -74,6 +74,39 @@ def _flatten(operands: Sequence[Value], attributes: Attributes, max_elements: in
     return operands[0].reshape(count_elements(front), -1)
 
 
+def _lp_normalization(operands: Sequence[Value], attributes: Attributes, max_elements: int) -> Value | None:
+    x, axis = _wide(operands[0]), int(attributes.get("axis", -1))
+    order = int(attributes.get("p", 2))
+    norm = np.abs(x).sum(axis=axis, keepdims=True) if order == 1 else np.sqrt((x * x).sum(axis=axis, keepdims=True))
+    return _narrow(np.divide(x, norm, out=np.zeros_like(x), where=norm != 0), operands[0].dtype)
+
+
+def _batch_normalization(operands: Sequence[Value], attributes: Attributes, max_elements: int) -> Value | None:
+    """In training mode with the statistics of the constant itself: how weight standardization is exported."""
+    x, weight, bias, mean, var = (_wide(operand) for operand in operands)
+    shape = (-1, *[1] * (x.ndim - 2))
+    if attributes.get("training_mode", 0):
+        axes = (0, *range(2, x.ndim))
+        mean, var = x.mean(axis=axes), x.var(axis=axes)
+    eps = float(attributes.get("epsilon", np.float32(1e-5)))
+    standard = (x - mean.reshape(shape)) / np.sqrt(var.reshape(shape) + eps)
+    return _narrow(standard * weight.reshape(shape) + bias.reshape(shape), operands[0].dtype)
+
+
+def _instance_normalization(operands: Sequence[Value], attributes: Attributes, max_elements: int) -> Value | None:
+    x, weight, bias = (_wide(operand) for operand in operands)
+    axes, shape = tuple(range(2, x.ndim)), (-1, *[1] * (x.ndim - 2))
+    eps = float(attributes.get("epsilon", np.float32(1e-5)))
+    standard = (x - x.mean(axis=axes, keepdims=True)) / np.sqrt(x.var(axis=axes, keepdims=True) + eps)
+    return _narrow(standard * weight.reshape(shape) + bias.reshape(shape), operands[0].dtype)
+
+
+def _clip(operands: Sequence[Value], attributes: Attributes, max_elements: int) -> Value | None:
+    low = operands[1] if len(operands) > 1 else attributes.get("min", -np.inf)
+    high = operands[2] if len(operands) > 2 else attributes.get("max", np.inf)
+    return np.clip(operands[0], low, high).astype(operands[0].dtype)
+
+
 def _wide(operand: Value) -> Value:
     return operand if operand.dtype.kind in "iub" else operand.astype(np.float64)
 
@@ -105,6 +138,10 @@ ARITHMETIC: dict[str, Function] = {
     "ReduceL1": _reduce(lambda x, axes, keep: np.abs(x).sum(axis=axes, keepdims=keep)),
     "ReduceL2": _reduce(lambda x, axes, keep: np.sqrt(np.square(x).sum(axis=axes, keepdims=keep))),
     "ReduceSumSquare": _reduce(lambda x, axes, keep: np.square(x).sum(axis=axes, keepdims=keep)),
+    "Clip": _clip,
+    "LpNormalization": _lp_normalization,
+    "BatchNormalization": _batch_normalization,
+    "InstanceNormalization": _instance_normalization,
     "MatMul": _matmul,
     "Flatten": _flatten,
 }

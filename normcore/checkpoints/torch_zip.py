@@ -23,6 +23,7 @@ from normcore.checkpoints.tensors import (
 from normcore.checkpoints.zip_directory import ZipEntry, read_directory
 from normcore.errors import CheckpointError
 
+_CONTAINERS_PER_TENSOR = 16  # 6 for a tensor, 9 for a parameter, 1 for its module's version
 _RESAVE = "save the tensors alone: torch.save(model.state_dict(), path)"
 _ONNX = "or export the model to ONNX"
 _STORAGES = {
@@ -85,7 +86,7 @@ def open_torch_zip(path: Path, *, limits: TensorLimits, group: str | None = None
     builder = _Builder(entries, prefix)
     machine = PickleMachine(
         content,
-        max_containers=8 * limits.max_tensors,
+        max_containers=_CONTAINERS_PER_TENSOR * (limits.max_tensors + 100),
         globals=builder.globals,
         refuse=_refuse_global,
         persistent=builder.persistent,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from normcore.checkpoints.tensors import Tensor
 from normcore.errors import FoldError
@@ -125,10 +126,20 @@ def _is_head(expected: torch.Size, found: tuple[int, ...] | None) -> bool:
 def _build(name: str, options: Mapping[str, Any]) -> nn.Module:
     builder = name.rpartition("/")[2]
     models = import_torchvision()
-    with torch.device("meta"):
+    with _WithoutWeights():
         model = getattr(models, builder)(weights=None, **options, **_INITIALIZED.get(builder, {}))
     assert isinstance(model, nn.Module)
     return model.eval()
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """Parameters have shapes and no memory; small tensors that a builder computes with stay real."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        own = {**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}
+        return func(*args, **own)
 
 
 def import_torchvision() -> Any:

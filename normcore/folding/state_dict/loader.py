@@ -33,7 +33,10 @@ def load_folded(model: nn.Module, path: str) -> nn.Module:
             raise ValueError(f"{fold['norm']} has eps {norm.eps}, and was folded with {fold['eps']}")
         linear.bias = nn.Parameter(torch.zeros(fold["channels"]))
         model.set_submodule(fold["norm"], nn.Identity())
-    model.load_state_dict(state, strict=True, assign=True)
+    versioned = model.state_dict()  # carries the versions of the modules, which some classes ask for
+    versioned.clear()
+    versioned.update(state)
+    model.load_state_dict(versioned, strict=True, assign=True)
     return model
 
 

@@ -68,13 +68,13 @@ def prove(
 
 
 def _load(model: nn.Module, source: TensorFile, *, prefix: str) -> nn.Module:
-    state: dict[str, Any] = {}
+    state = model.state_dict()  # carries the versions of the modules, which some classes ask for
     for key, tensor in source.tensors.items():
         array = source.read(key)
         is_float = tensor.datatype in _ULP
         state[key.removeprefix(prefix)] = torch.from_numpy(array.astype("float64") if is_float else array.copy())
-    for key, value in model.state_dict().items():
-        if key not in state:  # num_batches_tracked, which old files lack and inference does not read
+    for key, value in state.items():
+        if value.is_meta:  # num_batches_tracked, which old files lack and inference does not read
             state[key] = torch.zeros(value.shape, dtype=value.dtype)
     model.load_state_dict(state, strict=True, assign=True)
     return model.double().eval()

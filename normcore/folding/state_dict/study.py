@@ -21,7 +21,6 @@ from normcore.folding.state_dict.rewrite import Fold
 from normcore.folding.state_dict.sharing import find_sharing, inconsistent
 
 EPS_TOLD = "given by the caller"
-EPS_OF_CLASS = "the class"
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,4 +205,4 @@ def _contents(source: TensorFile) -> Contents:
     )
 
 
-__all__ = ["EPS_OF_CLASS", "EPS_TOLD", "Study", "refuse", "study"]
+__all__ = ["EPS_TOLD", "Study", "refuse", "study"]

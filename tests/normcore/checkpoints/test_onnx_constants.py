@@ -12,6 +12,7 @@ from normcore.execution import open_session, run
 
 VECTOR = np.arange(1, 7, dtype=np.int64)
 MATRIX = np.arange(1, 7, dtype=np.float32).reshape(2, 3)
+CUBE = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
 NEGATIVE = np.array([-7, 7, -7], np.int64)
 
 
@@ -73,6 +74,13 @@ CASES: list[tuple[str, tuple[NDArray[Any], ...], dict[str, Any]]] = [
     ("ReduceL2", (MATRIX,), {"axes": [0, 1]}),
     ("ReduceSumSquare", (MATRIX,), {"axes": [1]}),
     ("MatMul", (MATRIX, MATRIX.T.copy()), {}),
+    ("Clip", (MATRIX, np.array(2, np.float32), np.array(5, np.float32)), {}),
+    ("Clip", (MATRIX, np.array(2, np.float32)), {}),
+    ("LpNormalization", (MATRIX,), {"axis": 0}),
+    ("LpNormalization", (-MATRIX,), {"p": 1}),
+    ("BatchNormalization", (CUBE, *[MATRIX[0]] * 4), {"epsilon": 1e-3}),
+    ("BatchNormalization", (CUBE, *[MATRIX[0]] * 4), {"training_mode": 1}),
+    ("InstanceNormalization", (CUBE, *[MATRIX[0]] * 2), {"epsilon": 1e-3}),
     ("MatMul", (MATRIX, MATRIX[0].copy()), {}),
     ("Flatten", (MATRIX.reshape(1, 2, 1, 3),), {"axis": -1}),
 ]
@@ -81,7 +89,8 @@ CASES: list[tuple[str, tuple[NDArray[Any], ...], dict[str, Any]]] = [
 @pytest.mark.parametrize(("operator", "operands", "attributes"), CASES)
 def test_equals_onnxruntime(operator: str, operands: tuple[NDArray[Any], ...], attributes: dict[str, Any]) -> None:
     names = [f"input{slot}" for slot in range(len(operands))]
-    node = helper.make_node(operator, names, ["y"], **attributes)
+    outputs = ["y", "mean", "var"] if attributes.get("training_mode") else ["y"]
+    node = helper.make_node(operator, names, outputs, **attributes)
     graph = helper.make_graph(
         [node],
         "one",
