@@ -1,33 +1,19 @@
 """One attempt to fold one seed: against the flow of the graph, then with it, whole or its multiplication alone."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from normcore.folding.affine import Affine
 from normcore.folding.filters import Exact
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.edit import along
-from normcore.folding.onnx.graph import Graph, label
+from normcore.folding.onnx.graph import Graph
 from normcore.folding.onnx.options import ZeroPadding
+from normcore.folding.onnx.outcome import Outcome, name_of
 from normcore.folding.onnx.refusal import Refusal, ShiftRefusal
 from normcore.folding.onnx.rounding import Stored, store
 from normcore.folding.onnx.seeds import Seed
 from normcore.folding.onnx.walk import Walk
 from normcore.folding.report import Direction
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What was written, in the words of the report."""
-
-    direction: Direction
-    pattern: str
-    rules: tuple[str, ...]
-    formulas: tuple[str, ...]
-    into: tuple[str, ...]
-    residual: float
-    option: str | None = None
 
 
 def fold_backward(graph: Graph, seed: Seed) -> Outcome:
@@ -79,7 +65,7 @@ def fold_into_affine(graph: Graph, seed: Seed) -> Outcome:
         pattern=pattern,
         rules=("affine",),
         formulas=("y = scale x + shift",),
-        into=tuple(label_of(graph, index) for index in made),
+        into=tuple(name_of(graph, index) for index in made),
         residual=max(constant.residual for _, constant in stored),
         option="affine",
     )
@@ -157,16 +143,10 @@ def _describe(
         pattern=" -> ".join(path),
         rules=rules,
         formulas=tuple(dict.fromkeys(edit.formula for edit in walk.edits)),
-        into=tuple(label_of(graph, edit.index) for edit in walk.edits),
+        into=tuple(name_of(graph, edit.index) for edit in walk.edits),
         residual=max(walk.residual, stored.residual if stored is not None else 0.0),
         option=option,
     )
 
 
-def label_of(graph: Graph, index: int) -> str:
-    """Name of a node, or its output where it has none."""
-    node = graph.node(index)
-    return node.name or node.output[0]
-
-
-__all__ = ["Outcome", "Refusal", "fold_backward", "fold_forward", "fold_into_affine", "label", "label_of"]
+__all__ = ["fold_backward", "fold_forward", "fold_into_affine"]

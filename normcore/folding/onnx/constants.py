@@ -53,7 +53,7 @@ class Constants:
         node = self._producer(name)
         if node is None:
             raise Refusal(f"{name!r} is given by the caller")
-        if depth == _MAX_CHAIN or node.op_type not in EVALUATED or node.output[0] != name or any(node.output[1:]):
+        if depth == _MAX_CHAIN or node.op_type not in EVALUATED or node.output[0] != name:
             raise Refusal(f"{name!r} is computed at run time by {label(node)}")
         operands = [self._operand(node, slot, known, depth) for slot in range(len(node.input))]
         found = self._types.get(node.input[0]) if node.input else None

@@ -14,7 +14,7 @@ from normcore.checkpoints.onnx_constants import Value
 from normcore.checkpoints.onnx_shapes import infer_types
 from normcore.folding.onnx.constants import Constants, label
 from normcore.folding.onnx.names import all_names, used_names
-from normcore.folding.onnx.ordering import write_nodes
+from normcore.folding.onnx.ordering import drop, write_nodes
 from normcore.folding.onnx.refusal import Refusal
 
 _FIRST_IR_WITH_PRIVATE_INITIALIZERS = 4
@@ -230,6 +230,15 @@ class Graph:
         self._new[name] = tensor
         return name
 
+    def bake(self, name: str, array: NDArray[Any]) -> None:
+        """Make a computed tensor an initializer of the same name."""
+        tensor = numpy_helper.from_array(np.array(array, order="C"), name)
+        producer = self._producers.pop(name)
+        self._initializers[name] = self._new[name] = tensor
+        node = self._nodes[producer]
+        if not self._is_used(node, but=name):
+            self.remove(producer)
+
     def fresh(self, wanted: str) -> str:
         """A name that nothing has."""
         name = wanted
@@ -246,13 +255,13 @@ class Graph:
         write_nodes(graph, self._nodes)
         old = {tensor.name for tensor in graph.initializer}
         unused = {name for name in old - self._outputs - self._overridable if not self._uses[name]}
-        _drop(graph.initializer, (self._gone | unused) - set(self._new))
+        drop(graph.initializer, (self._gone | unused) - set(self._new))
         for tensor in graph.initializer:
             if tensor.name in self._new:
                 tensor.CopyFrom(self._new[tensor.name])
         graph.initializer.extend(tensor for name, tensor in self._new.items() if name not in old)
-        _drop(graph.value_info, (self._gone | unused | set(self._new)) - set(self._producers))
-        _drop(graph.input, self._frozen)
+        drop(graph.value_info, (self._gone | unused | set(self._new)) - set(self._producers))
+        drop(graph.input, self._frozen)
         if self._frozen or self._new:
             # Older files must list every initializer among the inputs.
             self._model.ir_version = max(self._model.ir_version, _FIRST_IR_WITH_PRIVATE_INITIALIZERS)
@@ -281,15 +290,8 @@ class Graph:
             if producer is not None and not self._is_used(self._nodes[producer]):
                 self.remove(producer)
 
-    def _is_used(self, node: NodeProto) -> bool:
-        return any(self._uses[name] or name in self._outputs for name in node.output if name)
-
-
-def _drop(items: Any, names: set[str]) -> None:
-    """Delete the entries of a repeated field that have one of these names."""
-    for index in reversed(range(len(items))):
-        if items[index].name in names:
-            del items[index]
+    def _is_used(self, node: NodeProto, *, but: str = "") -> bool:
+        return any(self._uses[name] or name in self._outputs for name in node.output if name and name != but)
 
 
 __all__ = ["Graph", "label"]

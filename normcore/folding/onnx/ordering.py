@@ -1,6 +1,7 @@
 """Nodes back into a graph, each behind what it reads."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from onnx import GraphProto, NodeProto
 
@@ -18,6 +19,13 @@ def write_nodes(graph: GraphProto, nodes: Mapping[int, NodeProto]) -> None:
     copies = [NodeProto.FromString(nodes[index].SerializeToString()) for index in ordered]
     del graph.node[:]
     graph.node.extend(copies)
+
+
+def drop(items: Any, names: set[str]) -> None:
+    """Delete the entries of a repeated field that have one of these names."""
+    for index in reversed(range(len(items))):
+        if items[index].name in names:
+            del items[index]
 
 
 def _sort(nodes: Mapping[int, NodeProto]) -> list[int]:
@@ -39,4 +47,4 @@ def _sort(nodes: Mapping[int, NodeProto]) -> list[int]:
     return ordered
 
 
-__all__ = ["write_nodes"]
+__all__ = ["drop", "write_nodes"]

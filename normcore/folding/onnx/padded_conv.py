@@ -60,7 +60,7 @@ def _padding(graph: Graph, index: int, affine: Affine, dtype: np.dtype[np.floati
     pads = (0, 0, *begins, 0, 0, *ends)
     filling = -affine.shift / affine.scale
     if affine.is_uniform:
-        return Padding(pads, store(filling[0].reshape(()), dtype, "padding"), None)
+        return Padding(pads, store(filling[:1].reshape(()), dtype, "padding"), None)
     sizes = _sizes(graph, index)
     inside = np.pad(np.ones(sizes), list(zip(begins, ends, strict=True)))
     border = filling.reshape(-1, *[1] * len(sizes)) * (1 - inside)

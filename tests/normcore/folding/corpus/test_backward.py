@@ -81,16 +81,18 @@ PASSING: dict[str, tuple[Build, list[str]]] = {
         ["Conv", "Concat"],
     ),
     "add-of-branches": (
-        lambda net, name: net.op("Add", name, net.op("Conv", "x", net.weight(C, 3, 1, 1))),
-        ["Conv", "Add"],
+        lambda net, name: net.op("Add", name, net.op("Conv", net.op("Abs", "x"), net.weight(C, 3, 1, 1))),
+        ["Abs", "Conv", "Add"],
     ),
     "sub-of-branches": (
         lambda net, name: net.op("Sub", name, net.op("Conv", "x", net.weight(C, 3, 1, 1))),
         ["Conv", "Sub"],
     ),
     "sum-of-three": (
-        lambda net, name: net.op("Sum", name, *(net.op("Conv", "x", net.weight(C, 3, 1, 1)) for _ in range(2))),
-        ["Conv", "Conv", "Sum"],
+        lambda net, name: net.op(
+            "Sum", name, *(net.op("Conv", net.op(operator, "x"), net.weight(C, 3, 1, 1)) for operator in ("Abs", "Neg"))
+        ),
+        ["Abs", "Conv", "Neg", "Conv", "Sum"],
     ),
 }
 
