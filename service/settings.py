@@ -68,6 +68,15 @@ class Settings(BaseSettings):
         gt=0,
         description="Largest tensor that a constant of an uploaded graph may expand to, in bytes.",
     )
+    max_tensors: int = Field(200_000, gt=0, description="Named tensors that an uploaded checkpoint may have.")
+    max_header_bytes: int = Field(
+        16 * MIB, gt=0, description="Header of a safetensors file, or pickle of a PyTorch checkpoint, in bytes."
+    )
+    max_state_bytes: int = Field(
+        4096 * MIB,
+        gt=0,
+        description="Named tensors of a checkpoint together, in bytes; those that share storage count each.",
+    )
     verify_probes: int = Field(6, ge=4, le=64, description="Seeded probes of a fold's certificate.")
 
     @field_validator("allowed_hosts", "allowed_origins", mode="before")

@@ -1,6 +1,7 @@
 """What a fold says of itself: one entry per normalization, one certificate for the network."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -168,7 +169,7 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: None in place of NaN and the infinities."""
-        return _without_infinities(asdict(self))
+        return to_json(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,16 +188,17 @@ class FoldReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: None in place of NaN and the infinities."""
-        return _without_infinities(asdict(self) | {"folded": self.folded, "normalizations": len(self.entries)})
+        return to_json(asdict(self) | {"folded": self.folded, "normalizations": len(self.entries)})
 
 
-def _without_infinities(document: dict[str, Any]) -> dict[str, Any]:
+def to_json(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested document as JSON has it: lists for tuples, None in place of NaN and the infinities."""
     return {name: _finite(value) for name, value in document.items()}
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return _without_infinities(value)
+    if isinstance(value, Mapping):
+        return to_json(value)
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,12 +8,23 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
+from normcore.folding.checkpoint import verdict_of
 from service.api import body
 from service.api.dependencies import ServicesDep, document_schema, read_document
 from service.api.multipart import FileField
 from service.api.reports import Certificate, FoldReport, Normalization
-from service.api.schemas import Checkpoint, CheckpointList, FoldAnswer, FoldPlan, FoldRequest, VerifyRequest
-from service.application.folding import FoldedFile, FoldOptions
+from service.api.schemas import (
+    Checkpoint,
+    CheckpointList,
+    FoldAnswer,
+    FoldPlan,
+    FoldQuery,
+    FoldRequest,
+    PlanQuery,
+    VerifyRequest,
+)
+from service.application.checkpoints import SUFFIXES
+from service.application.folding import FoldedFile
 from service.errors import CheckpointNotFoundError, PayloadMalformedError
 from service.state import Services
 
@@ -40,7 +51,7 @@ _UPLOAD_BODY: dict[str, Any] = {
         },
     }
 }
-Freeze = Annotated[bool, Query(description="Treat initializers that are also graph inputs as constants.")]
+_MEDIA_TYPES = {"safetensors": "application/vnd.safetensors"}
 
 
 @router.post("/checkpoints", status_code=201, openapi_extra=_UPLOAD_BODY)
@@ -59,7 +70,7 @@ async def upload_checkpoint(
     services.health.refuse_while_draining()
     field, chunks = _upload(request, services)
     staged = await services.checkpoints.stage(chunks)
-    name = filename or (field.filename if field else "") or "checkpoint"
+    name = filename or (field.filename if field else "")
     record, is_new = await services.checkpoints.keep(staged, filename=name)
     response.status_code = 201 if is_new else 200
     response.headers["Location"] = f"/v1/checkpoints/{record.id}"
@@ -86,7 +97,7 @@ async def download_checkpoint(checkpoint_id: str, request: Request, services: Se
     if etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers={"ETag": etag})
     path = services.checkpoints.path(checkpoint_id)
-    return FileResponse(path, media_type="application/octet-stream", filename=record.filename, headers={"ETag": etag})
+    return FileResponse(path, media_type=_media_type(record.format), filename=record.filename, headers={"ETag": etag})
 
 
 @router.delete("/checkpoints/{checkpoint_id}", status_code=204)
@@ -96,13 +107,16 @@ async def delete_checkpoint(checkpoint_id: str, services: ServicesDep) -> None:
 
 
 @router.get("/checkpoints/{checkpoint_id}/plan")
-async def plan_fold(checkpoint_id: str, services: ServicesDep, freeze_initializers: Freeze = False) -> FoldPlan:
-    """See what a fold would do, without doing it."""
-    entries = await services.checkpoints.plan(checkpoint_id, freeze_initializers=freeze_initializers)
-    foldable = sum(entry["status"] == "foldable" for entry in entries)
-    return FoldPlan(
-        checkpoint=checkpoint_id, foldable=foldable, normalizations=[Normalization(**entry) for entry in entries]
-    )
+async def plan_fold(checkpoint_id: str, query: Annotated[PlanQuery, Query()], services: ServicesDep) -> FoldPlan:
+    """See what a fold would do, without doing it.
+
+    Every normalization is listed with what it would fold into, or the reason why not; for named tensors with every
+    check that was made. Nothing is written.
+    """
+    plan = await services.checkpoints.plan(checkpoint_id, query.options())
+    entries = [Normalization(**entry) for entry in plan["normalizations"]]
+    foldable = sum(entry.status == "foldable" for entry in entries)
+    return FoldPlan(checkpoint=checkpoint_id, foldable=foldable, normalizations=entries, notes=plan["notes"])
 
 
 @router.post(
@@ -155,7 +169,7 @@ async def compare_checkpoints(
 
 
 @router.post("/fold", openapi_extra=_FILE_BODY, response_class=FileResponse)
-async def fold_file(request: Request, services: ServicesDep, freeze_initializers: Freeze = False) -> Response:
+async def fold_file(request: Request, query: Annotated[FoldQuery, Query()], services: ServicesDep) -> Response:
     """Fold a file in one call: checkpoint in, folded checkpoint out, nothing kept.
 
     The headers `Normserve-Verdict`, `Normserve-Folded` and `Normserve-Normalizations` carry the verdict and counts.
@@ -164,9 +178,7 @@ async def fold_file(request: Request, services: ServicesDep, freeze_initializers
     services.health.refuse_while_draining()
     chunks = _bounded(request, services)
     async with AsyncExitStack() as stack:
-        folded = await stack.enter_async_context(
-            services.folding.fold_once(chunks, FoldOptions(freeze_initializers=freeze_initializers))
-        )
+        folded = await stack.enter_async_context(services.folding.fold_once(chunks, query.fold()))
         return _FoldedResponse(folded, release=stack.pop_all().aclose)
 
 
@@ -174,13 +186,14 @@ class _FoldedResponse(FileResponse):
     """Sends a folded file and releases it, whether or not the client stays."""
 
     def __init__(self, folded: FoldedFile, *, release: Callable[[], Awaitable[None]]) -> None:
-        certificate = folded.report["certificate"]
         headers = {
-            "Normserve-Verdict": certificate["verdict"] if certificate else "unchanged",
+            "Normserve-Verdict": verdict_of(folded.report),
             "Normserve-Folded": str(folded.report["folded"]),
             "Normserve-Normalizations": str(folded.report["normalizations"]),
         }
-        super().__init__(folded.path, media_type="application/octet-stream", filename="folded.onnx", headers=headers)
+        media_type = _media_type(folded.format)
+        filename = f"folded{SUFFIXES[folded.format]}"
+        super().__init__(folded.path, media_type=media_type, filename=filename, headers=headers)
         self._release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -188,6 +201,10 @@ class _FoldedResponse(FileResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._release()
+
+
+def _media_type(file_format: str) -> str:
+    return _MEDIA_TYPES.get(file_format, "application/octet-stream")
 
 
 def _upload(request: Request, services: Services) -> tuple[FileField | None, AsyncIterator[bytes]]:

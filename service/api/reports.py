@@ -1,6 +1,6 @@
 """The JSON of plans, reports and certificates; its field names are stable."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -15,6 +15,44 @@ class TensorHash(BaseModel):
     shape: list[int]
     datatype: str
     sha256: str = Field(description="Of its elements in row-major order.")
+
+
+class Evidence(BaseModel):
+    """One thing that speaks for or against a pairing of named tensors."""
+
+    check: str
+    holds: bool | None = Field(description="null where it could not be told.")
+    detail: str
+
+
+class Candidate(BaseModel):
+    """A linear operator with as many outputs as a batch norm has channels."""
+
+    key: str = Field(description="Prefix of its tensors.")
+    shape: list[int]
+    parent: str
+    distance: int | None = Field(description="Modules between the two in the file; null where it keeps no order.")
+
+
+class Change(BaseModel):
+    """A tensor of the folded file that the original has not, or has otherwise."""
+
+    key: str
+    old_keys: list[str] = Field(description="What it was computed from.")
+    eps: float | None
+    sha256: str
+
+
+class Proof(BaseModel):
+    """A folded file of named tensors in the class it belongs to, against the original in float64."""
+
+    architecture: str
+    verdict: Literal["equivalent", "different"]
+    sentence: str
+    pairs: int
+    pair_error: Number = Field(description="Largest error of a pair, as a share of what rounding its weights allows.")
+    output_error: Number = Field(description="max|folded - original| / max|original| at the outputs.")
+    input_shapes: list[list[int]]
 
 
 class Normalization(BaseModel):
@@ -38,6 +76,15 @@ class Normalization(BaseModel):
     consumers: list[str] = Field([], description="Nodes that read its output.")
     before: list[TensorHash] = Field([], description="Constants that the fold replaced.")
     after: list[TensorHash] = Field([], description="Constants that replace them.")
+    direction: str | None = Field(None, description="Where it went.", examples=["backward"])
+    option: str | None = Field(None, description="The choice by which it could be folded, such as `offset`.")
+    standing: str | None = Field(
+        None, description="Of named tensors: class-verified, told, assumed, ambiguous, refused or kept."
+    )
+    kind: str | None = Field(None, description="Of named tensors: conv, conv_transpose or linear.")
+    evidence: list[Evidence] = Field([], description="Of named tensors: every check that was made.")
+    candidates: list[Candidate] = Field([], description="Of named tensors: operators with a fitting shape.")
+    settles: str | None = Field(None, description="Of named tensors: what would make the pairing certain.")
 
 
 class Probe(BaseModel):
@@ -91,7 +138,16 @@ class FoldReport(BaseModel):
     folded: int = Field(description="How many normalizations were folded.")
     normalizations: int = Field(description="How many there are.")
     entries: list[Normalization]
-    nodes_before: int
-    nodes_after: int
-    certificate: Certificate | None = Field(description="null where nothing was folded.")
     notes: list[str]
+    options: dict[str, Any] = Field({}, description="What was asked for, defaults included.")
+    nodes_before: int | None = Field(None, description="Of a graph.")
+    nodes_after: int | None = Field(None, description="Of a graph.")
+    certificate: Certificate | None = Field(None, description="Of a graph; null where nothing was folded.")
+    form: str | None = Field(None, description="Of named tensors: deploy or shape_preserving.")
+    contents: dict[str, Any] | None = Field(None, description="Of named tensors: what the file holds.")
+    architecture: str | None = Field(None, description="Of named tensors: the class that was asked for.")
+    written: bool | None = Field(None, description="Of named tensors: whether anything changed.")
+    manifest: list[Change] = Field([], description="Of named tensors: every tensor that is new or changed.")
+    removed: list[str] = Field([], description="Of named tensors: keys that the folded file lacks.")
+    proof: Proof | None = Field(None, description="Of named tensors of a known class.")
+    loader: str | None = Field(None, description="Python that loads the folded file into the original class.")

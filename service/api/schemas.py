@@ -1,10 +1,12 @@
 """The JSON documents of our own API. Tensors never pass through here."""
 
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Json
 
+from normcore.folding.checkpoint import Options
+from normcore.folding.state_dict.options import Told
 from service.api.reports import FoldReport, Normalization
 from service.application.folding import FoldOptions, VerifyOptions
 from service.application.models import Entry
@@ -30,16 +32,76 @@ class VerifyRequest(Request):
         return VerifyOptions(probes=self.probes, seed=self.seed)
 
 
-class FoldRequest(Request):
-    """How to fold."""
+class PairRequest(Request):
+    """A pairing that the caller vouches for."""
+
+    linear: str = Field(max_length=1000, description="Prefix of the operator's keys, such as layer1.0.conv1.")
+    eps: float | None = Field(None, ge=0, allow_inf_nan=False, description="Default: the eps of the request.")
+    kind: Literal["conv", "conv_transpose", "linear"] | None = Field(
+        None, description="Needed where the weight's shape fits several."
+    )
+
+
+Pairs = dict[str, PairRequest]
+
+
+class FoldFields(BaseModel):
+    """How to fold. The first five concern ONNX files, the others files of named tensors."""
 
     freeze_initializers: bool = Field(
         False, description="Fold initializers that are also graph inputs, and remove those inputs."
     )
+    zero_padding: Literal["auto", "pad", "map", "offset", "refuse"] = Field(
+        "auto", description="How a norm goes forward into a convolution that pads with zeros."
+    )
+    cross_activations: bool = Field(False, description="Move positive scales forward through Relu and its kin.")
+    move_gains: bool = Field(False, description="Move gains of layer, RMS, group and instance norms forward.")
+    affine: bool = Field(False, description="Turn batch norms that cannot be folded into one Mul and one Add.")
+    form: Literal["deploy", "shape_preserving"] = Field(
+        "deploy", description="Batch norms gone and biases added, or a file that loads into the unchanged class."
+    )
+    eps: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="What every batch norm adds to its variance; no file says it."
+    )
+    accept_assumed: bool = Field(False, description="Fold what rests on evidence alone; needs eps.")
+    architecture: str | None = Field(None, max_length=200, description="Class, such as torchvision/resnet18.")
+    group: str | None = Field(None, max_length=1000, description="Which state_dict of a file with several.")
+    bake: bool = Field(False, description="Replace weight norm and spectral norm by the weights they compute.")
+
+    def fold_options(self, pairs: Pairs) -> Options:
+        told = {norm: Told(pair.linear, pair.eps, pair.kind) for norm, pair in pairs.items()}
+        return Options(**self.model_dump(include=set(FoldFields.model_fields)), pairs=told)
+
+
+class FoldRequest(FoldFields, Request):
+    """How to fold, and how to prove it."""
+
+    pairs: Pairs = Field({}, description="By prefix of a batch norm, what it folds into.")
     verify: VerifyRequest = Field(default_factory=VerifyRequest, description="How to prove the fold.")
 
     def options(self) -> FoldOptions:
-        return FoldOptions(freeze_initializers=self.freeze_initializers, verify=self.verify.options())
+        return FoldOptions(fold=self.fold_options(self.pairs), verify=self.verify.options())
+
+
+class PlanQuery(FoldFields):
+    """The options of a fold as a query string."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pairs: Json[Pairs] = Field("{}", validate_default=True, description="JSON: as in the body of a fold.")
+
+    def options(self) -> Options:
+        return self.fold_options(self.pairs)
+
+
+class FoldQuery(PlanQuery):
+    """The options of a fold and its proof as a query string."""
+
+    probes: int | None = Field(None, ge=4, le=64, description="Probes of the certificate.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the probes.")
+
+    def fold(self) -> FoldOptions:
+        return FoldOptions(fold=self.options(), verify=VerifyOptions(probes=self.probes, seed=self.seed))
 
 
 class ModelRequest(Request):
@@ -91,6 +153,7 @@ class FoldPlan(BaseModel):
     checkpoint: str
     foldable: int = Field(description="How many normalizations would fold.")
     normalizations: list[Normalization]
+    notes: list[str]
 
 
 class FoldAnswer(BaseModel):

@@ -1,12 +1,15 @@
 """Folding as a use case: in a child process, with a certificate, kept or handed straight back."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from service.application.checkpoints import Checkpoints, GraphSandbox
+from normcore.checkpoints.formats import Format
+from normcore.folding.checkpoint import Options, format_of
+from service.application.checkpoints import SUFFIXES, Checkpoints, GraphSandbox
 from service.settings import Settings
 from service.storage.blobs import Blobs
 from service.storage.metadata import CheckpointRecord, Metadata
@@ -24,7 +27,7 @@ class VerifyOptions:
 class FoldOptions:
     """What a caller may ask of a fold."""
 
-    freeze_initializers: bool = False
+    fold: Options = field(default_factory=Options)
     verify: VerifyOptions = field(default_factory=VerifyOptions)
 
 
@@ -42,6 +45,7 @@ class FoldedFile:
     """A folded file that exists for the length of one answer."""
 
     path: Path
+    format: Format
     report: dict[str, Any]
 
 
@@ -68,6 +72,14 @@ class Folding:
         async with self._checkpoints.used(checkpoint_id) as source:
             return await self._fold_kept(source, options)
 
+    async def fold_unless_kept(self, checkpoint_id: str, options: FoldOptions) -> FoldOutcome:
+        """The kept result of the same fold, where there is one; else as `fold`."""
+        async with self._checkpoints.used(checkpoint_id) as source:
+            for record in await self._metadata.folds_of(checkpoint_id):
+                if record.report is not None and record.report.get("options") == self._document(options):
+                    return FoldOutcome(record, record.report, is_new=False)
+            return await self._fold_kept(source, options)
+
     async def _fold_kept(self, source: CheckpointRecord, options: FoldOptions) -> FoldOutcome:
         target = self._blobs.stage_path()
         try:
@@ -75,7 +87,8 @@ class Folding:
             if not report["folded"]:
                 return FoldOutcome(source, report, is_new=False)
             staged = await self._blobs.adopt(target)
-            filename = f"{Path(source.filename).stem}.folded.onnx"
+            suffix = SUFFIXES["onnx" if source.format == "onnx" else "safetensors"]
+            filename = f"{Path(source.filename).stem}.folded{suffix}"
             record, is_new = await self._checkpoints.keep(
                 staged, filename=filename, folded_from=source.id, report=report
             )
@@ -92,7 +105,7 @@ class Folding:
         target = self._blobs.stage_path()
         try:
             report = await self._fold(staged.path, target, options)
-            yield FoldedFile(target, report)
+            yield FoldedFile(target, await asyncio.to_thread(format_of, target), report)
         finally:
             await self._blobs.discard(staged.path)
             await self._blobs.discard(target)
@@ -103,7 +116,7 @@ class Folding:
             arguments = {
                 "original": str(self._checkpoints.path(checkpoint_id)),
                 "other": str(self._checkpoints.path(other_id)),
-                "limits": self._checkpoints.graph_limits(),
+                "limits": self._checkpoints.limits(),
                 "verify": self._verify(options),
             }
             return await self._sandbox.run("compare", arguments)
@@ -112,11 +125,17 @@ class Folding:
         arguments = {
             "source": str(source),
             "target": str(target),
-            "limits": self._checkpoints.graph_limits(),
-            "freeze_initializers": options.freeze_initializers,
+            "limits": self._checkpoints.limits(),
+            "options": asdict(options.fold),
             "verify": self._verify(options.verify),
         }
-        return await self._sandbox.run("fold", arguments)
+        report = await self._sandbox.run("fold", arguments)
+        return report | {"options": self._document(options)}
+
+    def _document(self, options: FoldOptions) -> dict[str, Any]:
+        """What was asked for, defaults included, as reports keep it."""
+        verify = self._verify(options.verify)
+        return asdict(options.fold) | {"verify": {"probes": verify["count"], "seed": verify["seed"]}}
 
     def _verify(self, options: VerifyOptions) -> dict[str, Any]:
         return {

@@ -3,13 +3,15 @@
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
+from normcore.checkpoints.formats import ADVICE
 from normcore.errors import CheckpointError, ParameterError
+from normcore.folding.checkpoint import TENSOR_FORMATS
 from service.application.checkpoints import Checkpoints, GraphSandbox
 from service.application.folding import Folding, FoldOptions
 from service.application.usage import Usage
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 State = Literal["READY", "UNAVAILABLE", "LOADING", "UNLOADING"]
 LoadEngine = Callable[[Path, str, str], Awaitable[Engine]]
 
+_ADVICE: Mapping[str, str] = {str(kind): advice for kind, advice in ADVICE.items()}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,127}")
 
 
@@ -97,6 +100,8 @@ class Models:
         """Serve a kept checkpoint; with `fold`, serve its certified fold if there is one."""
         _check_name(name)
         async with self._lock(name), self._checkpoints.used(checkpoint) as source:
+            if source.format in TENSOR_FORMATS:
+                raise CheckpointError(f"checkpoint: expected one with a graph; {_ADVICE[source.format]}")
             versions = self._entries.get(name, {})
             number = version if version is not None else max(versions, default=0) + 1
             if number in versions:
@@ -181,7 +186,7 @@ class Models:
         return entry
 
     async def _fold(self, checkpoint_id: str) -> tuple[str, dict[str, Any]]:
-        outcome = await self._folding.fold(checkpoint_id, FoldOptions())
+        outcome = await self._folding.fold_unless_kept(checkpoint_id, FoldOptions())
         certificate = outcome.report["certificate"]
         verdict = certificate["verdict"] if certificate else None
         summary = {"requested": True, "folded": outcome.report["folded"], "verdict": verdict}

@@ -9,13 +9,14 @@ from typing import Any
 import onnxruntime
 from onnx import ModelProto
 
-from normcore.checkpoints.onnx import GraphLimits, inspect_onnx, load_onnx
+from normcore.checkpoints.onnx import GraphLimits, inspect_onnx
+from normcore.checkpoints.tensors import TensorLimits
 from normcore.errors import CheckpointError, DeadlineError, NormcoreError
 from normcore.execution import ExecutionError, describe, open_session, run
+from normcore.folding.checkpoint import Limits, Options, fold_file, plan_file
 from normcore.folding.compare import compare_checkpoints
-from normcore.folding.fold import fold_checkpoint
-from normcore.folding.plan import plan_onnx
 from normcore.folding.probes import Feeds, NoProbeError, find_shapes
+from normcore.folding.state_dict.options import Told
 from normcore.folding.verify import ProbeOptions
 from service.engine.zygote import Operation, Report
 
@@ -26,28 +27,21 @@ _ALLOCATION_FAILURES = ("Failed to allocate memory", "bad_alloc", "bad allocatio
 
 
 def inspect(arguments: Arguments, _: Report) -> Result:
-    """`{path, limits, freeze_initializers}` -> `{format, summary, normalizations}`."""
-    model = load_onnx(Path(arguments["path"]), limits=_limits(arguments))
-    summary = inspect_onnx(model)
-    plan = plan_onnx(model, freeze_initializers=arguments["freeze_initializers"])
-    return {
-        "format": summary.format,
-        "summary": asdict(summary),
-        "normalizations": [asdict(entry) for entry in plan.entries],
-    }
+    """`{path, limits, options}` -> `{format, summary, normalizations, notes}`."""
+    return plan_file(Path(arguments["path"]), limits=_limits(arguments), options=_options(arguments))
 
 
 def fold(arguments: Arguments, report: Report) -> Result:
-    """`{source, target, limits, freeze_initializers, verify}` -> the fold's report; writes the file `target`."""
+    """`{source, target, limits, options, verify}` -> the fold's report; writes the file `target`."""
     verify = arguments["verify"]
-    return fold_checkpoint(
+    return fold_file(
         Path(arguments["source"]),
         Path(arguments["target"]),
         limits=_limits(arguments),
-        freeze_initializers=arguments["freeze_initializers"],
+        options=_options(arguments),
         verify=None if verify is None else ProbeOptions(**verify),
         progress=report,
-    ).to_dict()
+    )
 
 
 def compare(arguments: Arguments, _: Report) -> Result:
@@ -55,7 +49,7 @@ def compare(arguments: Arguments, _: Report) -> Result:
     return compare_checkpoints(
         Path(arguments["original"]),
         Path(arguments["other"]),
-        limits=_limits(arguments),
+        limits=_limits(arguments).graph,
         options=ProbeOptions(**arguments["verify"]),
     ).to_dict()
 
@@ -82,8 +76,15 @@ def load(arguments: Arguments, _: Report) -> Result:
 OPERATIONS: Mapping[str, Operation] = {"inspect": inspect, "fold": fold, "compare": compare, "load": load}
 
 
-def _limits(arguments: Arguments) -> GraphLimits:
-    return GraphLimits(**arguments["limits"])
+def _limits(arguments: Arguments) -> Limits:
+    limits = arguments["limits"]
+    return Limits(graph=GraphLimits(**limits["graph"]), tensors=TensorLimits(**limits["tensors"]))
+
+
+def _options(arguments: Arguments) -> Options:
+    options = dict(arguments["options"])
+    pairs = {norm: Told(**told) for norm, told in options.pop("pairs", {}).items()}
+    return Options(**options, pairs=pairs)
 
 
 def _warm_up(model: ModelProto, session: onnxruntime.InferenceSession, *, deadline_s: float) -> str | None:

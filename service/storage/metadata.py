@@ -114,6 +114,11 @@ class Metadata:
         rows = await self._read(_checkpoints.select().order_by(_checkpoints.c.created_at, _checkpoints.c.id))
         return [CheckpointRecord(**row) for row in rows]
 
+    async def folds_of(self, checkpoint_id: str) -> list[CheckpointRecord]:
+        """The kept checkpoints that were folded from this one."""
+        rows = await self._read(_checkpoints.select().where(_checkpoints.c.folded_from == checkpoint_id))
+        return [CheckpointRecord(**row) for row in rows]
+
     async def delete_checkpoint(self, checkpoint_id: str) -> list[str]:
         """Delete it unless models use it; the answer names these."""
         is_user = sql.or_(_models.c.checkpoint == checkpoint_id, _models.c.served_checkpoint == checkpoint_id)

@@ -67,7 +67,7 @@ def check_certified(report: dict[str, Any]) -> None:
     """The evidence of one fold of a convolution without bias."""
     (entry,), (region,) = report["entries"], report["certificate"]["regions"]
     assert entry["eps"] == pytest.approx(1e-5)
-    assert entry["eps_source"] == "default of the operator"
+    assert entry["eps_source"].startswith("default of")
     assert 0 < entry["residual"] < 1e-7
     assert [tensor["name"] for tensor in entry["before"]] == ["scale", "bias", "mean", "var", "w"]
     assert {tuple(tensor["shape"]) for tensor in entry["after"]} == {(4, 3, 1, 1), (4,)}
