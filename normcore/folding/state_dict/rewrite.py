@@ -25,8 +25,9 @@ from normcore.checkpoints.tensors import DATATYPES, TensorFile, read_rows, read_
 from normcore.folding.affine import Affine
 from normcore.folding.filters import scale_transposed_outputs, transposed_rows
 from normcore.folding.onnx.refusal import Refusal
-from normcore.folding.onnx.rounding import store
+from normcore.folding.onnx.rounding import Stored, store
 from normcore.folding.report import TensorHash
+from normcore.folding.state_dict.hashing import Hashing, bytes_of
 from normcore.folding.state_dict.modules import Linear, Norm, join
 from normcore.folding.state_dict.report import Form, Kind, Pairing
 from normcore.folding.state_dict.weights import Exact, effective_weight, gain_axes, read_exact
@@ -142,7 +143,7 @@ class _Pen:
     def note(self, file: BinaryIO, key: str) -> None:
         """The hash of a tensor as it was."""
         tensor = self.source.tensors[key]
-        digest = hashlib.sha256(_raw(read_tensor(file, tensor))).hexdigest()
+        digest = hashlib.sha256(bytes_of(read_tensor(file, tensor))).hexdigest()
         self.ledger.before[key] = TensorHash(key, tensor.shape, tensor.datatype, digest)
 
     def vector(self, key: str, exact: Exact, *, role: str, datatype: str | None = None) -> Computed:
@@ -151,7 +152,7 @@ class _Pen:
         rows = exact.reshape(len(exact), -1) if role == "weight" else None
         stored = store(exact, DATATYPES[name], role, rows=rows)
         self.ledger.residual = max(self.ledger.residual, stored.residual)
-        digest = hashlib.sha256(_raw(stored.array)).hexdigest()
+        digest = hashlib.sha256(bytes_of(stored.array)).hexdigest()
         self.ledger.after[key] = TensorHash(key, exact.shape, name, digest)
         return Computed(name, exact.shape, lambda file: iter([stored.array]))
 
@@ -189,45 +190,51 @@ def _plain_weight(pen: _Pen, fold: Fold, factor: Exact) -> dict[str, Computed]:
         if linear.recipe != "plain":
             for part in linear.parts:
                 pen.note(file, part)
-            whole = effective_weight(file, pen.source, linear)
-            yield from _scaled(iter([whole]), whole.dtype)
+            yield from scaled(iter([effective_weight(file, pen.source, linear)]))
             return
         tensor = pen.source.tensors[linear.weight]
         # A transposed convolution's output channel is spread over all rows; float16 wants to see it whole.
         is_whole = fold.kind == "conv_transpose"
-        yield from _scaled(
-            iter([read_tensor(file, tensor)]) if is_whole else read_rows(file, tensor, elements=_BLOCK_ELEMENTS),
-            tensor.dtype,
-        )
+        rows = iter([read_tensor(file, tensor)]) if is_whole else read_rows(file, tensor, elements=_BLOCK_ELEMENTS)
+        yield from scaled(rows)
 
-    def _scaled(parts: Iterator[NDArray[Any]], dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
-        before, after, row = hashlib.sha256(), hashlib.sha256(), 0
-        for part in parts:
-            before.update(_raw(part))
-            exact, rows = _scale(part.astype(np.float64), fold, factor, row)
-            if not np.isfinite(part).all():
-                raise Refusal(f"the weight of {linear.name} has NaN or infinite elements")
-            stored = store(exact, DATATYPES[linear.datatype], "weight", rows=rows)
-            pen.ledger.residual = max(pen.ledger.residual, stored.residual)
-            after.update(_raw(stored.array))
-            row += len(part)
-            yield stored.array
+    def scaled(parts: Iterator[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+        row = 0
+        with Hashing() as hashing:
+            for part in parts:
+                stored = _store_rows(part, fold, factor, row)
+                pen.ledger.residual = max(pen.ledger.residual, stored.residual)
+                hashing.update(part, stored.array)
+                row += len(part)
+                yield stored.array
+            before, after = hashing.finish()
         if linear.recipe == "plain":
             name, datatype = linear.weight, linear.datatype
-            pen.ledger.before[name] = TensorHash(name, linear.shape, datatype, before.hexdigest())
-        pen.ledger.after[linear.weight] = TensorHash(linear.weight, linear.shape, linear.datatype, after.hexdigest())
+            pen.ledger.before[name] = TensorHash(name, linear.shape, datatype, before)
+        pen.ledger.after[linear.weight] = TensorHash(linear.weight, linear.shape, linear.datatype, after)
 
     return {linear.weight: Computed(linear.datatype, linear.shape, blocks)}
 
 
-def _scale(block: Exact, fold: Fold, factor: Exact, row: int) -> tuple[Exact, Exact]:
-    """A block of rows, scaled, and the same as one row per output channel."""
+def _store_rows(block: NDArray[Any], fold: Fold, factor: Exact, row: int) -> Stored:
+    """A block of rows as it is written. Raises Refusal."""
+    exact, rows = _scale(block, fold, factor, row)
+    try:
+        return store(exact, DATATYPES[fold.linear.datatype], "weight", rows=rows)
+    except Refusal:
+        if not np.isfinite(block).all():
+            raise Refusal(f"the weight of {fold.linear.name} has NaN or infinite elements") from None
+        raise
+
+
+def _scale(block: NDArray[Any], fold: Fold, factor: Exact, row: int) -> tuple[Exact, Exact]:
+    """A block of rows, scaled in float64, and the same as one row per output channel."""
     if fold.kind == "conv_transpose":
         groups = fold.norm.num_features // block.shape[1]
-        scaled = scale_transposed_outputs(block, factor, groups=groups)
+        scaled = scale_transposed_outputs(block.astype(np.float64), factor, groups=groups)
         return scaled, transposed_rows(scaled, groups=groups)
-    own = factor[row : row + len(block)]
-    scaled = block * own.reshape(-1, *[1] * (block.ndim - 1))
+    own = factor[row : row + len(block)].reshape(-1, *[1] * (block.ndim - 1))
+    scaled = np.multiply(block, own, dtype=np.float64)
     return scaled, scaled.reshape(len(block), -1)
 
 
@@ -253,10 +260,6 @@ def _shaped_weight(pen: _Pen, fold: Fold, factor: Exact) -> dict[str, Computed]:
         pen.note(file, linear.parts[0])
         exact = read_exact(file, gain) * factor.reshape(shape)
     return {linear.parts[0]: pen.vector(linear.parts[0], exact, role="gain")}
-
-
-def _raw(array: NDArray[Any]) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 __all__ = ["AFFINELESS_FORMULA", "FORMULAS", "Baking", "Fold", "Ledger", "Rewrite", "bake", "rewrite"]
