@@ -79,7 +79,7 @@ CASES: list[tuple[str, tuple[NDArray[Any], ...], dict[str, Any]]] = [
     ("LpNormalization", (MATRIX,), {"axis": 0}),
     ("LpNormalization", (-MATRIX,), {"p": 1}),
     ("BatchNormalization", (CUBE, *[MATRIX[0]] * 4), {"epsilon": 1e-3}),
-    ("BatchNormalization", (CUBE, *[MATRIX[0]] * 4), {"training_mode": 1}),
+    ("BatchNormalization", (CUBE, *(MATRIX[0].copy() for _ in range(4))), {"training_mode": 1}),
     ("InstanceNormalization", (CUBE, *[MATRIX[0]] * 2), {"epsilon": 1e-3}),
     ("MatMul", (MATRIX, MATRIX[0].copy()), {}),
     ("Flatten", (MATRIX.reshape(1, 2, 1, 3),), {"axis": -1}),

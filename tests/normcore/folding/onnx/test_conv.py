@@ -80,11 +80,11 @@ def test_refuses_addition_that_does_not_fit() -> None:
 
 def test_folds_into_both_summands() -> None:
     net = Net()
-    first, second = (net.op("Conv", "x", net.weight(3, 3, 1, 1)) for _ in range(2))
+    first, second = (net.op("Conv", net.op(operator, "x"), net.weight(3, 3, 1, 1)) for operator in ("Abs", "Neg"))
     model = net.model({"x": (2, 3, 7, 7)}, net.norm(net.op("Add", first, second), 3))
     folded, (entry,) = fold_and_compare(model, x=noise(2, 3, 7, 7))
-    assert operators(folded) == ["Conv", "Conv", "Add"]
-    assert entry.into == "conv_0, conv_1"
+    assert operators(folded) == ["Abs", "Conv", "Neg", "Conv", "Add"]
+    assert entry.into == "conv_1, conv_3"
 
 
 def test_refuses_residual_from_graph_input() -> None:
