@@ -181,7 +181,7 @@ def _bytes_steps() -> dict[bytes, Step]:
     steps: dict[bytes, Step] = {}
     for opcode, width in ((b"X", 4), (b"\x8c", 1), (b"\x8d", 8)):
         steps[opcode] = lambda machine, width=width: machine._push(  # type: ignore[misc]  # a default binds the loop's value
-            machine._take(machine._number(width)).decode("utf-8", "surrogatepass")
+            machine._take(machine._number(width)).decode()
         )
     for opcode, width in ((b"C", 1), (b"B", 4), (b"\x8e", 8)):
         steps[opcode] = lambda machine, width=width: machine._push(machine._take(machine._number(width)))  # type: ignore[misc]  # as above

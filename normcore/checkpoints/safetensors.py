@@ -10,6 +10,7 @@ from normcore.checkpoints.tensors import (
     Tensor,
     TensorFile,
     TensorLimits,
+    check_name,
     check_shape,
     check_total,
     contiguous_strides,
@@ -90,6 +91,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _tensor(name: str, entry: object, data_start: int, ranges: list[tuple[int, int, str]]) -> Tensor:
+    check_name(name)
     if not isinstance(entry, Mapping) or set(entry) != _FIELDS:
         raise CheckpointError(f"tensor {quote(name)}: its entry is not exactly dtype, shape and data_offsets")
     datatype = entry["dtype"]

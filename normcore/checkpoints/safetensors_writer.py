@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normcore.checkpoints.tensors import DATATYPES, Tensor, count, read_tensor
+from normcore.errors import CheckpointError
 
 _COPY_BYTES = 1 << 22
 _ALIGNMENT = 8
@@ -37,6 +38,7 @@ def write_safetensors(
     tensors: Mapping[str, Tensor | Computed],
     *,
     metadata: Callable[[], Mapping[str, str]],
+    max_header_bytes: int = 16 << 20,
 ) -> None:
     """Write a file of tensors that are copied out of another file or computed.
 
@@ -46,8 +48,10 @@ def write_safetensors(
         tensors: by key.
         metadata: texts for the header, asked for before the tensors are written and again afterwards; of the same
             length both times.
+        max_header_bytes: what the header may take, so that the file can be read again.
 
     Raises:
+        CheckpointError: the header would be larger.
         OSError: the disk is full, for one.
     """
     order = sorted(tensors, key=lambda key: -DATATYPES[tensors[key].datatype].itemsize)  # aligned, else as it came
@@ -55,6 +59,11 @@ def write_safetensors(
     try:
         with source.open("rb") as reading, partial.open("wb") as writing:
             header = _header(tensors, order, metadata())
+            if len(header) > max_header_bytes:
+                raise CheckpointError(
+                    f"the header of the written file would have {len(header)} bytes, more than the "
+                    f"{max_header_bytes} allowed"
+                )
             writing.write(header)
             for run in _runs(tensors, order):
                 _write_run(reading, writing, run)
@@ -77,7 +86,7 @@ def _header(tensors: Mapping[str, Tensor | Computed], order: Iterable[str], meta
         tensor = tensors[key]
         begin, end = end, end + tensor.nbytes
         entries[key] = {"dtype": tensor.datatype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 

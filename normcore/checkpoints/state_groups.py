@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from normcore.checkpoints.tensors import Tensor, TensorLimits, quote
+from normcore.checkpoints.tensors import Tensor, TensorLimits, check_name, quote
 from normcore.errors import CheckpointError, FoldError
 
 _MAX_DEPTH = 3
@@ -39,6 +39,8 @@ def choose_group(root: object, *, group: str | None, limits: TensorLimits) -> Gr
     tensors, dropped = groups[name]
     if len(tensors) > limits.max_tensors:
         raise CheckpointError(f"the file names {len(tensors)} tensors, more than the {limits.max_tensors} allowed")
+    for key in tensors:
+        check_name(key)
     notes = [f"{dropped} entries beside the tensors are left out"] if dropped else []
     other = tuple(each for each in groups if each != name)
     return Group(name, tensors, other, tuple(notes))

@@ -33,6 +33,7 @@ DATATYPES: Mapping[str, np.dtype[Any]] = {
 """The datatypes read and written, by the names of the safetensors format; all little-endian."""
 
 MAX_RANK = 16
+MAX_NAME_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,17 @@ def check_shape(name: str, shape: object) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def check_name(name: str) -> str:
+    """A tensor's key read from a file. Raises CheckpointError."""
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        raise CheckpointError(f"tensor {quote(name)}: its name is not valid Unicode") from None
+    if length > MAX_NAME_BYTES:
+        raise CheckpointError(f"tensor {quote(name)}: its name has {length} bytes, more than {MAX_NAME_BYTES}")
+    return name
+
+
 def check_total(tensors: Mapping[str, Tensor], limits: TensorLimits) -> None:
     """Refuse tensors that are together larger than allowed: names may share bytes. Raises CheckpointError."""
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -201,6 +213,7 @@ __all__ = [
     "Tensor",
     "TensorFile",
     "TensorLimits",
+    "check_name",
     "check_shape",
     "check_total",
     "contiguous_strides",

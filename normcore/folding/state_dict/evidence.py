@@ -106,7 +106,8 @@ def _kind(instance: Instance, family: Family) -> Evidence:
     linear, channels = instance.linear, instance.norm.num_features
     kernel = linear.shape[2:]
     if len(linear.shape) == 2:
-        return Evidence("kind", True, "a weight of rank 2 is a linear layer's")
+        detail = "a weight of rank 2 is a linear layer's; whether its batch norm sees (N, C) alone cannot be told"
+        return Evidence("kind", None, detail)
     if linear.shape[0] != channels:
         return Evidence("kind", None, "its shape does not fit a convolution")
     if linear.shape[1] == 1:

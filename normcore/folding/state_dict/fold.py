@@ -16,7 +16,7 @@ from normcore.folding.state_dict.modules import Linear
 from normcore.folding.state_dict.options import StateDictOptions
 from normcore.folding.state_dict.proof import prove
 from normcore.folding.state_dict.report import Change, Form, Pairing, StateDictPlan, StateDictReport
-from normcore.folding.state_dict.rewrite import AFFINELESS_FORMULA, FORMULAS, Baking, Fold, Rewrite, bake, rewrite
+from normcore.folding.state_dict.rewrite import FORMULAS, Baking, Fold, Rewrite, bake, rewrite
 from normcore.folding.state_dict.study import Study, refuse, study
 
 Progress = Callable[[str, int, int], None]
@@ -89,7 +89,7 @@ def fold_state_dict(
     report_progress("study", 0, total)
     known = study(source, limits=limits, options=options)
     report_progress("write", 1, total)
-    work = _Work(known, options)
+    work = _Work(known, options, limits)
     unproven = target.with_name(f"{target.name}.{os.getpid()}.unproven")
     try:
         work.write(unproven)
@@ -121,8 +121,9 @@ def fold_state_dict(
 class _Work:
     """One fold on its way into a file."""
 
-    def __init__(self, known: Study, options: StateDictOptions) -> None:
+    def __init__(self, known: Study, options: StateDictOptions, limits: TensorLimits) -> None:
         self._known = known
+        self._limits = limits
         self._options = options
         self._folds = dict(known.folds)
         self._refused: dict[str, Pairing] = {}
@@ -158,7 +159,8 @@ class _Work:
             tensors |= each.tensors
         self.has_changes = bool(self.rewrites or self._baked)
         if self.has_changes:
-            write_safetensors(source.path, target, tensors, metadata=self._metadata)
+            limit = self._limits.max_header_bytes
+            write_safetensors(source.path, target, tensors, metadata=self._metadata, max_header_bytes=limit)
 
     def _bake(self, file: BinaryIO, tensors: dict[str, Tensor | Computed]) -> None:
         """The weights that no fold has baked already."""
@@ -199,14 +201,12 @@ class _Work:
         if not is_written:
             return replace(entry, status="withdrawn", reason="its proof failed")
         operator = {"conv": "Conv", "conv_transpose": "ConvTranspose", "linear": "Linear"}[each.fold.kind]
-        has_weight = each.fold.norm.weight is not None
-        formula = FORMULAS[self._options.form] if has_weight or self._options.form == "deploy" else AFFINELESS_FORMULA
         return replace(
             entry,
             status="folded",
             pattern=f"{operator} -> BatchNorm",
             rule=each.fold.kind,
-            formula=formula,
+            formula=FORMULAS[self._options.form],
             residual=each.ledger.residual,
             before=tuple(each.ledger.before.values()),
             after=tuple(each.ledger.after.values()),

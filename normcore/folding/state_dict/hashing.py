@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_SMALL_BYTES = 1 << 15  # hashed at once: handing a block over costs more
 _BACKLOG = 8  # blocks that may wait to be hashed: what bounds the memory
 
 
@@ -24,16 +25,21 @@ class Hashing:
         self._before = hashlib.sha256()
         self._after = hashlib.sha256()
         self._pending: deque[Future[None]] = deque()
-        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> "Hashing":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._pool.shutdown()
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def update(self, before: NDArray[Any], after: NDArray[Any]) -> None:
         """Take note of a block; neither array may change afterwards."""
+        if self._pool is None and before.nbytes <= _SMALL_BYTES:
+            self._digest(before, after)
+            return
+        self._pool = self._pool or ThreadPoolExecutor(max_workers=1)
         self._pending.append(self._pool.submit(self._digest, before, after))
         if len(self._pending) > _BACKLOG:
             self._pending.popleft().result()

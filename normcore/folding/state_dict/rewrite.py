@@ -3,11 +3,10 @@
 With scale = weight / sqrt(var + eps) and shift = bias - mean scale of the batch norm, W and b of the operator:
 
     deploy             W' = scale W                     b' = scale b + shift     the batch norm goes
-    shape-preserving   W' = scale W                     b' = scale b             weight' = sqrt(1 + eps), bias' = shift,
+    shape-preserving   W' = scale r W                   b' = scale r b           weight' = w, bias' = shift,
                                                                                  mean' = 0, var' = 1
-    the same for a batch norm without weight and bias:
-                       W' = scale sqrt(1 + eps) W       b' = scale sqrt(1 + eps) b
-                                                                                 mean' = -shift sqrt(1 + eps), var' = 1
+    where w is sqrt(1 + eps) as it is rounded when stored (1 for a batch norm without weight), and
+    r = sqrt(1 + eps) / w makes up for that; a batch norm without bias gets mean' = -shift r instead
 
 All in float64 with one rounding; weights pass in blocks of rows, so that no tensor need fit into memory.
 """
@@ -36,9 +35,9 @@ _BLOCK_ELEMENTS = 1 << 16
 
 FORMULAS: dict[Form, str] = {
     "deploy": "W' = scale W; b' = scale b + shift",
-    "shape_preserving": "W' = scale W; b' = scale b; weight' = sqrt(1 + eps); bias' = shift; mean' = 0; var' = 1",
+    "shape_preserving": "W' = scale r W; b' = scale r b; weight' = w; bias' = shift; mean' = 0; var' = 1; "
+    "r = sqrt(1 + eps) / w; without bias mean' = -shift r",
 }
-AFFINELESS_FORMULA = "W' = scale sqrt(1 + eps) W; b' = scale sqrt(1 + eps) b; mean' = -shift sqrt(1 + eps); var' = 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +92,10 @@ def rewrite(file: BinaryIO, source: TensorFile, fold: Fold, *, form: Form) -> Re
     removed: tuple[str, ...] = ()
     factor = fold.affine.scale
     if form == "shape_preserving":
-        factor = fold.affine.scale * (1.0 if fold.norm.weight else np.sqrt(1 + fold.eps))
-        tensors |= _reduced_norm(pen, fold)
+        weight = _stored_root(source, fold)
+        ratio = np.sqrt(1 + fold.eps) / weight
+        factor = fold.affine.scale * ratio
+        tensors |= _reduced_norm(pen, fold, weight, ratio)
         if fold.linear.bias is not None:
             tensors[fold.linear.bias] = pen.vector(fold.linear.bias, factor * _bias(file, source, fold), role="bias")
         weights = _shaped_weight(pen, fold, factor)
@@ -157,19 +158,24 @@ class _Pen:
         return Computed(name, exact.shape, lambda file: iter([stored.array]))
 
 
-def _reduced_norm(pen: _Pen, fold: Fold) -> dict[str, Computed]:
-    norm, root = fold.norm, np.sqrt(1 + fold.eps)
+def _stored_root(source: TensorFile, fold: Fold) -> float:
+    """The weight of the reduced batch norm: sqrt(1 + eps) in its datatype, or the 1 of a norm without weight."""
+    if fold.norm.weight is None:
+        return 1.0
+    dtype = source.tensors[fold.norm.weight].dtype
+    return float(store(np.array([np.sqrt(1 + fold.eps)]), dtype, "batch norm weight").array[0])
+
+
+def _reduced_norm(pen: _Pen, fold: Fold, weight: float, ratio: float) -> dict[str, Computed]:
+    norm, shift = fold.norm, fold.affine.shift
     zeros = np.zeros(norm.num_features)
-    shift = fold.affine.shift
-    mean = zeros if norm.bias else -shift * (1.0 if norm.weight else root)
     tensors = {
-        norm.running_mean: pen.vector(norm.running_mean, mean, role="running mean"),
+        norm.running_mean: pen.vector(norm.running_mean, zeros if norm.bias else -shift * ratio, role="running mean"),
         norm.running_var: pen.vector(norm.running_var, zeros + 1, role="running variance"),
     }
     if norm.weight:
-        tensors[norm.weight] = pen.vector(norm.weight, zeros + root, role="batch norm weight")
+        tensors[norm.weight] = pen.vector(norm.weight, zeros + weight, role="batch norm weight")
     if norm.bias:
-        # A bias beside no weight: y = (x - mean) / sqrt(1 + eps) + bias takes the shift as it is.
         tensors[norm.bias] = pen.vector(norm.bias, shift, role="batch norm bias")
     return tensors
 
@@ -262,4 +268,4 @@ def _shaped_weight(pen: _Pen, fold: Fold, factor: Exact) -> dict[str, Computed]:
     return {linear.parts[0]: pen.vector(linear.parts[0], exact, role="gain")}
 
 
-__all__ = ["AFFINELESS_FORMULA", "FORMULAS", "Baking", "Fold", "Ledger", "Rewrite", "bake", "rewrite"]
+__all__ = ["FORMULAS", "Baking", "Fold", "Ledger", "Rewrite", "bake", "rewrite"]

@@ -77,10 +77,11 @@ def _entries(
     entries = {}
     for name, norm in modules.norms.items():
         entry = pairings.entry(name)
-        if name in told:
-            entry = _as_told(entry, norm, told[name], modules, default_eps=options.eps)
-        elif architecture is not None:
+        if architecture is not None:
             entry = architecture.settle(entry, name.removeprefix(prefix), prefix=prefix)
+            _check_told(entry, told.get(name))
+        elif name in told:
+            entry = _as_told(entry, norm, told[name], modules, default_eps=options.eps)
         elif entry.standing == "assumed":
             entry = _as_assumed(entry, options)
         entries[name] = entry
@@ -103,6 +104,17 @@ def _told(pairs: Mapping[str, Told], modules: Modules, prefix: str) -> dict[str,
         if uses > 1:
             raise FoldError(f"pairs: {linear!r} is named by {uses} batch norms, and can take only one")
     return found
+
+
+def _check_told(entry: Pairing, told: Told | None) -> None:
+    """A known class leaves nothing to tell. Raises FoldError where the caller contradicts it."""
+    if told is None:
+        return
+    if entry.into != told.linear:
+        what = entry.into or f"nothing: {entry.reason}"
+        raise FoldError(f"pairs[{entry.normalization!r}]: {told.linear!r} contradicts the class, which gives {what}")
+    if told.eps is not None and told.eps != entry.eps:
+        raise FoldError(f"pairs[{entry.normalization!r}].eps: {told.eps} contradicts the class, which has {entry.eps}")
 
 
 def _as_told(entry: Pairing, norm: Norm, told: Told, modules: Modules, *, default_eps: float | None) -> Pairing:
