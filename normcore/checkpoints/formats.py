@@ -48,12 +48,12 @@ def sniff(head: bytes) -> Format:
     """
     if head.startswith(b"PK\x03\x04"):
         return _sniff_zip(head)
+    if _is_safetensors(head):  # before pickle: the length of its header may look like a pickle's first instructions
+        return "safetensors"
     if head[257:262] == b"ustar":
         return "tar"
     if _is_pickle(head):
         return "pickle"
-    if _is_safetensors(head):
-        return "safetensors"
     if head[:1] and head[0] in _MODEL_PROTO_FIRST_TAGS:
         return "onnx"
     return "unknown"

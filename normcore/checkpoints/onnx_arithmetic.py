@@ -51,6 +51,11 @@ def _reduce(function: Callable[[Value, tuple[int, ...] | None, bool], Value]) ->
     return apply
 
 
+def _modulo(operands: Sequence[Value], attributes: Attributes, max_elements: int) -> Value | None:
+    function = np.fmod if attributes.get("fmod", 0) else np.mod
+    return elementwise(function)(operands, attributes, max_elements)
+
+
 def _matmul(operands: Sequence[Value], attributes: Attributes, max_elements: int) -> Value | None:
     left, right = operands
     columns = right.shape[-1] if right.ndim > 1 else 1
@@ -120,6 +125,7 @@ ARITHMETIC: dict[str, Function] = {
     "Sub": elementwise(np.subtract),
     "Mul": elementwise(np.multiply),
     "Div": elementwise(divide),
+    "Mod": _modulo,
     "Pow": _exact(np.power),
     "Max": elementwise(lambda *operands: np.max(np.broadcast_arrays(*operands), axis=0)),
     "Min": elementwise(lambda *operands: np.min(np.broadcast_arrays(*operands), axis=0)),

@@ -25,7 +25,7 @@ _NORM_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_trac
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A batch norm: a module with running statistics. Attributes are keys of the file, None where absent."""
+    """A batch norm: a module with running statistics; `keys` are all that the file has of it."""
 
     name: str
     running_mean: str
@@ -33,13 +33,9 @@ class Norm:
     weight: str | None
     bias: str | None
     num_batches_tracked: str | None
+    keys: tuple[str, ...]
     num_features: int
     problem: str | None
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        named = (self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked)
-        return tuple(key for key in named if key is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +141,7 @@ def _norm(name: str, own: Sequence[str], tensors: Mapping[str, Tensor]) -> Norm 
         weight=keys.get("weight"),
         bias=keys.get("bias"),
         num_batches_tracked=keys.get("num_batches_tracked"),
+        keys=tuple(keys.values()),
         num_features=shape[0] if shape else 0,
         problem=problem,
     )

@@ -52,6 +52,8 @@ CASES: list[tuple[str, tuple[NDArray[Any], ...], dict[str, Any]]] = [
     ("Mul", (VECTOR, VECTOR), {}),
     ("Div", (NEGATIVE, ints(2, -2, -2)), {}),
     ("Div", (MATRIX, MATRIX[::-1].copy()), {}),
+    ("Mod", (NEGATIVE, ints(3, 3, -3)), {}),
+    ("Mod", (MATRIX - 3, MATRIX[:1]), {"fmod": 1}),
     ("Pow", (MATRIX, np.array(0.5, np.float32)), {}),
     ("Pow", (MATRIX, ints(2)), {}),
     ("Max", (MATRIX, MATRIX[:, ::-1].copy()), {}),

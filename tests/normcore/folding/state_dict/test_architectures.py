@@ -11,7 +11,7 @@ from normcore.errors import CheckpointError, FoldError
 from normcore.folding.state_dict.architectures import ARCHITECTURES, import_torchvision
 from normcore.folding.state_dict.fold import fold_state_dict, plan_state_dict
 from normcore.folding.state_dict.loader import load_folded
-from normcore.folding.state_dict.options import StateDictOptions
+from normcore.folding.state_dict.options import StateDictOptions, Told
 from tests import wheels
 from tests.normcore.folding.state_dict.networks import difference, save, trained
 
@@ -129,6 +129,27 @@ def test_other_classes_are_refused(name: str, reason: str, tmp_path: Path) -> No
     with pytest.raises(FoldError, match=reason):
         fold_state_dict(source, tmp_path / "out.safetensors", options=StateDictOptions(architecture=name))
     assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (Told("layer1.0.conv1"), "'layer1.0.conv1' contradicts the class, which gives conv1"),
+        (Told("conv1", eps=1e-3), "eps: 0.001 contradicts the class, which has 1e-05"),
+    ],
+)
+def test_pairs_that_contradict_the_class_are_refused(told: Told, reason: str, tmp_path: Path) -> None:
+    source = save(build("resnet18"), tmp_path / "in.pth")
+    options = StateDictOptions(architecture="torchvision/resnet18", pairs={"bn1": told})
+    with pytest.raises(FoldError, match=reason):
+        fold_state_dict(source, tmp_path / "out.safetensors", options=options)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_pairs_that_agree_with_the_class_are_verified(tmp_path: Path) -> None:
+    source = save(build("resnet18"), tmp_path / "in.pth")
+    options = StateDictOptions(architecture="torchvision/resnet18", pairs={"bn1": Told("conv1", eps=1e-5)})
+    assert plan_state_dict(source, options=options).count("class-verified") == 20
 
 
 def test_shapes_are_compared(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from normcore.errors import FoldError
+from normcore.checkpoints.tensors import TensorLimits
+from normcore.errors import CheckpointError, FoldError
 from normcore.folding.state_dict.fold import fold_state_dict, plan_state_dict
 from normcore.folding.state_dict.options import StateDictOptions, Told
 from normcore.folding.state_dict.report import Kind, Pairing
@@ -367,6 +369,29 @@ def test_overlapping_views_are_refused(tmp_path: Path) -> None:
     report = fold_state_dict(save(state, tmp_path / "in.pth"), tmp_path / "out.safetensors", options=ALL)
     assert report.entries[0].standing == "refused"
     assert "shares a part of its bytes with other" in (report.entries[0].reason or "")
+
+
+def test_shape_preserving_makes_up_for_the_rounding_of_its_weight(tmp_path: Path) -> None:
+    """In float16 sqrt(1.001) is 1.00098: the weight takes the difference, which would be half a rounding by itself."""
+    model = trained(Pair(nn.Conv2d(3, 20, 3, bias=False), 20))
+    model.get_submodule("bn").half()
+    options = StateDictOptions(pairs={"bn": Told("conv", eps=4e-4)}, form="shape_preserving")
+    target = tmp_path / "out.safetensors"
+    fold_state_dict(save(model, tmp_path / "in.pth"), target, options=options)
+    before, after = model.state_dict(), safetensors.torch.load_file(target)
+    scale = before["bn.weight"].double() / (before["bn.running_var"].double() + 4e-4).sqrt()
+    stored = after["bn.weight"].double() / (after["bn.running_var"].double() + 4e-4).sqrt()
+    effective = after["conv.weight"].double() * stored.reshape(-1, 1, 1, 1)
+    expected = before["conv.weight"].double() * scale.reshape(-1, 1, 1, 1)
+    assert (effective / expected - 1).abs().max() < 2**-23
+
+
+def test_a_header_that_could_not_be_read_again_is_refused(tmp_path: Path) -> None:
+    source = save(trained(sequence(nn.Conv2d(3, 20, 3), nn.BatchNorm2d(20))), tmp_path / "in.safetensors")
+    limits = TensorLimits(max_header_bytes=700)
+    with pytest.raises(CheckpointError, match="header of the written file would have"):
+        fold_state_dict(source, tmp_path / "out.safetensors", options=ALL, limits=limits)
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
