@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-import onnx
 from onnx import ModelProto
 
 from normcore.checkpoints.onnx import GraphLimits, load_onnx
+from normcore.checkpoints.onnx_checker import check_model
 from normcore.folding.evidence import describe_folds
 from normcore.folding.onnx.options import FoldOptions
 from normcore.folding.onnx.rules import fold_graph
@@ -54,7 +54,7 @@ def fold_onnx(model: ModelProto, **options: Unpack[FoldOptions]) -> tuple[ModelP
     folded.CopyFrom(model)
     entries = fold_graph(folded, **options)
     if any(entry.status == "folded" for entry in entries):
-        onnx.checker.check_model(folded)
+        check_model(folded)
     return folded, entries
 
 
