@@ -25,7 +25,7 @@ _MAX_NODES = 256
 def computed_weights(graph: Graph) -> Iterator[tuple[int, str]]:
     """Linear nodes, each with its weight where that is the result of a normalization of constants."""
     for index, node in graph.nodes():
-        if node.op_type in _LINEAR and len(node.input) > 1 and _NORMALIZING & set(_operators(graph, node.input[1])):
+        if node.op_type in _LINEAR and len(node.input) > 1 and _is_normalized(_operators(graph, node.input[1])):
             yield index, node.input[1]
 
 
@@ -49,6 +49,11 @@ def bake(graph: Graph, index: int, weight: str) -> Outcome:
         into=(name_of(graph, index),),
         residual=0.0,
     )
+
+
+def _is_normalized(operators: list[str]) -> bool:
+    """Whether these operators compute a norm; spectral norm divides by products with its vectors."""
+    return not _NORMALIZING.isdisjoint(operators) or ("MatMul" in operators and operators[-1] in ("Div", "Mul"))
 
 
 def _operators(graph: Graph, name: str) -> list[str]:

@@ -111,7 +111,8 @@ def _branch(graph: Graph, total: int, name: str) -> int | None:
     index = graph.producer(name)
     if index is None or graph.node(index).op_type not in _BRANCHES or graph.is_locked(index):
         return None
-    return index if graph.consumers(name) == [(total, list(graph.node(total).input).index(name))] else None
+    sites = [(total, slot) for slot, used in enumerate(graph.node(total).input) if used == name]
+    return index if len(sites) == 1 and graph.consumers(name, with_shapes=True) == sites else None
 
 
 def _fits(graph: Graph, kept: int, gone: int) -> bool:

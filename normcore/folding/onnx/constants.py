@@ -33,6 +33,14 @@ class Constants:
         """The value of a tensor. Raises Refusal where a run or a caller decides it."""
         return self._resolve(name, {}, 0)
 
+    def knows(self, name: str) -> bool:
+        """Whether a tensor is the same in every run."""
+        try:
+            self.resolve(name)
+        except Refusal:
+            return False
+        return True
+
     def _resolve(self, name: str, known: dict[str, Value], depth: int) -> Value:
         if name not in known:
             known[name] = self._initializer(name) if name in self._initializers else self._computed(name, known, depth)

@@ -19,6 +19,7 @@ from normcore.folding.onnx.refusal import Refusal
 
 _FIRST_IR_WITH_PRIVATE_INITIALIZERS = 4
 _CAPTURED = -1
+_SHAPES = frozenset({"Shape", "Size"})
 
 
 class Graph:
@@ -67,10 +68,13 @@ class Graph:
         """Position of the node that makes a tensor; None for inputs and initializers."""
         return self._producers.get(name)
 
-    def consumers(self, name: str) -> list[tuple[int, int]]:
-        """Position and slot of every use; the slot is -1 where a subgraph reads the tensor."""
+    def consumers(self, name: str, *, with_shapes: bool = False) -> list[tuple[int, int]]:
+        """Position and slot of every use; the slot is -1 where a subgraph reads the tensor.
+
+        Who asks for its shape alone does not count, as no fold changes that, unless `with_shapes`.
+        """
         sites = []
-        for index in dict.fromkeys(self._uses[name]):
+        for index in dict.fromkeys(self._uses[name] if with_shapes else self._readers(name)):
             slots = [slot for slot, used in enumerate(self._nodes[index].input) if used == name]
             captured = self._uses[name].count(index) > len(slots)
             sites += [(index, slot) for slot in [*slots, *[_CAPTURED] * captured]]
@@ -100,11 +104,7 @@ class Graph:
         return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(found.data_type))
 
     def is_constant(self, name: str) -> bool:
-        try:
-            self.constant(name)
-        except Refusal:
-            return False
-        return True
+        return self._constants.knows(name)
 
     def constant(self, name: str) -> Value:
         """The value of a tensor that is the same in every run. Raises Refusal."""
@@ -114,7 +114,7 @@ class Graph:
         """Refuse a tensor that anyone but one input of one node can see. Raises Refusal."""
         if name in self._outputs:
             raise Refusal(f"{self.origin(name)} gives {name!r}, which is also an output of the graph")
-        uses = self._uses[name]
+        uses = self._readers(name)
         if uses != [user]:
             other = next((index for index in uses if index != user), user)
             raise Refusal(f"the output of {self.origin(name)} has a second consumer {label(self._nodes[other])}")
@@ -270,6 +270,9 @@ class Graph:
         self._producers.update((name, index) for name in node.output if name)
         for name in used_names(node):
             self._uses[name].append(index)
+
+    def _readers(self, name: str) -> list[int]:
+        return [index for index in self._uses[name] if self._nodes[index].op_type not in _SHAPES]
 
     def _producing(self, name: str) -> NodeProto | None:
         index = self.producer(name)

@@ -50,7 +50,7 @@ def linear(draw: st.DrawFn, net: Net, name: str, channels: int) -> tuple[str, in
     made = draw(st.sampled_from([3, 4, 5])) * groups
     bias = [net.weight(made)] if draw(st.booleans()) else []
     size = draw(st.sampled_from([1, 3]))
-    pads: dict[str, Any] = {"pads": draw(st.sampled_from([[size // 2] * 4, [size - 1, 0, 0, 1], [0] * 4]))}
+    pads: dict[str, Any] = {"pads": draw(st.sampled_from([[size // 2] * 4, [size // 2] * 4, [size - 1, 0, size // 2, size // 2]]))}
     if kind == "Conv":
         kernel = weight(net, made, channels // groups, size, size)
         return net.op("Conv", name, kernel, *bias, group=groups, **pads), made

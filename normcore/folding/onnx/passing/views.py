@@ -6,8 +6,8 @@ several, its map has to be the same along all of them but one.
 """
 
 import numpy as np
+from onnx import NodeProto
 
-from normcore.checkpoints.onnx_constants import Shape
 from normcore.folding.affine import Affine
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.graph import Graph, label
@@ -86,6 +86,7 @@ class ReshapeRule:
 
 
 Symbolic = tuple[int | str, ...]
+_MAX_PARTS = 8
 
 
 def _regroup(demand: Demand, given: Symbolic, wanted: Symbolic, name: str) -> Demand:
@@ -147,32 +148,42 @@ def _shapes(graph: Graph, index: int) -> tuple[Symbolic, Symbolic]:
         return source, _flattened(source, int(attributes_of(node).get("axis", 1)))
     if attributes_of(node).get("allowzero", 0):
         raise Refusal(f"{label(node)} allows sizes of 0")
-    if len(node.input) > 1:
-        try:
-            requested = [int(size) for size in graph.constant(node.input[1]).reshape(-1)]
-        except Refusal:
-            return source, _inferred(graph, index, shape)
-    else:
-        requested = [int(size) for size in attributes_of(node).get("shape", ())]
+    requested = _requested(graph, node)
+    if requested is None:
+        raise Refusal(f"the shape that {label(node)} makes is computed at run time")
     target: list[int | str] = [
-        source[axis] if size == 0 and axis < len(source) else size for axis, size in enumerate(requested)
+        f"computed {axis}" if size is None else source[axis] if size == 0 and axis < len(source) else size
+        for axis, size in enumerate(requested)
     ]
-    if -1 in target:
-        target[target.index(-1)] = _remaining(source, target)
+    unknown = [axis for axis, size in enumerate(requested) if size in (None, -1)]
+    if len(unknown) == 1:  # the number of elements decides it, whether the file says -1 or computes it
+        target[unknown[0]] = -1
+        target[unknown[0]] = _remaining(source, target)
     return source, tuple(target)
 
 
-def _inferred(graph: Graph, index: int, shape: Shape) -> Symbolic:
-    """The shape of the result where the graph computes it: what inference found. Raises Refusal."""
-    found = graph.shape(graph.node(index).output[0])
-    if found is None:
-        raise Refusal(f"the shape that {label(graph.node(index))} makes is computed at run time")
-    target: list[int | str] = ["rest" if size is None else size for size in found]
-    source: Symbolic = tuple(f"axis {axis}" if size is None else size for axis, size in enumerate(shape))
-    if target.count("rest") == 1:
-        target[target.index("rest")] = _remaining(source, [-1 if size == "rest" else size for size in target])
-        return tuple(target)
-    return tuple(f"computed {axis}" if size == "rest" else size for axis, size in enumerate(target))
+def _requested(graph: Graph, node: NodeProto) -> list[int | None] | None:
+    """The shape a Reshape asks for, as far as the file determines it: what it says, else what inference found."""
+    if len(node.input) < 2:
+        return [int(size) for size in attributes_of(node).get("shape", ())]
+    found = _sizes(graph, node.input[1], 0)
+    inferred = graph.shape(node.output[0])
+    if inferred is None or (found is not None and len(found) != len(inferred)):
+        return found
+    return [ours if ours is not None else theirs for ours, theirs in zip(found or inferred, inferred, strict=True)]
+
+
+def _sizes(graph: Graph, name: str, depth: int) -> list[int | None] | None:
+    """A vector of sizes, None where they are computed; such vectors are joined from parts, some of them constant."""
+    if graph.is_constant(name):
+        return [int(size) for size in graph.constant(name).reshape(-1)]
+    producer = graph.producer(name)
+    if producer is not None and graph.node(producer).op_type == "Concat" and depth < _MAX_PARTS:
+        parts = [_sizes(graph, part, depth + 1) for part in graph.node(producer).input]
+        known = [part for part in parts if part is not None]
+        return [size for part in known for size in part] if len(known) == len(parts) else None
+    shape = graph.shape(name)
+    return [None] * shape[0] if shape is not None and len(shape) == 1 and shape[0] is not None else None
 
 
 def _remaining(source: Symbolic, target: list[int | str]) -> int | str:

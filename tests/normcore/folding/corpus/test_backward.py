@@ -367,3 +367,32 @@ def test_folds_long_mixed_chain() -> None:
     assert "BatchNormalization" not in operators(folded)
     assert "Div" not in operators(folded)
     assert {entry.status for entry in entries} == {"folded"}
+
+
+def test_folds_levit_which_reads_the_shape_of_what_it_normalizes() -> None:
+    """flatten(0, 1) -> norm -> reshape_as: who asks for a shape alone sees no difference."""
+    net = Net()
+    product = net.op("MatMul", "x", net.weight(3, C))
+    normed = net.norm(net.op("Flatten", product, axis=2), C)
+    output = net.op("Reshape", normed, net.op("Shape", product))
+    folded, _ = fold_and_compare(net.model({"x": ("n", 5, 3)}, output), x=noise(4, 5, 3))
+    assert sorted(operators(folded)) == ["Add", "Flatten", "MatMul", "Reshape", "Shape"]
+
+
+def test_folds_linear_that_becomes_an_image_of_computed_size() -> None:
+    """As torch exports Unflatten: the batch is read from the input, the rest is constant."""
+    net = Net()
+    flat = net.op("Gemm", "x", net.weight(3, C * 20))
+    batch = net.op("Slice", net.op("Shape", flat), ints(net, 0), ints(net, 1))
+    image = net.op("Reshape", flat, net.op("Concat", batch, ints(net, C, 4, 5), axis=0))
+    folded, _ = fold_and_compare(net.model({"x": ("n", 3)}, net.norm(image, C)), x=noise(7, 3))
+    assert "BatchNormalization" not in operators(folded)
+
+
+def test_refuses_reshape_of_two_computed_sizes() -> None:
+    net = Net()
+    flat = net.op("Gemm", "x", net.weight(3, C * 20))
+    sizes = net.op("Slice", net.op("Shape", "y"), ints(net, 0), ints(net, 2))
+    image = net.op("Reshape", flat, net.op("Concat", sizes, ints(net, 4, 5), axis=0))
+    model = net.model({"x": ("n", 3), "y": ("n", "c")}, net.norm(image, C))
+    assert "splits or merges" in refusal(model) or "free size" in refusal(model)

@@ -354,3 +354,12 @@ def test_refuses_subgraph_consumer() -> None:
     other = conditional(net, captured=normed)
     model = net.model({"x": (2, 3, 5)}, net.op("Add", net.op("Conv", normed, net.weight(3, 3, 1)), other))
     assert "a subgraph of If" in forward_refusal(model)
+
+
+def test_folds_where_another_operator_reads_the_shape_alone() -> None:
+    net = Net()
+    normed = net.norm("x", C)
+    convolved = net.op("Conv", normed, net.weight(C, C, 1, 1))
+    model = net.model({"x": (2, C, "h", "w")}, net.op("Reshape", convolved, net.op("Shape", normed)))
+    folded, _ = fold_and_compare(model, x=noise(2, C, 10, 8))
+    assert "BatchNormalization" not in operators(folded)
