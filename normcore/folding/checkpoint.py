@@ -11,6 +11,7 @@ from normcore.checkpoints.formats import HEAD_BYTES, Format, sniff
 from normcore.checkpoints.onnx import GraphLimits, inspect_onnx, load_onnx
 from normcore.checkpoints.tensors import TensorLimits
 from normcore.errors import FoldError
+from normcore.folding.evidence import describe_folds
 from normcore.folding.fold import fold_checkpoint
 from normcore.folding.onnx.options import FoldOptions, ZeroPadding
 from normcore.folding.plan import plan_onnx
@@ -106,7 +107,7 @@ def plan_file(path: Path, *, limits: Limits, options: Options = DEFAULTS) -> Doc
         )
     model = load_onnx(path, limits=limits.graph)
     summary = inspect_onnx(model)
-    entries = plan_onnx(model, **options.for_graph()).entries
+    entries = describe_folds(model, plan_onnx(model, **options.for_graph()).entries, None)
     return _document(summary.format, asdict(summary), [asdict(entry) for entry in entries], ())
 
 
