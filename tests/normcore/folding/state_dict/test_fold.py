@@ -195,6 +195,41 @@ def test_loader_refuses_a_norm_that_does_more(tmp_path: Path) -> None:
         folded(trained(build()), tmp_path, build, accept_assumed=True, eps=1e-5)
 
 
+class Standardized(nn.Conv2d):
+    """A convolution that changes its weight at every call."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
+        return output
+
+
+def test_loader_refuses_an_operator_that_does_more(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        model = Chain()
+        model.conv1 = Standardized(3, 20, 3, bias=False)
+        return model
+
+    with pytest.raises(TypeError, match="bn1 or conv1 is of a class that does more than its keys say"):
+        folded(trained(build()), tmp_path, build, accept_assumed=True, eps=1e-5)
+
+
+def test_spectral_norm_with_foreign_vectors_is_refused(tmp_path: Path) -> None:
+    """A u that is not W v normalized belongs to another axis, or to nothing known."""
+    model = trained(Pair(nn.utils.spectral_norm(nn.Conv2d(3, 20, 3)), 20))
+    vector = model.state_dict()["conv.weight_u"]
+    vector[:10] += 0.05 * vector.norm()
+    vector /= vector.norm()
+    source = save(model, tmp_path / "in.pth")
+    with pytest.raises(FoldError, match="do not tell which axis"):
+        fold_state_dict(
+            source, tmp_path / "out.safetensors", options=StateDictOptions(pairs={"bn": Told("conv", eps=1e-5)})
+        )
+    report = fold_state_dict(source, tmp_path / "out.safetensors", options=StateDictOptions(bake=True))
+    assert not report.written
+    assert any("conv is not baked" in note for note in report.notes)
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_shape_preserving_keeps_an_activated_norm_right(tmp_path: Path) -> None:
     def build() -> nn.Module:
         model = Chain()

@@ -184,6 +184,14 @@ def test_candidates_are_listed_nearest_first(tmp_path: Path) -> None:
     assert {each.distance for each in unordered.candidates} == {None}
 
 
+def test_a_norm_that_is_registered_first_is_ambiguous(tmp_path: Path) -> None:
+    """Its shape excludes pre-activation, but only the order in a PyTorch file tells, so nothing is assumed."""
+    model = trained(Block(bn=nn.BatchNorm2d(20), conv=nn.Conv2d(3, 20, 3, bias=False)))
+    entry = plan(model, tmp_path)["bn"]
+    assert entry.standing == "ambiguous"
+    assert entry.reason == "bn comes before conv in the file"
+
+
 def test_keeps_what_has_nothing_to_fold_into(tmp_path: Path) -> None:
     entry = plan(trained(sequence(nn.BatchNorm2d(7), nn.Conv2d(3, 20, 3))), tmp_path)["0"]
     assert entry.standing == "kept"
