@@ -20,7 +20,7 @@ from normcore.folding.onnx.rounding import check_float, store
 
 CHANNEL_AXIS = 1
 
-_OLDEST_OPSET = 7
+OLDEST_OPSET = 7
 _TRAINING_MODE_OPSET = 14
 _DEFAULT_EPS = float(np.float32(1e-5))  # attributes are float32, and so is the default that runtimes take
 _ROLES = ("scale", "bias", "mean", "variance")
@@ -99,9 +99,9 @@ def _edit(graph: Graph, index: int, operands: dict[int, Exact], formula: str) ->
 
 def _check_mode(graph: Graph, norm: NodeProto) -> None:
     attributes = attributes_of(norm)
-    if graph.opset < _OLDEST_OPSET:
+    if graph.opset < OLDEST_OPSET:
         raise Refusal(
-            f"opset {graph.opset} gives batch norm another form; convert the model to opset {_OLDEST_OPSET} or later"
+            f"opset {graph.opset} gives batch norm another form; convert the model to opset {OLDEST_OPSET} or later"
         )
     if attributes.get("training_mode", 0):
         raise Refusal("training_mode is 1: it normalizes with the statistics of each batch; export in eval mode")
@@ -114,4 +114,4 @@ def _check_mode(graph: Graph, norm: NodeProto) -> None:
         raise Refusal("spatial is 0: its statistics differ by position, not by channel alone")
 
 
-__all__ = ["CHANNEL_AXIS", "BatchNormRule", "read_affine", "read_eps", "read_parameters"]
+__all__ = ["CHANNEL_AXIS", "OLDEST_OPSET", "BatchNormRule", "read_affine", "read_eps", "read_parameters"]

@@ -55,6 +55,9 @@ class Elementwise:
                 f"{label(node)} before it has a constant of shape {self.shape} for a tensor of rank {rank} with "
                 f"{channels} channels on axis {axis}: it varies, or broadcasts, over another axis than the channels"
             )
+        present = graph.shape(node.input[self.slot])
+        if shape[axis] > 1 and (present is None or present[axis] != channels):
+            raise Refusal(f"{label(node)} may make {channels} channels of one, and the operator before it cannot")
         vectors = (np.broadcast_to(constant.reshape(-1), (channels,)) for constant in (self.scale, self.shift))
         return Affine(*vectors)
 

@@ -10,6 +10,7 @@ from onnx import ModelProto, NodeProto
 from normcore.checkpoints.onnx_structure import STANDARD_DOMAINS, bodies, walk_graphs
 from normcore.folding.onnx.attempt import fold_backward, fold_forward, fold_into_affine
 from normcore.folding.onnx.baking import bake, computed_weights
+from normcore.folding.onnx.batch_norm import OLDEST_OPSET
 from normcore.folding.onnx.branches import is_pair, merge, pairs
 from normcore.folding.onnx.gains import gains, move_gain
 from normcore.folding.onnx.graph import Graph, label
@@ -58,6 +59,9 @@ class _Folder:
 
     def fold(self) -> None:
         """Weights first; then everything backward, which needs no choice, then forward, until nothing more folds."""
+        if self._graph.opset < OLDEST_OPSET:  # elementwise operators broadcast in other ways there
+            self._seeds(batch_norms, self._fold_backward)
+            return
         self._bake()
         for _ in range(_MAX_ROUNDS):
             folded = sum(self._seeds(seeds, self._fold_backward) for seeds in (batch_norms, scalings))

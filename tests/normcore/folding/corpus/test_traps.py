@@ -184,3 +184,21 @@ def test_everything_is_proven(tmp_path: Path, options: FoldOptions) -> None:
     assert report.certificate.verdict == "equivalent"
     assert {entry.status for entry in report.entries} == {"folded"}
     assert "BatchNormalization" not in operators(onnx.load(tmp_path / "folded.onnx"))
+
+
+def test_constant_that_widens_one_channel_is_no_map_even_where_all_are_equal() -> None:
+    """The same number for every channel: no channel tells that there were fewer."""
+    net = Net()
+    wide = net.op("Mul", net.op("Conv", "x", net.weight(1, 3, 1, 1)), net.constant(np.full((C, 1, 1), 2, np.float32)))
+    parameters = [net.constant(np.full(C, value, np.float32)) for value in (3, 1, 2, 4)]
+    model = net.model({"x": (2, 3, 5, 4)}, net.op("BatchNormalization", wide, *parameters))
+    assert "may make 6 channels of one" in refusal(model)
+
+
+def test_old_elementwise_operators_are_left_alone() -> None:
+    """Before opset 7 they broadcast by attributes, and along the first axes."""
+    net = Net(opset=6)
+    output = net.op("Mul", net.op("MatMul", "x", net.weight(3, C)), net.weight(C), broadcast=1, axis=0)
+    folded, entries = fold_onnx(net.model({"x": (C, 3)}, output))
+    assert operators(folded) == ["MatMul", "Mul"]
+    assert entries == ()

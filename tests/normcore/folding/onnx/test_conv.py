@@ -69,7 +69,7 @@ def test_refuses_addition_that_widens_one_channel() -> None:
     net = Net()
     convolved = net.op("Conv", "x", net.weight(1, 3, 3, 3))
     model = net.model({"x": (2, 3, 7, 7)}, net.norm(net.op("Add", convolved, net.weight(4, 1, 1)), 4))
-    assert "normalizes 4 channels" in refusal(model)
+    assert "may make 4 channels of one" in refusal(model)
 
 
 def test_refuses_addition_that_does_not_fit() -> None:
