@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto
 
 from normcore.checkpoints.onnx import GraphLimits, load_onnx
 from normcore.checkpoints.onnx_checker import check_model
@@ -52,10 +52,7 @@ def fold_onnx(model: ModelProto, **options: Unpack[FoldOptions]) -> tuple[ModelP
     """
     folded = ModelProto()
     folded.CopyFrom(model)
-    entries = fold_graph(folded, **options)
-    if any(entry.status == "folded" for entry in entries):
-        check_model(folded)
-    return folded, entries
+    return folded, _fold_in_place(folded, options)
 
 
 def fold_checkpoint(
@@ -89,9 +86,14 @@ def fold_checkpoint(
     model = load_onnx(source, limits=limits)
     deadline = time.monotonic() + (verify.deadline_s if verify else 0.0)
 
+    loaded = [model]  # folded in place the first time: a copy of all weights costs as much memory as the file
+    original = _outline(model)
+    del model
+
     def attempt(exclude: Collection[str]) -> Trial[tuple[ModelProto, tuple[PlanEntry, ...]]]:
         report_progress("fold", 1, total)
-        folded, entries = fold_onnx(model, **(options | {"exclude": {*options.get("exclude", ()), *exclude}}))
+        folded = loaded.pop() if loaded else ModelProto.FromString(source.read_bytes())
+        entries = _fold_in_place(folded, options | {"exclude": {*options.get("exclude", ()), *exclude}})
         outputs = tuple(entry.output for entry in entries if entry.status == "folded")
         report_progress("write", 2, total)
         _write(target, folded.SerializeToString() if outputs else source.read_bytes())
@@ -105,12 +107,29 @@ def fold_checkpoint(
     folded, entries = trial.result
     report_progress("done", total, total)
     return FoldReport(
-        entries=describe_folds(model, (_mark(entry, withdrawn) for entry in entries), trial.certificate),
-        nodes_before=len(model.graph.node),
+        entries=describe_folds(original, (_mark(entry, withdrawn) for entry in entries), trial.certificate),
+        nodes_before=len(original.graph.node),
         nodes_after=len(folded.graph.node),
         certificate=trial.certificate,
-        notes=_notes(model, folded, trial.outputs, withdrawn),
+        notes=_notes(original, folded, trial.outputs, withdrawn),
     )
+
+
+def _fold_in_place(model: ModelProto, options: FoldOptions) -> tuple[PlanEntry, ...]:
+    entries = fold_graph(model, **options)
+    if any(entry.status == "folded" for entry in entries):
+        check_model(model)
+    return entries
+
+
+def _outline(model: ModelProto) -> ModelProto:
+    """Inputs and nodes alone, without the values of constants."""
+    outline = ModelProto(ir_version=model.ir_version)
+    outline.graph.input.extend(model.graph.input)
+    for node in model.graph.node:
+        is_constant = node.op_type == "Constant"
+        outline.graph.node.append(NodeProto(op_type="Constant", output=node.output) if is_constant else node)
+    return outline
 
 
 def _mark(entry: PlanEntry, withdrawn: Mapping[str, str]) -> PlanEntry:
