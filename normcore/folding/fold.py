@@ -49,6 +49,9 @@ def fold_onnx(model: ModelProto, **options: Unpack[FoldOptions]) -> tuple[ModelP
 
     Returns:
         The folded model (a plain copy where nothing folds) and one entry per normalization, in the graph's order.
+
+    Raises:
+        ParameterError: an option has a value that it does not know.
     """
     folded = ModelProto()
     folded.CopyFrom(model)

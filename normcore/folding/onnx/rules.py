@@ -3,18 +3,19 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Unpack, get_args
 
 from onnx import ModelProto, NodeProto
 
 from normcore.checkpoints.onnx_structure import STANDARD_DOMAINS, bodies, walk_graphs
+from normcore.errors import ParameterError
 from normcore.folding.onnx.attempt import fold_backward, fold_forward, fold_into_affine
 from normcore.folding.onnx.baking import bake, computed_weights
 from normcore.folding.onnx.batch_norm import OLDEST_OPSET
 from normcore.folding.onnx.branches import is_pair, merge, pairs
 from normcore.folding.onnx.gains import gains, move_gain
 from normcore.folding.onnx.graph import Graph, label
-from normcore.folding.onnx.options import FoldOptions
+from normcore.folding.onnx.options import FoldOptions, ZeroPadding
 from normcore.folding.onnx.outcome import Outcome, name_of
 from normcore.folding.onnx.refusal import Refusal
 from normcore.folding.onnx.seeds import BATCH_NORM, Seed, batch_norms, scalings
@@ -30,7 +31,17 @@ _DATA_DEPENDENT = frozenset((
 
 
 def fold_graph(model: ModelProto, **options: Unpack[FoldOptions]) -> tuple[PlanEntry, ...]:
-    """Fold a model in place; it is only changed where something folds."""
+    """Fold a model in place; it is only changed where something folds.
+
+    Raises:
+        ParameterError: an option has a value that it does not know.
+    """
+    if options.get("zero_padding", "auto") not in get_args(ZeroPadding):
+        raise ParameterError(
+            "zero_padding",
+            expected=f"one of {', '.join(get_args(ZeroPadding))}",
+            received=repr(options["zero_padding"]),
+        )
     graph = Graph(
         model, freeze_initializers=options.get("freeze_initializers", False), locked=options.get("exclude", ())
     )

@@ -75,7 +75,8 @@ def randomized(model: ModelProto) -> ModelProto:
 
 
 @pytest.mark.parametrize(
-    ("name", "folds", "kept"), [("densenet121", 59, 62), ("resnet50", 53, 0), ("shufflenet", 49, 0)]
+    ("name", "folds", "kept"),
+    [("densenet121", 59, 62), ("resnet50", 53, 0), ("shufflenet", 49, 0), ("inception_v2", 69, 0)],
 )
 def test_folds_known_architectures(name: str, folds: int, kept: int) -> None:
     model = randomized(load_onnx(LIGHT / f"light_{name}.onnx"))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from onnx import ModelProto
 
+from normcore.errors import ParameterError
 from normcore.folding.fold import fold_onnx
 from normcore.folding.onnx.options import FoldOptions, ZeroPadding
 from normcore.folding.report import PlanEntry
@@ -228,6 +229,12 @@ def test_pads_with_one_number_where_all_channels_agree() -> None:
     model = net.model({"x": (2, C, "h", "w")}, net.op("Conv", normed, net.weight(4, C, 3, 2), **PADDED))
     folded, _ = fold_and_compare(model, options={"zero_padding": "pad"}, x=noise(2, C, 10, 8))
     assert operators(folded) == ["Pad", "Conv"]
+
+
+def test_refuses_unknown_way_around_zero_padding() -> None:
+    model = network(lambda net, name: net.op("Conv", name, net.weight(4, C, 3, 3)))
+    with pytest.raises(ParameterError, match="one of auto, pad, map, offset, refuse"):
+        fold_onnx(model, zero_padding="reflect")  # type: ignore[arg-type]  # what a caller may get wrong
 
 
 def test_refuses_zero_padding_on_request() -> None:
