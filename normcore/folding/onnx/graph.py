@@ -253,16 +253,19 @@ class Graph:
         """Write everything back into the model, after which the index is spent."""
         graph = self._model.graph
         write_nodes(graph, self._nodes)
-        old = {tensor.name for tensor in graph.initializer}
-        unused = {name for name in old - self._outputs - self._overridable if not self._uses[name]}
+        known = {tensor.name for tensor in graph.initializer}
+        unused = {name for name in known - self._outputs - self._overridable if not self._uses[name]}
         drop(graph.initializer, (self._gone | unused) - set(self._new))
-        for tensor in graph.initializer:
-            if tensor.name in self._new:
-                tensor.CopyFrom(self._new[tensor.name])
-        graph.initializer.extend(tensor for name, tensor in self._new.items() if name not in old)
         drop(graph.value_info, (self._gone | unused | set(self._new)) - set(self._producers))
         drop(graph.input, self._frozen)
-        if self._frozen or self._new:
+        has_new = bool(self._new)
+        self._initializers.clear()  # each weight is let go as it is written: together they are as large as the file
+        for tensor in graph.initializer:
+            if tensor.name in self._new:
+                tensor.CopyFrom(self._new.pop(tensor.name))
+        for name in list(self._new):
+            graph.initializer.append(self._new.pop(name))
+        if self._frozen or has_new:
             # Older files must list every initializer among the inputs.
             self._model.ir_version = max(self._model.ir_version, _FIRST_IR_WITH_PRIVATE_INITIALIZERS)
 
