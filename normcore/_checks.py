@@ -10,6 +10,7 @@ from torch import Tensor
 from normcore.errors import DtypeError, ParameterError, ShapeError, StatisticsError
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST_EXACT = 2**53  # up to here float64 holds every whole number
 _LARGEST_COUNT = 2**62  # far from where one more would wrap
 _INTEGERS = re.compile(r"\s*[+-]?[0-9]{1,18}\s*(,\s*[+-]?[0-9]{1,18}\s*)*")
 
@@ -87,6 +88,14 @@ def check_variance(argument: str, variance: Tensor) -> None:
     if bool(is_refused.any()):
         worst = float(variance[is_refused][0])
         raise StatisticsError(argument, expected="values >= 0", received=f"{worst:g}")
+
+
+def check_counts(argument: str, counts: Tensor) -> None:
+    """Refuse numbers of values that are no whole numbers >= 0, or that float64 does not count up to."""
+    is_refused = ~((counts >= 0) & (counts <= LARGEST_EXACT) & (counts == counts.floor()))
+    if bool(is_refused.any()):
+        worst = float(counts[is_refused][0])
+        raise StatisticsError(argument, expected="whole numbers from 0 to 2^53", received=f"{worst:g}")
 
 
 def check_batch_count(argument: str, count: Tensor) -> None:

@@ -13,3 +13,11 @@ def split(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A value as its rounding to `dtype`, and what that leaves in float64."""
     rounded = value.to(dtype)
     return rounded, value.double() - rounded.double()
+
+
+def sum_and_rest(larger: Tensor, smaller: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of two float64, rounded, and exactly what rounding left over (Knuth's TwoSum)."""
+    total = larger + smaller
+    of_smaller = total - larger
+    rest = (larger - (total - of_smaller)) + (smaller - of_smaller)
+    return total, rest.masked_fill(~rest.isfinite(), 0.0)

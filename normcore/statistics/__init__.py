@@ -1,6 +1,17 @@
-"""Statistics of batches (moments, which merge) and over batches (running statistics)."""
+"""Statistics of batches (moments, which merge) and over batches (running and population statistics)."""
 
 from normcore.statistics.moments import Moments
+from normcore.statistics.population import NAN_POLICIES, MeanVar, PooledMeanVar, PopulationStatistics
 from normcore.statistics.running import CONVENTIONS, Convention, Momentum, RunningStatistics
 
-__all__ = ["CONVENTIONS", "Convention", "Moments", "Momentum", "RunningStatistics"]
+__all__ = [
+    "CONVENTIONS",
+    "NAN_POLICIES",
+    "Convention",
+    "MeanVar",
+    "Moments",
+    "Momentum",
+    "PooledMeanVar",
+    "PopulationStatistics",
+    "RunningStatistics",
+]

@@ -22,6 +22,7 @@ MODULES = [
     "normcore.normalization.whitening",
     "normcore.statistics.covariance",
     "normcore.statistics.moments",
+    "normcore.statistics.population",
     "normcore.statistics.running",
 ]
 
