@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from normcore.normalization import METHODS
 from service import __version__
-from service.api import checkpoints, errors, infer, models, normalizations, openapi, operations, protocol
+from service.api import checkpoints, errors, infer, jobs, models, normalizations, openapi, operations, protocol
 from service.api.asgi import Endpoint
 from service.api.connection import Connection
 from service.api.middleware import Guard, RequestContext
@@ -30,6 +30,7 @@ from service.application.checkpoints import Checkpoints
 from service.application.folding import Folding
 from service.application.health import Health
 from service.application.inference import Inference
+from service.application.jobs import Jobs
 from service.application.models import Models
 from service.engine.admission import ReceiveBudget
 from service.engine.normalization import NormalizationEngine
@@ -77,7 +78,7 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
     for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
         app.router.routes.append(Route(path, Endpoint(infer.infer), methods=["POST"]))
     app.router.routes.append(Route("/v1/normalizations/{method}", Endpoint(normalizations.normalize), methods=["POST"]))
-    for module in (protocol, normalizations, checkpoints, models, operations):
+    for module in (protocol, normalizations, checkpoints, jobs, models, operations):
         app.include_router(module.router)
     errors.install(app)
     openapi.install(app)
@@ -151,6 +152,12 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
     metadata = Metadata(settings.database_url or f"sqlite:///{settings.data_dir / 'normserve.db'}")
     await metadata.open()
     stack.push_async_callback(metadata.close)
+    work = Jobs(
+        max_running=settings.max_running_jobs,
+        max_finished=settings.max_finished_jobs,
+        max_result_bytes=settings.max_job_result_bytes,
+    )
+    stack.push_async_callback(work.close)  # after the sandbox, without which no job waits for long
     sandbox = Sandbox(
         memory_bytes=settings.sandbox_memory_bytes,
         deadline_s=settings.sandbox_deadline_s,
@@ -172,6 +179,7 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
         json_thread=json_thread,
         checkpoints=checkpoints,
         folding=folding,
+        jobs=work,
         models=models,
         inference=Inference(deadline_s=settings.infer_deadline_s),
     )

@@ -55,6 +55,10 @@ class MethodNotFoundError(NotFoundError):
     """No normalization method under this name."""
 
 
+class JobNotFoundError(NotFoundError):
+    """No job under this id: it never was, was deleted, or is forgotten."""
+
+
 class ForbiddenError(ServiceError):
     """A request from an origin or for a host that the settings do not allow."""
 

@@ -70,6 +70,14 @@ class Settings(BaseSettings):
     )
     verify_probes: int = Field(6, ge=4, le=64, description="Seeded probes of a fold's certificate.")
 
+    max_running_jobs: int = Field(8, gt=0, description="Jobs that may run or wait at once; beyond it 429.")
+    max_finished_jobs: int = Field(
+        100, gt=0, description="Finished jobs that are remembered; beyond it the oldest is forgotten."
+    )
+    max_job_result_bytes: int = Field(
+        256 * MIB, gt=0, description="Results of finished jobs that are remembered, in bytes of JSON together."
+    )
+
     @field_validator("allowed_hosts", "allowed_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:

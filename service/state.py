@@ -7,6 +7,7 @@ from service.application.checkpoints import Checkpoints
 from service.application.folding import Folding
 from service.application.health import Health
 from service.application.inference import Inference
+from service.application.jobs import Jobs
 from service.application.models import Models
 from service.engine.admission import ReceiveBudget
 from service.settings import Settings
@@ -23,5 +24,6 @@ class Services:
     json_thread: ThreadPoolExecutor
     checkpoints: Checkpoints
     folding: Folding
+    jobs: Jobs
     models: Models
     inference: Inference

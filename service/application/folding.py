@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.application.checkpoints import Checkpoints, GraphSandbox
+from service.application.checkpoints import Checkpoints, GraphSandbox, Progress
+from service.application.jobs import completed, then_keep
 from service.settings import Settings
 from service.storage.blobs import Blobs
 from service.storage.metadata import CheckpointRecord, Metadata
@@ -56,24 +57,22 @@ class Folding:
         self._sandbox = sandbox
         self._settings = settings
 
-    async def fold(self, checkpoint_id: str, options: FoldOptions) -> FoldOutcome:
-        """Fold a kept checkpoint into a new one beside it."""
+    async def fold(self, checkpoint_id: str, options: FoldOptions, *, progress: Progress | None = None) -> FoldOutcome:
+        """Fold a kept checkpoint into a new one beside it; `progress` hears of every step."""
         async with self._checkpoints.used(checkpoint_id) as source:
-            return await self._fold_kept(source, options)
+            target = self._blobs.stage_path()
+            try:
+                report = await self._fold(self._checkpoints.path(source.id), target, options, then_keep(progress))
+                if not report["folded"]:
+                    return FoldOutcome(source, report, is_new=False)
+                return await completed(self._keep(target, source, report))
+            finally:
+                await self._blobs.discard(target)
 
-    async def _fold_kept(self, source: CheckpointRecord, options: FoldOptions) -> FoldOutcome:
-        target = self._blobs.stage_path()
-        try:
-            report = await self._fold(self._checkpoints.path(source.id), target, options)
-            if not report["folded"]:
-                return FoldOutcome(source, report, is_new=False)
-            staged = await self._blobs.adopt(target)
-            filename = f"{Path(source.filename).stem}.folded.onnx"
-            record, is_new = await self._checkpoints.keep(
-                staged, filename=filename, folded_from=source.id, report=report
-            )
-        finally:
-            await self._blobs.discard(target)
+    async def _keep(self, target: Path, source: CheckpointRecord, report: dict[str, Any]) -> FoldOutcome:
+        staged = await self._blobs.adopt(target)
+        filename = f"{Path(source.filename).stem}.folded.onnx"
+        record, is_new = await self._checkpoints.keep(staged, filename=filename, folded_from=source.id, report=report)
         if not is_new:
             await self._metadata.set_report(record.id, folded_from=source.id, report=report)
         return FoldOutcome(await self._checkpoints.get(record.id), report, is_new=is_new)
@@ -90,7 +89,9 @@ class Folding:
             await self._blobs.discard(staged.path)
             await self._blobs.discard(target)
 
-    async def _fold(self, source: Path, target: Path, options: FoldOptions) -> dict[str, Any]:
+    async def _fold(
+        self, source: Path, target: Path, options: FoldOptions, progress: Progress | None = None
+    ) -> dict[str, Any]:
         verify = {
             "count": options.probes or self._settings.verify_probes,
             "seed": options.seed,
@@ -104,4 +105,4 @@ class Folding:
             "freeze_initializers": options.freeze_initializers,
             "verify": verify,
         }
-        return await self._sandbox.run("fold", arguments)
+        return await self._sandbox.run("fold", arguments, progress=progress)
