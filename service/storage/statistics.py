@@ -1,6 +1,6 @@
 """Statistics resources: one row of totals each, and one row per idempotency key, written in the same transaction."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
@@ -65,6 +65,18 @@ class StatisticsRecord:
     content_hash: str | None = None
     sources: tuple[str, ...] = ()
 
+    @property
+    def is_frozen(self) -> bool:
+        return self.content_hash is not None
+
+    @property
+    def version(self) -> str:
+        """Another one for every state of the resource."""
+        return self.content_hash or str(self.sequence)
+
+
+Check = Callable[[StatisticsRecord], None]
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -87,7 +99,7 @@ class Post:
 
     key: str | None
     digest: str
-    check: Callable[[StatisticsRecord], None]
+    check: Check
     change: Callable[[Stored], tuple[Stored, dict[str, Any]]]
 
 
@@ -104,8 +116,9 @@ class StatisticsStore:
     async def open(self) -> None:
         await self._metadata.transact(_schema.create_all)
 
-    async def read(self, statistics_id: str) -> Stored:
-        return await self._metadata.transact(lambda connection: _read(connection, statistics_id))
+    async def read(self, statistics_id: str, view: Callable[[Stored], T]) -> T:
+        """What `view`, run off the event loop, makes of a resource. Raises StatisticsNotFoundError."""
+        return await self._metadata.transact(lambda connection: view(_read(connection, statistics_id)))
 
     async def records(self) -> list[StatisticsRecord]:
         """All resources, oldest first."""
@@ -114,11 +127,13 @@ class StatisticsStore:
             lambda connection: [_record(row) for row in connection.execute(statement).mappings()]
         )
 
-    async def derive(self, sources: Collection[str], make: Callable[[Sequence[Stored]], Stored]) -> Stored:
-        """Add what `make` makes of the sources, read in the same transaction. Raises ConflictError if full."""
+    async def derive(
+        self, sources: Collection[str], make: Callable[[Iterator[Stored]], Stored], view: Callable[[Stored], T]
+    ) -> T:
+        """Add what `make` makes of the sources, all in one transaction. Raises ConflictError if full."""
 
-        def derive(connection: sql.Connection) -> Stored:
-            made = make([_read(connection, source) for source in sources])
+        def derive(connection: sql.Connection) -> T:
+            made = make(_read(connection, source) for source in sources)
             count = connection.execute(sql.select(sql.func.count()).select_from(_statistics)).scalar_one()
             if count >= self._limit:
                 raise ConflictError(
@@ -126,7 +141,7 @@ class StatisticsStore:
                     "delete those no longer needed"
                 )
             connection.execute(_statistics.insert().values(_row(made)))
-            return made
+            return view(made)
 
         return await self._metadata.transact(derive)
 
@@ -154,7 +169,7 @@ class StatisticsStore:
 
         return await self._metadata.transact(apply)
 
-    async def delete(self, statistics_id: str, check: Callable[[StatisticsRecord], None]) -> None:
+    async def delete(self, statistics_id: str, check: Check) -> None:
         """Forget a resource, and its keys, unless `check` refuses."""
 
         def delete(connection: sql.Connection) -> None:
