@@ -3,6 +3,7 @@
 from normcore.statistics.moments import Moments
 from normcore.statistics.population import NAN_POLICIES, MeanVar, PooledMeanVar, PopulationStatistics
 from normcore.statistics.running import CONVENTIONS, Convention, Momentum, RunningStatistics
+from normcore.statistics.stream import MomentsStream
 
 __all__ = [
     "CONVENTIONS",
@@ -10,6 +11,7 @@ __all__ = [
     "Convention",
     "MeanVar",
     "Moments",
+    "MomentsStream",
     "Momentum",
     "PooledMeanVar",
     "PopulationStatistics",

@@ -204,15 +204,16 @@ class PopulationStatistics:
         differences = ((unbiased - paper).abs() / unbiased).nan_to_num(nan=0.0)
         channel = int(differences.argmax())
         sizes = (
-            f"pooled variance = mean of batch variances + variance of batch means; over {self.batches} batches "
-            f"{float(pooled.mean()):.6g} = {float(within.mean()):.6g} + {float(between.mean()):.6g} (channels averaged)."
+            "pooled variance = mean of batch variances + variance of batch means; "
+            f"here, over {self.batches} batches and averaged over channels, "
+            f"{float(pooled.mean()):.6g} = {float(within.mean()):.6g} + {float(between.mean()):.6g}."
         )
         if float(differences[channel]) <= _LARGE_DIFFERENCE:
             return f"{sizes} The batches are alike: pooled and paper variance differ by {float(differences.max()):.2%}."
         return (
-            f"{sizes} paper and ema leave the second part out, which matters here: in channel {channel} the unbiased "
-            f"variance is {float(unbiased[channel]):.6g} pooled and {float(paper[channel]):.6g} by paper. For data as a "
-            "whole, pooled is right."
+            f"{sizes} paper and ema leave the second part out, which matters here: in channel {channel} "
+            f"the unbiased variance is {float(unbiased[channel]):.6g} pooled and {float(paper[channel]):.6g} by paper. "
+            "For data as a whole, pooled is right."
         )
 
     def to_tensors(self) -> dict[str, Tensor]:

@@ -10,10 +10,18 @@ from normcore.errors import DtypeError, ShapeError, StatisticsError
 
 # torch has few operations on these; the wider type holds the same numbers.
 _WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64}
+_LARGE = (torch.int64, torch.uint64)
 _EXACT = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32),
 )
+
+
+def check_datatype(argument: str, datatype: torch.dtype) -> None:
+    """Refuse what is neither floating, integer nor bool."""
+    if datatype not in (*_EXACT, *_WIDER, *_LARGE):
+        expected = "a floating, integer or bool datatype"
+        raise DtypeError(argument, expected=expected, received=str(datatype).removeprefix("torch."))
 
 
 def exact_values(argument: str, tensor: Tensor) -> Tensor:
@@ -23,13 +31,11 @@ def exact_values(argument: str, tensor: Tensor) -> Tensor:
         DtypeError: a datatype that is neither floating, integer nor bool.
         StatisticsError: integers beyond 2^53.
     """
+    check_datatype(argument, tensor.dtype)
     if tensor.dtype in _EXACT:
         return tensor
     if tensor.dtype in _WIDER:
         return tensor.to(_WIDER[tensor.dtype])
-    if tensor.dtype not in (torch.int64, torch.uint64):
-        received = str(tensor.dtype).removeprefix("torch.")
-        raise DtypeError(argument, expected="a floating, integer or bool datatype", received=received)
     # What uint64 has beyond int64 turns negative in this view.
     values = tensor.view(torch.int64)
     smallest = -LARGEST_EXACT if tensor.dtype == torch.int64 else 0

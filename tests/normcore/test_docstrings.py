@@ -24,6 +24,7 @@ MODULES = [
     "normcore.statistics.moments",
     "normcore.statistics.population",
     "normcore.statistics.running",
+    "normcore.statistics.stream",
 ]
 
 
