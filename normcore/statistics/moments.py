@@ -148,9 +148,10 @@ m2=tensor([26.], dtype=torch.float64))
         count = counts.sum(0)
         # Around the mean of the largest part, so that the digits that all means share are not rounded again.
         center, center_squares = means.gather(0, largest), squares.gather(0, largest)
-        distances = means - center + means_low
+        distances = (means - center + means_low).masked_fill(is_empty, 0.0)
         shift = (counts / count.clamp_min(1.0) * distances).sum(0, keepdim=True)
-        between = (counts * (distances - shift).square()).sum(0, keepdim=True)
+        # The square of a distance from no values may overflow, and 0 times that is NaN.
+        between = (counts * (distances - shift).square()).masked_fill(is_empty, 0.0).sum(0, keepdim=True)
         rest = (squares.scatter(0, largest, 0.0) + squares_low).sum(0, keepdim=True) + between
         mean, mean_low = sum_and_rest(center, shift)
         m2, m2_low = sum_and_rest(center_squares, rest)

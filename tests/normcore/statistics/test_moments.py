@@ -165,6 +165,12 @@ def test_moments_refuse_impossible_values(
         Moments(*(torch.tensor(values, dtype=torch.float64) for values in (count, mean, m2)))
 
 
+def test_no_values_leave_a_mean_whose_square_overflows() -> None:
+    far = Moments(*(torch.tensor(values, dtype=torch.float64) for values in ([3.0], [1e300], [2.0])))
+    for merged in (far.merge(Moments.none(1)), Moments.none(1).merge(far, Moments.none(1))):
+        assert (merged.count.item(), merged.mean.item(), merged.m2.item()) == (3.0, 1e300, 2.0)
+
+
 def test_moments_refuse_another_datatype() -> None:
     with pytest.raises(DtypeError, match="count: expected float64, received float32"):
         Moments(torch.ones(1), torch.ones(1), torch.ones(1))
