@@ -22,16 +22,30 @@ from starlette.routing import Route
 
 from normcore.normalization import METHODS
 from service import __version__
-from service.api import checkpoints, errors, infer, jobs, models, normalizations, openapi, operations, protocol
+from service.api import (
+    checkpoints,
+    errors,
+    infer,
+    jobs,
+    models,
+    normalizations,
+    openapi,
+    operations,
+    protocol,
+    statistics,
+)
 from service.api.asgi import Endpoint
+from service.api.batches import post_batch
 from service.api.connection import Connection
 from service.api.middleware import Guard, RequestContext
+from service.application.batches import Batches
 from service.application.checkpoints import Checkpoints
 from service.application.folding import Folding
 from service.application.health import Health
 from service.application.inference import Inference
 from service.application.jobs import Jobs
 from service.application.models import Models
+from service.application.statistics import Statistics
 from service.engine.admission import ReceiveBudget
 from service.engine.normalization import NormalizationEngine
 from service.engine.onnx_runtime import OnnxEngine
@@ -43,6 +57,7 @@ from service.settings import Settings
 from service.state import Services
 from service.storage.blobs import Blobs
 from service.storage.metadata import Metadata
+from service.storage.statistics import StatisticsStore
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +93,8 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
     for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
         app.router.routes.append(Route(path, Endpoint(infer.infer), methods=["POST"]))
     app.router.routes.append(Route("/v1/normalizations/{method}", Endpoint(normalizations.normalize), methods=["POST"]))
-    for module in (protocol, normalizations, checkpoints, jobs, models, operations):
+    app.router.routes.append(Route("/v1/statistics/{statistics_id}/batches", Endpoint(post_batch), methods=["POST"]))
+    for module in (protocol, normalizations, statistics, checkpoints, jobs, models, operations):
         app.include_router(module.router)
     errors.install(app)
     openapi.install(app)
@@ -169,6 +185,11 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
     checkpoints = Checkpoints(blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings)
     folding = Folding(checkpoints=checkpoints, blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings)
     models = await _open_models(settings, metadata, checkpoints, folding, sandbox, threads, stack)
+    statistics_store = StatisticsStore(metadata, limit=settings.max_statistics)
+    await statistics_store.open()
+    kept = Statistics(store=statistics_store, settings=settings)
+    reducer = Worker("statistics", settings.queue_size)
+    stack.push_async_callback(reducer.close)
     restoring = asyncio.create_task(_restore(models, health))
     stack.callback(restoring.cancel)
     return Services(
@@ -181,7 +202,9 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
         folding=folding,
         jobs=work,
         models=models,
-        inference=Inference(deadline_s=settings.infer_deadline_s),
+        inference=Inference(kept, deadline_s=settings.infer_deadline_s),
+        statistics=kept,
+        batches=Batches(reducer, deadline_s=settings.infer_deadline_s),
     )
 
 

@@ -78,6 +78,16 @@ class Settings(BaseSettings):
         256 * MIB, gt=0, description="Results of finished jobs that are remembered, in bytes of JSON together."
     )
 
+    max_stream_bytes: int = Field(
+        16 * 1024 * MIB,
+        gt=0,
+        description="Largest batch that is posted to statistics as a stream (npy, or the protocol's binary), in bytes.",
+    )
+    max_statistics: int = Field(1000, gt=0, description="Statistics resources that may be kept.")
+    max_num_features: int = Field(65_536, gt=0, le=2**20, description="Channels that statistics may have.")
+    max_name_length: int = Field(128, gt=0, le=1024, description="Longest name of statistics, in characters.")
+    max_idempotency_key_length: int = Field(255, gt=0, le=1024, description="Longest Idempotency-Key, in characters.")
+
     @field_validator("allowed_hosts", "allowed_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:

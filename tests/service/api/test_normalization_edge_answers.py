@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from normcore.normalization import METHODS
 from service import datatypes
+from service.application.methods import METHODS
 from tests.service.edges import VALID, of, post, ramp
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
