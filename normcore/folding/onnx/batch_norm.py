@@ -26,7 +26,7 @@ def attributes_of(node: NodeProto) -> dict[str, Any]:
 
 def read_affine(graph: Graph, norm: NodeProto) -> Affine:
     """The map of a batch norm in inference mode with constant parameters. Raises Refusal."""
-    _check_mode(graph, norm)
+    check_mode(graph, norm)
     vectors = []
     for name, role in zip(norm.input[1:], _ROLES, strict=True):
         try:
@@ -36,14 +36,18 @@ def read_affine(graph: Graph, norm: NodeProto) -> Affine:
     if any(vector.ndim != 1 or vector.shape != vectors[0].shape for vector in vectors):
         raise Refusal(f"its parameters are not vectors of one length: {[vector.shape for vector in vectors]}")
     weight, bias, mean, var = vectors
-    eps = float(attributes_of(norm).get("epsilon", _DEFAULT_EPS))
     try:
-        return affine_of(weight, bias, mean, var, eps=eps)
+        return affine_of(weight, bias, mean, var, eps=eps_of(norm))
     except StatisticsError as error:
         raise Refusal(f"its statistics are unusable: {error}") from None
 
 
-def _check_mode(graph: Graph, norm: NodeProto) -> None:
+def eps_of(norm: NodeProto) -> float:
+    return float(attributes_of(norm).get("epsilon", _DEFAULT_EPS))
+
+
+def check_mode(graph: Graph, norm: NodeProto) -> None:
+    """Refuse a batch norm that normalizes with anything but frozen statistics per channel. Raises Refusal."""
     attributes = attributes_of(norm)
     if graph.opset < _OLDEST_OPSET:
         raise Refusal(
@@ -60,4 +64,4 @@ def _check_mode(graph: Graph, norm: NodeProto) -> None:
         raise Refusal("spatial is 0: its statistics differ by position, not by channel alone")
 
 
-__all__ = ["CHANNEL_AXIS", "attributes_of", "read_affine"]
+__all__ = ["CHANNEL_AXIS", "attributes_of", "check_mode", "eps_of", "read_affine"]

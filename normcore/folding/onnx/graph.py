@@ -44,7 +44,7 @@ class Graph:
         self._names = {name for name in self._all_names() if name}
         for index, node in self._nodes.items():
             self._producers.update((name, index) for name in node.output if name)
-            for name in _used_names(node):
+            for name in used_names(node):
                 self._uses[name].append(index)
 
     def nodes(self) -> Iterator[tuple[int, NodeProto]]:
@@ -93,11 +93,16 @@ class Graph:
     def take_over(self, index: int, inputs: Sequence[str], *, output: str) -> None:
         """Give a node new inputs and the name of a tensor that another node made until now."""
         node = self._nodes[index]
-        former = list(node.input)
         self._producers.pop(node.output[0])
         self._gone.add(node.output[0])
         node.output[0] = output
         self._producers[output] = index
+        self.rewire(index, inputs)
+
+    def rewire(self, index: int, inputs: Sequence[str]) -> None:
+        """Give a node new inputs; what only it used goes."""
+        node = self._nodes[index]
+        former = [name for name in node.input if name]
         node.input[:] = inputs
         for name in inputs:
             self._uses[name].append(index)
@@ -110,7 +115,7 @@ class Graph:
             if self._producers.get(name) == index:  # else another node has taken the name over
                 del self._producers[name]
                 self._gone.add(name)
-        self._release(_used_names(node), index)
+        self._release(used_names(node), index)
 
     def store(self, array: NDArray[Any], *, instead_of: str, fallback: str) -> str:
         """Name of a new initializer: the old one's where nothing else can see that, else a fresh name.
@@ -230,7 +235,7 @@ def label(node: NodeProto) -> str:
     return f"{node.op_type} {name!r}"
 
 
-def _used_names(node: NodeProto) -> list[str]:
+def used_names(node: NodeProto) -> list[str]:
     """Every name a node reads, once per input; whatever its subgraphs mention counts, as they see the names around."""
     names = [name for name in node.input if name]
     for body in bodies(node):
@@ -247,4 +252,4 @@ def _drop(items: Any, names: set[str]) -> None:
             del items[index]
 
 
-__all__ = ["Graph", "label"]
+__all__ = ["Graph", "label", "used_names"]
