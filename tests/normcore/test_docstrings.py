@@ -21,6 +21,7 @@ MODULES = [
     "normcore.normalization.weight_standardization",
     "normcore.normalization.whitening",
     "normcore.statistics.covariance",
+    "normcore.statistics.histogram",
     "normcore.statistics.moments",
     "normcore.statistics.population",
     "normcore.statistics.running",
