@@ -1,5 +1,6 @@
 """Statistics of batches (moments, which merge) and over batches (running and population statistics)."""
 
+from normcore.statistics.conversion import convert_momentum, convert_running, initial_share, running_of_caffe
 from normcore.statistics.histogram import MAX_BINS, MAX_CHANNELS, Bins, Histogram
 from normcore.statistics.moments import Moments
 from normcore.statistics.population import NAN_POLICIES, MeanVar, PooledMeanVar, PopulationStatistics
@@ -21,4 +22,8 @@ __all__ = [
     "PooledMeanVar",
     "PopulationStatistics",
     "RunningStatistics",
+    "convert_momentum",
+    "convert_running",
+    "initial_share",
+    "running_of_caffe",
 ]

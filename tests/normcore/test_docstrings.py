@@ -20,6 +20,7 @@ MODULES = [
     "normcore.normalization.weight_norm",
     "normcore.normalization.weight_standardization",
     "normcore.normalization.whitening",
+    "normcore.statistics.conversion",
     "normcore.statistics.covariance",
     "normcore.statistics.histogram",
     "normcore.statistics.moments",
