@@ -23,6 +23,7 @@ from starlette.routing import Route
 from normcore.normalization import METHODS
 from service import __version__
 from service.api import (
+    calibration,
     checkpoints,
     errors,
     infer,
@@ -39,6 +40,7 @@ from service.api.batches import post_batch
 from service.api.connection import Connection
 from service.api.middleware import Guard, RequestContext
 from service.application.batches import Batches
+from service.application.calibration import Calibration
 from service.application.checkpoints import Checkpoints
 from service.application.folding import Folding
 from service.application.health import Health
@@ -94,7 +96,7 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
         app.router.routes.append(Route(path, Endpoint(infer.infer), methods=["POST"]))
     app.router.routes.append(Route("/v1/normalizations/{method}", Endpoint(normalizations.normalize), methods=["POST"]))
     app.router.routes.append(Route("/v1/statistics/{statistics_id}/batches", Endpoint(post_batch), methods=["POST"]))
-    for module in (protocol, normalizations, statistics, checkpoints, jobs, models, operations):
+    for module in (protocol, normalizations, statistics, checkpoints, calibration, jobs, models, operations):
         app.include_router(module.router)
     errors.install(app)
     openapi.install(app)
@@ -200,6 +202,7 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
         json_thread=json_thread,
         checkpoints=checkpoints,
         folding=folding,
+        calibration=Calibration(checkpoints=checkpoints, blobs=blobs, sandbox=sandbox, settings=settings),
         jobs=work,
         models=models,
         inference=Inference(kept, deadline_s=settings.infer_deadline_s),

@@ -70,6 +70,14 @@ class Settings(BaseSettings):
     )
     verify_probes: int = Field(6, ge=4, le=64, description="Seeded probes of a fold's certificate.")
 
+    max_calibration_batches: int = Field(
+        1000, gt=0, description="Batches of data that one recalibration or look at drift may bring."
+    )
+    calibration_budget_bytes: int = Field(
+        4096 * MIB,
+        gt=0,
+        description="Bytes of such data that may lie on the disk for their operations at once; beyond it 429.",
+    )
     max_running_jobs: int = Field(8, gt=0, description="Jobs that may run or wait at once; beyond it 429.")
     max_finished_jobs: int = Field(
         100, gt=0, description="Finished jobs that are remembered; beyond it the oldest is forgotten."

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from service.application.batches import Batches
+from service.application.calibration import Calibration
 from service.application.checkpoints import Checkpoints
 from service.application.folding import Folding
 from service.application.health import Health
@@ -26,6 +27,7 @@ class Services:
     json_thread: ThreadPoolExecutor
     checkpoints: Checkpoints
     folding: Folding
+    calibration: Calibration
     jobs: Jobs
     models: Models
     inference: Inference

@@ -134,10 +134,10 @@ async def fold_checkpoint(checkpoint_id: str, request: Request, services: Servic
 
 @router.get("/checkpoints/{checkpoint_id}/report")
 async def read_report(checkpoint_id: str, services: ServicesDep) -> dict[str, Any]:
-    """Read the report of the fold that made a checkpoint."""
+    """Read the report of the fold or recalibration that made a checkpoint."""
     record = await services.checkpoints.get(checkpoint_id)
     if record.report is None:
-        raise CheckpointNotFoundError(f"report: checkpoint {record.id} was uploaded, not folded here")
+        raise CheckpointNotFoundError(f"report: checkpoint {record.id} was uploaded, not made here")
     return record.report
 
 

@@ -46,6 +46,7 @@ class Job:
     ended_at: str | None = None
     result: bytes | None = None
     error: Exception | None = None
+    begun: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     _task: asyncio.Task[None] | None = field(default=None, repr=False)
 
     @property
@@ -121,15 +122,14 @@ class Jobs:
     async def _cancel(self, job: Job) -> None:
         """Cancel once: a second time would interrupt the job's own tidying up."""
         task = job._task
-        if task is None:
-            return
+        assert task is not None
+        await job.begun.wait()  # else the work would never hear of it, and never let go of what it holds
         if not task.cancelling():
             task.cancel()
         await asyncio.wait([task])
-        if not job.is_finished:  # it had not begun
-            job.end("cancelled")
 
     async def _run(self, job: Job, work: Work) -> None:
+        job.begun.set()
         try:
             job.result = await work(job.report)
         except asyncio.CancelledError:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -85,6 +85,11 @@ class Blobs:
         with _disk_errors():
             return await self._run(lambda: _adopt(path))
 
+    async def write_scratch(self, path: Path, chunks: Sequence[memoryview]) -> None:
+        """Write a file that another process reads and nobody keeps, so it need not reach the disk."""
+        with _disk_errors():
+            await self._run(lambda: _write(path, chunks))
+
     async def keep(self, staged: StagedBlob) -> None:
         """Rename a staged file into place; the same content kept twice is one file."""
         with _disk_errors():
@@ -136,6 +141,11 @@ def _drop(file: BinaryIO, path: Path) -> None:
     with suppress(OSError):  # closing writes what is buffered, and the disk may be full
         file.close()
     path.unlink(missing_ok=True)
+
+
+def _write(path: Path, chunks: Sequence[memoryview]) -> None:
+    with path.open("xb") as file:
+        file.writelines(chunks)
 
 
 def _adopt(path: Path) -> StagedBlob:
