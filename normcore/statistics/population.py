@@ -104,8 +104,9 @@ class PopulationStatistics:
 
         Args:
             batch: its moments, C channels.
-            nan_policy: for a batch whose mean or variance is not finite in some channel. raise: refuse it; propagate:
-                its channels are NaN from then on, in every definition; skip_update: it changes nothing.
+            nan_policy: for a batch whose mean or variance is not finite in some channel, or makes the pooled ones
+                overflow. raise: refuse it; propagate: its channels are NaN or infinite from then on, in every
+                definition; skip_update: it changes nothing.
 
         Returns:
             A new state, or this one itself where nothing changes.
@@ -120,14 +121,23 @@ class PopulationStatistics:
             raise ShapeError("batch", expected=expected, received=received)
         if nan_policy not in NAN_POLICIES:
             raise ParameterError("nan_policy", expected=f"one of {', '.join(NAN_POLICIES)}", received=repr(nan_policy))
-        has_values = batch.count > 0
-        if not bool(has_values.any()):
+        if not bool((batch.count > 0).any()):
             return self
-        if nan_policy != "propagate" and bool((has_values & ~(batch.mean.isfinite() & batch.m2.isfinite())).any()):
-            if nan_policy == "raise":
-                raise StatisticsError("batch", expected="finite values (nan_policy raise)", received="NaN or infinity")
-            return self
-        return self._updated(batch)
+        updated = self._updated(batch)
+        if nan_policy == "propagate" or not self._is_spoiled_by(batch, updated):
+            return updated
+        if nan_policy == "raise":
+            expected = "finite values, whose squares float64 holds (nan_policy raise)"
+            raise StatisticsError("batch", expected=expected, received="NaN, infinity or an overflow")
+        return self
+
+    def _is_spoiled_by(self, batch: Moments, updated: "PopulationStatistics") -> bool:
+        # A finite mean may be so far from the others' that its squared distance overflows.
+        was_finite, is_finite = (
+            state.pooled_moments.mean.isfinite() & state.pooled_moments.m2.isfinite() for state in (self, updated)
+        )
+        is_batch_finite = batch.mean.isfinite() & batch.m2.isfinite()
+        return bool(((batch.count > 0) & ~(is_batch_finite & (is_finite | ~was_finite))).any())
 
     def _updated(self, batch: Moments) -> "PopulationStatistics":
         is_averaged = (batch.count > 1).double()
