@@ -295,6 +295,16 @@ def test_two_inputs_are_fed_by_name() -> None:
     np.testing.assert_allclose(mean, (noise(8, 3, seed=2) - noise(8, 3, seed=1)).mean(0), atol=1e-6)
 
 
+def test_an_initializer_that_callers_may_override_and_only_a_later_layer_needs_is_not_asked_for() -> None:
+    net = Net()
+    late = net.weight(3, 2)
+    net.norm(net.op("MatMul", net.norm(net.op("Relu", "x"), 3), late), 2, output="y")
+    model = net.model({"x": ["N", 3]}, "y", overridable=[late])
+    recalibrated, report = recalibrate_onnx(model, [{"x": noise(9, 3)}])
+    assert len(report.layers) == 2
+    assert [info.name for info in recalibrated.graph.input] == ["x", late]
+
+
 def test_a_norm_behind_a_subgraph_waits_for_the_norm_that_the_subgraph_reads() -> None:
     """An If whose branches read the first norm's output by name, not as an input."""
     net = Net()

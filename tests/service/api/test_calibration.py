@@ -118,6 +118,18 @@ async def test_recalibration_as_a_job(tmp_path: Path) -> None:
         assert list((tmp_path / "data" / "staging").iterdir()) == []
 
 
+async def test_overridable_statistics_are_recalibrated_only_when_asked(client: httpx.AsyncClient) -> None:
+    model = onnx.load_from_string(GEMM)
+    for tensor in model.graph.initializer:
+        model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, 1, list(tensor.dims)))
+    path = f"/v1/checkpoints/{await upload(client, model.SerializeToString())}/recalibrate"
+    kept = await client.post(path, **npy(ROWS))
+    assert (kept.status_code, "freeze_initializers" in kept.json()["report"]["kept"][0]["reason"]) == (200, True)
+    frozen = await client.post(f"{path}?freeze_initializers=true", **npy(ROWS))
+    assert frozen.json()["report"]["recalibrated"] == 1
+    assert [entry["name"] for entry in frozen.json()["checkpoint"]["summary"]["inputs"]] == ["x"]
+
+
 async def test_drift_tells_stale_from_fresh(client: httpx.AsyncClient) -> None:
     checkpoint_id = await upload(client, GEMM)
     made = (await client.post(f"/v1/checkpoints/{checkpoint_id}/recalibrate", **npy(ROWS))).json()["checkpoint"]["id"]

@@ -66,7 +66,9 @@ async def test_a_cancelled_job_tidies_up_undisturbed() -> None:
     registry = jobs()
     job = registry.start("fold", work, subject="/x")
     await asyncio.sleep(0)
-    await asyncio.gather(registry.end(job.id), registry.end(job.id), registry.close())
+    first = asyncio.create_task(registry.end(job.id))
+    await asyncio.sleep(0.005)
+    await asyncio.gather(first, registry.end(job.id), registry.close())
     assert tidied.is_set()
     assert job.state == "cancelled"
     with pytest.raises(JobNotFoundError, match=job.id):
