@@ -109,14 +109,19 @@ class Histogram:
             return self
         slab = Slab.of(exact_values("tensor", tensor.detach()), channel_axis=axis)
         parts = self._parts(slab.values, None if counted is None else slab.seen_alike(counted))
-        lows, highs = zip(*((part.smallest, part.largest) for part in parts), strict=True)
-        smallest, largest = torch.stack([self.smallest, *lows]).amin(0), torch.stack([self.largest, *highs]).amax(0)
-        cells = Cells.covering(smallest, largest)
-        counts = self._counts_in(cells)
-        for part in parts:
-            part.count_into(counts, cells)
-        non_finite = self.non_finite + torch.stack([part.non_finite for part in parts]).sum(0)
-        return Histogram(self.num_features, smallest, largest, counts, non_finite)
+        return self._counting(parts)
+
+    def update_channels(self, values: Tensor, *, first_channel: int) -> "Histogram":
+        """The state after a block (outer, channels, inner), not empty, of the channels from `first_channel` on."""
+        parts = self._parts(exact_values("values", values), None)
+        rows, channels = self.smallest.numel(), values.shape[1]
+        if channels == rows or not self.has_channels:
+            return self._counting(parts)
+        inside = slice(first_channel, first_channel + channels)
+        block = Histogram(channels, *(tensor[inside] for tensor in self._tensors()))._counting(parts)
+        index = torch.arange(first_channel, first_channel + channels)
+        pairs = zip(self._tensors(), block._tensors(), strict=True)
+        return Histogram(self.num_features, *(whole.index_copy(0, index, part) for whole, part in pairs))
 
     def merge(self, *others: "Histogram") -> "Histogram":
         """The state of the values of all parts together, exactly as if one had counted them all.
@@ -200,6 +205,19 @@ class Histogram:
             raise ShapeError("histogram.counts", expected=expected, received=received)
         dense = state.counts.flatten().scatter(0, places, counts).view_as(state.counts)
         return cls(state.num_features, smallest, largest, dense, non_finite)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.smallest, self.largest, self.counts, self.non_finite
+
+    def _counting(self, parts: list["_Part"]) -> "Histogram":
+        lows, highs = zip(*((part.smallest, part.largest) for part in parts), strict=True)
+        smallest, largest = torch.stack([self.smallest, *lows]).amin(0), torch.stack([self.largest, *highs]).amax(0)
+        cells = Cells.covering(smallest, largest)
+        counts = self._counts_in(cells)
+        for part in parts:
+            part.count_into(counts, cells)
+        non_finite = self.non_finite + torch.stack([part.non_finite for part in parts]).sum(0)
+        return Histogram(self.num_features, smallest, largest, counts, non_finite)
 
     def _parts(self, values: Tensor, counted: Tensor | None) -> list["_Part"]:
         if not self.has_channels:

@@ -8,6 +8,7 @@ import torch
 
 from normcore._checks import check_axis
 from normcore.errors import ParameterError, ShapeError
+from normcore.statistics.histogram import Histogram
 from normcore.statistics.moments import Moments
 from normcore.statistics.values import check_datatype
 
@@ -39,10 +40,11 @@ class MomentsStream:
         shape: (N, C, *) of the tensor.
         channel_axis: the axis of the channels, from the back where negative.
         fortran_order: whether the first axis varies fastest in the stream, as npy files may say; else the last does.
+        histogram: what to count the values into, beside their moments; `histogram` has the state after them.
 
     Raises:
         DtypeError: another datatype.
-        ShapeError: fewer than two dimensions.
+        ShapeError: fewer than two dimensions, or a histogram of another number of channels.
         ParameterError: a negative size, no such axis.
 
     >>> stream = MomentsStream(torch.float32, (2, 1))
@@ -53,7 +55,13 @@ m2=tensor([2.], dtype=torch.float64))
     """
 
     def __init__(
-        self, datatype: torch.dtype, shape: Sequence[int], *, channel_axis: int = 1, fortran_order: bool = False
+        self,
+        datatype: torch.dtype,
+        shape: Sequence[int],
+        *,
+        channel_axis: int = 1,
+        fortran_order: bool = False,
+        histogram: Histogram | None = None,
     ) -> None:
         check_datatype("datatype", datatype)
         if any(type(size) is not int or size < 0 for size in shape):
@@ -65,6 +73,10 @@ m2=tensor([2.], dtype=torch.float64))
         sizes = tuple(reversed(shape)) if fortran_order else tuple(shape)
         axis = len(shape) - 1 - axis if fortran_order else axis
         self._datatype = datatype
+        if histogram is not None and histogram.num_features != sizes[axis]:
+            expected = f"{sizes[axis]} channels, as the shape has"
+            raise ShapeError("histogram", expected=expected, received=f"{histogram.num_features} channels")
+        self._histogram = histogram
         self._channels, self._inner = sizes[axis], math.prod(sizes[axis + 1 :])
         self._elements = math.prod(sizes)
         self._taken = 0
@@ -86,6 +98,11 @@ m2=tensor([2.], dtype=torch.float64))
     def received_bytes(self) -> int:
         """Bytes taken so far."""
         return self._taken * self._datatype.itemsize + self._filled
+
+    @property
+    def histogram(self) -> Histogram | None:
+        """The histogram with the values of the blocks so far; all of them once `finish` has answered."""
+        return self._histogram
 
     def update(self, buffer: bytes | bytearray | memoryview) -> None:
         """Take the next bytes, however many; they are read during the call only.
@@ -140,6 +157,8 @@ m2=tensor([2.], dtype=torch.float64))
     def _take(self, block: _Block) -> None:
         elements = math.prod(block.shape)
         values = torch.frombuffer(self._buffer, dtype=self._datatype, count=elements).view(block.shape)
+        if self._histogram is not None:
+            self._histogram = self._histogram.update_channels(values, first_channel=block.first_channel)
         outer, channels, inner = block.shape
         width = max(1, _BLOCK // (outer * inner))
         parts = [Moments.of(part) for part in torch.split(values, width, dim=1)]

@@ -59,7 +59,7 @@ def test_cumulative_shares_are_off_by_no_more_than_the_error(values: list[float]
         assert least - result.error - 1e-12 <= share <= most + result.error + 1e-12
 
 
-@pytest.mark.parametrize(("mean", "error"), [(0.0, 0.03), (30.0, 0.007), (1e6, 0.007)])
+@pytest.mark.parametrize(("mean", "error"), [(0.0, 0.016), (30.0, 0.007), (1e6, 0.007)])
 def test_histogram_of_a_normal_distribution(mean: float, error: float) -> None:
     values = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + mean
     result = Histogram.start(1).update(values).histogram(50)
@@ -67,7 +67,7 @@ def test_histogram_of_a_normal_distribution(mean: float, error: float) -> None:
     assert np.allclose(result.edges.numpy(), edges)
     assert result.error <= error
     assert np.abs(result.counts.numpy() - counts).max() <= 2 * result.error * 200_000
-    assert np.abs(np.cumsum(result.counts.numpy() - counts)).max() <= error / 10 * 200_000
+    assert np.abs(np.cumsum(result.counts.numpy() - counts)).max() <= error / 5 * 200_000
     assert float((result.density * result.edges.diff()).sum()) == pytest.approx(1.0)
 
 
