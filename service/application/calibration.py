@@ -160,9 +160,8 @@ def _numbered(tensors: Tensors, inputs: list[str]) -> dict[int, dict[str, Tensor
     for name, tensor in tensors.items():
         found = _NUMBERED.fullmatch(name)
         if found is None or found[1] not in inputs or found[2] != str(int(found[2])):
-            expected = (
-                f"one of the inputs {', '.join(inputs)}, or such a name with the batch's number, as {inputs[0]}.0"
-            )
+            known = ", ".join(inputs) or "(the network has none)"
+            expected = f"one of the inputs {known}, or such a name with a dot and the number of its batch, from 0"
             raise ParameterError(name[:_MAX_SHOWN], expected=expected, received="an unknown name")
         batches.setdefault(int(found[2]), {})[found[1]] = tensor
     return batches

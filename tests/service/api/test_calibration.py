@@ -179,7 +179,7 @@ NAN[3, 1] = np.nan
 @pytest.mark.parametrize(
     ("request_", "status", "code", "words"),
     [
-        pytest.param(npz(z=ROWS), 422, "parameter_invalid", ("z", "x", "x.0"), id="unknown-input"),
+        pytest.param(npz(z=ROWS), 422, "parameter_invalid", ("z", "x, or", "number"), id="unknown-input"),
         pytest.param({"json": {"z": [[1, 2, 3]]}}, 422, "parameter_invalid", ("z", "x"), id="unknown-in-json"),
         pytest.param(npz(**{"x.1": ROWS}), 422, "parameter_invalid", ("x.0",), id="numbers-not-from-0"),
         pytest.param(npz(**{"x.0": ROWS, "x.2": ROWS}), 422, "parameter_invalid", ("x.1",), id="gap"),
@@ -221,6 +221,14 @@ async def test_a_file_without_names_is_refused_for_two_inputs(client: httpx.Asyn
     answer = await client.post(path, **npz(**{"x.0": ROWS, "z.0": ROWS, "x.1": ROWS}))
     refused(answer, 422, "parameter_invalid", "z.1: expected a tensor")
     refused(await client.post(path, **npz(x=ROWS, z=ROWS[:7])), 422, "parameter_invalid", "the graph failed")
+
+
+async def test_a_network_without_inputs_takes_no_batches(client: httpx.AsyncClient) -> None:
+    net = Net()
+    net.norm(net.op("RandomNormal", shape=[4, 3]), 3, output="y")
+    path = f"/v1/checkpoints/{await upload(client, net.model({}, 'y').SerializeToString())}/drift"
+    for request, words in ((npz(x=ROWS), ("x", "has none")), (npy(ROWS), ("body",)), (npz(), ("body", "no tensors"))):
+        refused(await client.post(path, **request), 422, "parameter_invalid", *words)
 
 
 @pytest.mark.parametrize("threshold", ["0", "-1", "nan", "inf", "much"])
