@@ -53,7 +53,7 @@ from service.engine.normalization import NormalizationEngine
 from service.engine.onnx_runtime import OnnxEngine
 from service.engine.protocol import Engine
 from service.engine.sandbox import Sandbox
-from service.engine.threads import thread_budget
+from service.engine.threads import thread_budget, use_one_thread
 from service.engine.worker import Worker
 from service.settings import Settings
 from service.state import Services
@@ -192,6 +192,8 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
     kept = Statistics(store=statistics_store, settings=settings)
     reducer = Worker("statistics", settings.queue_size)
     stack.push_async_callback(reducer.close)
+    # Beside the event loop and the senders, two threads that wait for each other are slower than one.
+    await reducer.submit(use_one_thread, deadline_s=settings.infer_deadline_s)
     restoring = asyncio.create_task(_restore(models, health))
     stack.callback(restoring.cancel)
     return Services(
