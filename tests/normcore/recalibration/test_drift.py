@@ -102,6 +102,13 @@ def test_a_real_checkpoint_is_stale_on_noise(ocr_cls: Path) -> None:
     assert load_onnx(ocr_cls) == before
 
 
+def test_a_real_checkpoint_shows_no_drift_on_the_data_it_was_recalibrated_on(ocr_cls: Path) -> None:
+    batches = [{"x": noise(2, 3, 48, 64, seed=seed)} for seed in (1, 2)]
+    recalibrated, _ = recalibrate_onnx(load_onnx(ocr_cls), batches)
+    report = measure_drift(recalibrated, batches, threshold=1e-2)
+    assert max(layer.distance or 0.0 for layer in report.layers) < 1e-6
+
+
 def test_overridable_initializers_are_taken_as_they_are() -> None:
     net = Net()
     names = net.norm_parameters(3)
