@@ -96,7 +96,8 @@ class Blobs:
             await self._run(lambda: _keep(staged.path, self._path(staged.id)))
 
     async def discard(self, path: Path) -> None:
-        await self._run(lambda: path.unlink(missing_ok=True))
+        """Drop a staged file, and what a process left of it that was killed while it wrote."""
+        await self._run(lambda: _discard(path))
 
     async def delete(self, blob_id: str) -> None:
         await self._run(lambda: self._path(blob_id).unlink(missing_ok=True))
@@ -135,6 +136,11 @@ def _finish(file: BinaryIO, digest: "hashlib._Hash", data: bytearray) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
+
+
+def _discard(path: Path) -> None:
+    for leftover in (path, *path.parent.glob(f"{path.name}.*.part")):
+        leftover.unlink(missing_ok=True)
 
 
 def _drop(file: BinaryIO, path: Path) -> None:
