@@ -209,7 +209,7 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
         models=models,
         inference=Inference(kept, deadline_s=settings.infer_deadline_s),
         statistics=kept,
-        batches=Batches(reducer, deadline_s=settings.infer_deadline_s),
+        batches=Batches(reducer, deadline_s=settings.infer_deadline_s, histogram_values=settings.histogram_values),
     )
 
 

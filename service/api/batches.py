@@ -10,13 +10,12 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from normcore.errors import ParameterError
-from normcore.statistics import Moments
 from service.api.asgi import services_of
 from service.api.body import received, received_stream
 from service.api.infer import check_json_size, run_codec
 from service.api.preconditions import IfMatch, idempotency_key
 from service.api.streamed import FindLayout, pour, read_head
-from service.application.batches import MOMENT_NAMES, TENSOR_NAMES, Digest
+from service.application.batches import MOMENT_NAMES, TENSOR_NAMES, Digest, Reduced
 from service.application.statistics import NAN_POLICIES, Batch
 from service.codecs import json_v1, layout, media, npy, oip
 from service.codecs.body import Codec, TensorBody
@@ -46,8 +45,8 @@ async def post_batch(scope: Scope, receive: Receive, send: Send) -> None:
     record = await services.statistics.open_for_posts(scope["path_params"]["statistics_id"])
     digest = hashlib.sha256(f"{form.name} {nan_policy}\n".encode())
     reduce = _reduce_whole if form.find is None else _reduce_stream
-    moments = await reduce(form, receive, headers, services, record, digest if key else None)
-    batch = Batch(moments, nan_policy, key, digest.hexdigest())
+    reduced = await reduce(form, receive, headers, services, record, digest if key else None)
+    batch = Batch(reduced.moments, reduced.histogram, nan_policy, key, digest.hexdigest())
     answer, is_replayed = await services.statistics.post(record.id, batch, check=condition.check)
     extra = {"Idempotent-Replayed": "true"} if is_replayed else {"ETag": f'"{answer["sequence"]}"'}
     await JSONResponse(answer, headers=extra)(scope, receive, send)
@@ -60,7 +59,7 @@ async def _reduce_whole(
     services: Services,
     record: StatisticsRecord,
     digest: Digest | None,
-) -> Moments:
+) -> Reduced:
     async with received(receive, headers, services) as body:
         json_bytes = len(body) if form.codec is json_v1 else 0
         check_json_size(json_bytes, services)
@@ -75,7 +74,7 @@ async def _reduce_stream(
     services: Services,
     record: StatisticsRecord,
     digest: Digest | None,
-) -> Moments:
+) -> Reduced:
     assert form.find is not None
     async with aclosing(received_stream(receive, headers, services)) as chunks:
         found, head, first = await read_head(chunks, form.find)

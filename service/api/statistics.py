@@ -8,6 +8,7 @@ from service.api.dependencies import ServicesDep, document_schema, read_document
 from service.api.infer import run_codec
 from service.api.preconditions import IfMatch, etag, is_known
 from service.api.statistics_schemas import (
+    HistogramAnswer,
     MergeRequest,
     Statistics,
     StatisticsList,
@@ -15,7 +16,7 @@ from service.api.statistics_schemas import (
     StatisticsSummary,
     document,
 )
-from service.application.statistics import Snapshot
+from service.application.totals import Snapshot
 from service.state import Services
 
 _BYTES_PER_CHANNEL = 200  # of nine numbers as text
@@ -80,6 +81,19 @@ async def read_statistics(statistics_id: str, request: Request, services: Servic
     if is_known(request.headers, snapshot.record):
         return Response(status_code=304, headers={"ETag": etag(snapshot.record)})
     return await _answer(snapshot, services, status=200)
+
+
+@router.get("/{statistics_id}/histogram")
+async def read_histogram(
+    statistics_id: str, services: ServicesDep, bins: int = 64, channel: int | None = None
+) -> HistogramAnswer:
+    """Read a histogram of the posted values, of one channel or of all together.
+
+    Of a batch with more than NORMSERVE_HISTOGRAM_VALUES values an even sample counts; moments have no values that
+    could. Above 256 channels only all together are counted.
+    """
+    found = await services.statistics.histogram(statistics_id, bins=bins, channel=channel)
+    return HistogramAnswer.of(found, channel=channel)
 
 
 @router.delete("/{statistics_id}", status_code=204, openapi_extra=_IF_MATCH)

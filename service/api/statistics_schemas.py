@@ -5,11 +5,13 @@ from typing import Any, Literal
 import orjson
 from pydantic import BaseModel, Field
 
-from normcore.statistics import CONVENTIONS
+from normcore.statistics import CONVENTIONS, Bins
 from service.api.schemas import Request
-from service.application.statistics import NewStatistics, Snapshot, count_of
+from service.application.statistics import NewStatistics
+from service.application.totals import Snapshot, count_of
 from service.codecs.json_tensors import to_json
 from service.engine.protocol import Tensor
+from service.engine.tensors import from_torch
 from service.storage.statistics import StatisticsRecord
 
 Vector = list[float | Literal["NaN", "Infinity", "-Infinity"]]
@@ -128,6 +130,31 @@ class Posted(BaseModel):
     counted: bool = Field(description="False for a batch without values, and for one that nan_policy skips.")
     count: int | list[int] = Field(description="Values per channel so far.")
     batches: int
+
+
+class HistogramAnswer(BaseModel):
+    """Counts in bins of equal width between the smallest and the largest value."""
+
+    channel: int | None = Field(description="Null for all channels together.")
+    edges: list[float] = Field(description="One more than bins.")
+    counts: list[float] = Field(
+        description="Values per bin; fractions where an edge cuts one of the cells they are in."
+    )
+    density: list[float] = Field(description="Counts scaled to an area of 1.")
+    error: float = Field(description="What the share of values below any edge may be off by.")
+    non_finite: int = Field(description="Values that are NaN or infinite, which no bin counts.")
+
+    @classmethod
+    def of(cls, bins: Bins, *, channel: int | None) -> "HistogramAnswer":
+        edges, counts, density = (from_torch(tensor).tolist() for tensor in (bins.edges, bins.counts, bins.density))
+        return cls(
+            channel=channel,
+            edges=edges,
+            counts=counts,
+            density=density,
+            error=bins.error,
+            non_finite=bins.non_finite,
+        )
 
 
 def document(snapshot: Snapshot) -> bytes:

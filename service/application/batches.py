@@ -3,15 +3,19 @@
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from normcore.errors import ParameterError
-from normcore.statistics import Moments, MomentsStream
+from normcore.statistics import Histogram, Moments, MomentsStream
+from normcore.statistics.values import check_mask
+from service.application.sample import Sample
 from service.application.statistics import check_channels
-from service.datatypes import BOOL, Datatype
-from service.engine.protocol import Tensors
+from service.datatypes import Datatype
+from service.engine.protocol import Tensor, Tensors
 from service.engine.tensors import to_torch, torch_datatype
 from service.engine.worker import Worker
 from service.errors import PayloadMalformedError
@@ -23,6 +27,14 @@ MOMENT_NAMES = TENSOR_NAMES[2:]
 _BLOCK_BYTES = 1024 * 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """What a post comes to; moments alone have no values to make a histogram of."""
+
+    moments: Moments
+    histogram: Histogram | None = None
+
+
 class Digest(Protocol):
     """A hash of what a caller sends."""
 
@@ -32,13 +44,14 @@ class Digest(Protocol):
 class Batches:
     """Reduces tensors to moments in a thread of its own."""
 
-    def __init__(self, worker: Worker, *, deadline_s: float) -> None:
+    def __init__(self, worker: Worker, *, deadline_s: float, histogram_values: int) -> None:
         self._worker = worker
         self._deadline_s = deadline_s
+        self._histogram_values = histogram_values
 
     async def reduce(
         self, record: StatisticsRecord, tensors: Tensors, *, body: memoryview, digest: Digest | None
-    ) -> Moments:
+    ) -> Reduced:
         """Moments of the tensor `input`, of those positions that `mask` counts; or those given, checked."""
         names = set(tensors)
         are_given = names == set(MOMENT_NAMES)
@@ -48,17 +61,26 @@ class Batches:
         if not are_given:
             check_channels(record, tensors["input"].shape)
 
-        def compute() -> Moments:
+        def compute() -> Reduced:
             if digest is not None:
                 digest.update(body)
             given = {name: to_torch(array, argument=name) for name, array in tensors.items()}
             if are_given:
                 count, mean, m2 = (given[name].double() for name in MOMENT_NAMES)
-                return Moments(count.expand(mean.shape) if count.ndim == 0 else count, mean, m2)
-            return Moments.of(given["input"], channel_axis=record.channel_axis, mask=given.get("mask"))
+                return Reduced(Moments(count.expand(mean.shape) if count.ndim == 0 else count, mean, m2))
+            moments = Moments.of(given["input"], channel_axis=record.channel_axis, mask=given.get("mask"))
+            return Reduced(moments, self._histogram(tensors["input"], given.get("mask"), record))
 
-        moments, _, _ = await self._worker.submit(compute, deadline_s=self._deadline_s)
-        return moments
+        reduced, _, _ = await self._worker.submit(compute, deadline_s=self._deadline_s)
+        return reduced
+
+    def _histogram(self, values: Tensor, mask: torch.Tensor | None, record: StatisticsRecord) -> Histogram:
+        axis = record.channel_axis % values.ndim
+        sample = Sample(values.shape, channel_axis=axis, limit=self._histogram_values)
+        sample.take(values.reshape(-1))
+        if mask is None:
+            return sample.histogram()
+        return sample.histogram(sample.pick(check_mask("mask", mask, shape=values.shape, channel_axis=axis).numpy()))
 
     def stream(
         self,
@@ -75,7 +97,11 @@ class Batches:
         moments = MomentsStream(
             torch_datatype(datatype), shape, channel_axis=record.channel_axis, fortran_order=is_transposed
         )
-        return BatchStream(self._worker, moments, _Reader(datatype, is_swapped), digest, deadline_s=self._deadline_s)
+        axis = record.channel_axis % len(shape)
+        stored, axis = (shape[::-1], len(shape) - 1 - axis) if is_transposed else (shape, axis)
+        sample = Sample(stored, channel_axis=axis, limit=self._histogram_values)
+        reader = _Reader(datatype, is_swapped=is_swapped)
+        return BatchStream(self._worker, moments, sample, reader, digest, deadline_s=self._deadline_s)
 
 
 class BatchStream:
@@ -85,6 +111,7 @@ class BatchStream:
         self,
         worker: Worker,
         moments: MomentsStream,
+        sample: Sample,
         reader: "_Reader",
         digest: Digest | None,
         *,
@@ -92,6 +119,7 @@ class BatchStream:
     ) -> None:
         self._worker = worker
         self._moments = moments
+        self._sample = sample
         self._reader = reader
         self._digest = digest
         self._deadline_s = deadline_s
@@ -111,11 +139,14 @@ class BatchStream:
         if self._collected_bytes >= _BLOCK_BYTES:
             await self._hand_over()
 
-    async def finish(self) -> Moments:
-        """The moments of the tensor, all of which is here."""
+    async def finish(self) -> Reduced:
+        """What the tensor, all of which is here, comes to."""
         await self._hand_over()
         await self._wait()
-        return self._moments.finish()
+        reduced, _, _ = await self._worker.submit(
+            lambda: Reduced(self._moments.finish(), self._sample.histogram()), deadline_s=self._deadline_s
+        )
+        return reduced
 
     async def close(self) -> None:
         """Let go of what still runs; nothing comes of it."""
@@ -137,27 +168,27 @@ class BatchStream:
             await running
 
     def _sum(self, pieces: Sequence[bytes]) -> None:
-        for piece in pieces:
-            if self._digest is not None:
-                self._digest.update(piece)
-            self._moments.update(self._reader.native(piece))
+        data = b"".join(pieces)
+        if self._digest is not None:
+            self._digest.update(data)
+        data = self._reader.native(data)
+        self._moments.update(data)
+        self._sample.take(np.frombuffer(data, self._reader.dtype))
 
 
 class _Reader:
-    """Bytes of a stream in any pieces, as elements in native byte order."""
+    """Bytes of a stream in any pieces, as whole elements in native byte order."""
 
-    def __init__(self, datatype: Datatype, is_swapped: bool) -> None:
-        self._datatype = datatype
+    def __init__(self, datatype: Datatype, *, is_swapped: bool) -> None:
+        self.dtype = datatype.numpy
         self._is_swapped = is_swapped
         self._rest = b""
 
-    def native(self, piece: bytes) -> bytes:
-        if self._datatype is BOOL and piece and (largest := np.frombuffer(piece, np.uint8).max()) > 1:
-            raise PayloadMalformedError(f"input: expected BOOL bytes of 0 and 1, received {largest}")
-        if not self._is_swapped:
-            return piece
-        size = self._datatype.itemsize
-        data = self._rest + piece
+    def native(self, data: bytes) -> bytes:
+        size = self.dtype.itemsize
+        data = self._rest + data if self._rest else data
         whole = len(data) - len(data) % size
-        self._rest = data[whole:]
-        return np.frombuffer(data[:whole], f">u{size}").astype(f"=u{size}").tobytes()
+        data, self._rest = data[:whole], data[whole:]
+        if self.dtype == np.bool_ and (largest := np.frombuffer(data, np.uint8).max(initial=0)) > 1:
+            raise PayloadMalformedError(f"input: expected BOOL bytes of 0 and 1, received {largest}")
+        return np.frombuffer(data, f">u{size}").astype(f"=u{size}").tobytes() if self._is_swapped else data

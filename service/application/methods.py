@@ -7,7 +7,8 @@ from types import MappingProxyType
 from normcore import normalization
 from normcore.errors import ParameterError, ShapeError
 from normcore.normalization import Method, Parameter
-from service.application.statistics import DEFINITIONS, Statistics
+from service.application.statistics import Statistics
+from service.application.totals import DEFINITIONS
 from service.engine.normalization import PREFIX
 from service.engine.protocol import Parameters, Tensors
 

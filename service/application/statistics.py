@@ -1,18 +1,26 @@
 """Statistics as a resource: many workers post batches to one, and its frozen copies serve inference."""
 
-import hashlib
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import orjson
-from safetensors import numpy as safetensors
-
 from normcore.errors import ParameterError, ShapeError, StatisticsError
-from normcore.statistics import MeanVar, Moments, PopulationStatistics
-from service.engine.protocol import Tensor
-from service.engine.tensors import from_torch, to_torch
+from normcore.statistics import Bins, Histogram, Moments, PopulationStatistics
+from service.application import sample
+from service.application.totals import (
+    DEFINITIONS,
+    Running,
+    Snapshot,
+    content_hash,
+    count_of,
+    decode,
+    encode,
+    histogram_of,
+    running_of,
+    snapshot,
+)
+from service.engine.tensors import from_torch
 from service.errors import ConflictError
 from service.settings import Settings
 from service.storage.metadata import now
@@ -21,7 +29,6 @@ from service.storage.statistics import Check, Post, StatisticsRecord, Statistics
 # The library's names for what to do with a batch whose moments are not finite.
 NAN_POLICIES = {"propagate": "propagate", "raise": "raise", "skip": "skip_update"}
 
-DEFINITIONS = ("pooled", "pooled_unbiased", "paper", "ema", "ema_debiased")
 _CACHED = 64
 
 
@@ -37,30 +44,14 @@ class NewStatistics:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A resource at one moment: values per channel, and mean and variance by definition, None where it has none."""
-
-    record: StatisticsRecord
-    count: Tensor
-    definitions: dict[str, dict[str, Tensor] | None]
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
-    """A post, computed: its moments, and what its sender said of it."""
+    """A post, computed: its moments, a histogram of its values if it has any, and what its sender said of it."""
 
     moments: Moments
+    histogram: Histogram | None
     nan_policy: str
     key: str | None
     digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """Mean and variance per channel, float64, as inference takes them."""
-
-    mean: Tensor
-    var: Tensor
 
 
 class Statistics:
@@ -90,12 +81,12 @@ class Statistics:
                 convention=wanted.convention,
                 created_at=now(),
             )
-            return Stored(record, _encode(start))
+            return Stored(record, encode(start, sample.start(wanted.num_features)))
 
-        return await self._store.derive((), make, _snapshot)
+        return await self._store.derive((), make, snapshot)
 
     async def get(self, statistics_id: str) -> Snapshot:
-        return await self._store.read(statistics_id, _snapshot)
+        return await self._store.read(statistics_id, snapshot)
 
     async def records(self) -> list[StatisticsRecord]:
         return await self._store.records()
@@ -116,7 +107,7 @@ class Statistics:
         if known is not None:
             return known
         running, is_frozen = await self._store.read(
-            statistics_id, lambda stored: (_running(stored, definition), stored.record.is_frozen)
+            statistics_id, lambda stored: (running_of(stored, definition), stored.record.is_frozen)
         )
         if is_frozen:
             while len(self._frozen) >= _CACHED:
@@ -130,6 +121,25 @@ class Statistics:
         _refuse_frozen(record)
         return record
 
+    async def histogram(self, statistics_id: str, *, bins: int, channel: int | None) -> Bins:
+        """Of one channel, or of all together.
+
+        Raises:
+            ParameterError: too many bins, no such channel, or channels that are not told apart.
+            StatisticsError: no values were posted.
+        """
+        limit = self._settings.max_histogram_bins
+        if not 1 <= bins <= limit:
+            raise ParameterError("bins", expected=f"1 to {limit} (NORMSERVE_MAX_HISTOGRAM_BINS)", received=str(bins))
+
+        def view(stored: Stored) -> Bins:
+            if channel is not None and stored.record.num_features > sample.CHANNELS_APART:
+                expected = f"none: more than {sample.CHANNELS_APART} channels are only counted together"
+                raise ParameterError("channel", expected=expected, received=str(channel))
+            return histogram_of(stored).histogram(bins, channel=channel)
+
+        return await self._store.read(statistics_id, view)
+
     async def post(self, statistics_id: str, batch: Batch, *, check: Check) -> tuple[dict[str, Any], bool]:
         """The answer to a batch, and whether it was given before."""
 
@@ -138,7 +148,7 @@ class Statistics:
             check(record)
 
         def change(stored: Stored) -> tuple[Stored, dict[str, Any]]:
-            before = _decode(stored.state)
+            before = decode(stored.state)
             after = before.update(batch.moments, nan_policy=NAN_POLICIES[batch.nan_policy])
             is_counted = after is not before
             sequence = stored.record.sequence + is_counted
@@ -150,7 +160,11 @@ class Statistics:
                 "count": count_of(from_torch(after.pooled_moments.count)),
                 "batches": after.batches,
             }
-            return Stored(record, _encode(after) if is_counted else stored.state), answer
+            if not is_counted:
+                return stored, answer
+            histogram = histogram_of(stored)
+            merged = histogram if batch.histogram is None else histogram.merge(batch.histogram)
+            return Stored(record, encode(after, merged)), answer
 
         return await self._store.post(statistics_id, Post(batch.key, batch.digest, check_open, change))
 
@@ -166,12 +180,12 @@ class Statistics:
                 source.record,
                 id=_new_id(),
                 created_at=now(),
-                content_hash=_content_hash(source),
+                content_hash=content_hash(source),
                 sources=(source.record.id,),
             )
             return Stored(record, source.state)
 
-        return await self._store.derive((statistics_id,), make, _snapshot)
+        return await self._store.derive((statistics_id,), make, snapshot)
 
     async def merge(self, ids: Sequence[str], *, name: str | None) -> Snapshot:
         """A new resource of all batches of the sources; it has no ema, for their batches have no order."""
@@ -181,10 +195,11 @@ class Statistics:
 
         def make(sources: Iterator[Stored]) -> Stored:
             source = next(sources)
-            first, merged = source.record, _decode(source.state).merge()
+            first, merged, histogram = source.record, decode(source.state).merge(), histogram_of(source)
             for source in sources:  # one after another: together they may not fit in memory
                 _check_mergeable(first, source.record)
-                merged = merged.merge(_decode(source.state))
+                merged = merged.merge(decode(source.state))
+                histogram = histogram.merge(histogram_of(source))
             record = replace(
                 first,
                 id=_new_id(),
@@ -196,9 +211,9 @@ class Statistics:
                 content_hash=None,
                 sources=tuple(ids),
             )
-            return Stored(record, _encode(merged))
+            return Stored(record, encode(merged, histogram))
 
-        return await self._store.derive(ids, make, _snapshot)
+        return await self._store.derive(ids, make, snapshot)
 
     def _check_size(self, num_features: int) -> None:
         limit = self._settings.max_num_features
@@ -221,12 +236,6 @@ def check_channels(record: StatisticsRecord, shape: Sequence[int]) -> None:
         raise ShapeError("input", expected=expected, received=f"shape {list(shape)}")
 
 
-def count_of(counts: Tensor) -> int | list[int]:
-    """Values per channel: one number where they agree, as they do unless counts or masks differ by channel."""
-    numbers: list[int] = counts.astype("int64").tolist()
-    return numbers[0] if len(set(numbers)) == 1 else numbers
-
-
 def _refuse_frozen(record: StatisticsRecord) -> None:
     if record.is_frozen:
         raise ConflictError("statistics: frozen ones take no posts; post to the resource that they were frozen from")
@@ -237,61 +246,6 @@ def _check_mergeable(first: StatisticsRecord, other: StatisticsRecord) -> None:
         expected, received = getattr(first, field), getattr(other, field)
         if expected != received:
             raise StatisticsError("ids", expected=f"{field} {expected} in all", received=f"{received} in {other.id}")
-
-
-def _snapshot(stored: Stored) -> Snapshot:
-    population = _decode(stored.state)
-    pooled = population.pooled
-    found: dict[str, dict[str, Any] | None] = {
-        "pooled": {"mean": pooled.mean, "var_biased": pooled.var_biased, "var_unbiased": pooled.var_unbiased}
-    }
-    for name in ("paper", "ema", "ema_debiased"):
-        definition = getattr(population, name)
-        found[name] = None if definition is None else {"mean": definition.mean, "var": definition.var}
-    arrays = {
-        name: None if values is None else {key: from_torch(tensor) for key, tensor in values.items()}
-        for name, values in found.items()
-    }
-    return Snapshot(stored.record, from_torch(population.pooled_moments.count), arrays)
-
-
-def _running(stored: Stored, definition: str) -> Running:
-    population = _decode(stored.state)
-    if definition.startswith("pooled"):
-        pooled = population.pooled
-        mean, var = pooled.mean, pooled.var_unbiased if definition == "pooled_unbiased" else pooled.var_biased
-    else:
-        found: MeanVar | None = getattr(population, definition)
-        if found is None:
-            expected = "pooled, pooled_unbiased or paper, for merged statistics have no ema"
-            raise StatisticsError("definition", expected=expected, received=definition)
-        mean, var = found.mean, found.var
-    lacking = int((~(mean.isfinite() & var.isfinite())).sum())
-    if lacking:
-        received = f"none in {lacking} of {mean.numel()}: too few values, or some that are not finite"
-        raise StatisticsError("statistics", expected=f"mean and variance ({definition}) per channel", received=received)
-    return Running(from_torch(mean), from_torch(var))
-
-
-def _encode(population: PopulationStatistics) -> bytes:
-    return safetensors.save({name: from_torch(tensor) for name, tensor in population.to_tensors().items()})
-
-
-def _decode(state: bytes) -> PopulationStatistics:
-    arrays = safetensors.load(state)
-    return PopulationStatistics.from_tensors({name: to_torch(array) for name, array in arrays.items()})
-
-
-def _content_hash(stored: Stored) -> str:
-    """Of everything that decides what the frozen statistics compute."""
-    record = stored.record
-    meaning = {
-        "num_features": record.num_features,
-        "channel_axis": record.channel_axis,
-        "momentum": record.momentum,
-        "convention": record.convention,
-    }
-    return hashlib.sha256(orjson.dumps(meaning, option=orjson.OPT_SORT_KEYS) + stored.state).hexdigest()
 
 
 def _new_id() -> str:
