@@ -1,8 +1,9 @@
-"""Posting batches to statistics beside a bare ASGI receiver of the same bytes: how much the statistics cost.
+"""Posting batches to statistics beside bare ASGI apps that take the same bytes: how much the statistics cost.
 
-Usage: python -m benchmarks.statistics [--seconds S]. Both run on uvicorn in a process of their own, and take the same
-bodies over one connection each, in turn; the receiver throws them away. `ratio` is our rate over its rate, the median
-of pairs, with quartiles: 1 is for free, the goal is 0.7. `keyed` posts carry an Idempotency-Key, whose body is hashed.
+Usage: python -m benchmarks.statistics [--seconds S]. All run on uvicorn in a process of their own and take the same
+bodies, in turn; `echo` sends them back, `receive` throws them away. `ratio` is our rate over theirs, the median of
+pairs, with quartiles; the goal is 0.7 of the echo, counting its bytes one way. `keyed` posts carry an Idempotency-Key,
+for which the body is hashed.
 """
 
 import argparse
@@ -30,34 +31,33 @@ CHANNELS = 64
 BODIES_MIB = (1, 16, 64, 256)
 
 
-async def receiver(scope: Scope, receive: Receive, send: Send) -> None:
-    """The peer: takes a body and answers how many bytes came."""
+async def bare(scope: Scope, receive: Receive, send: Send) -> None:
+    """The peers: /echo sends the body back, any other path throws it away."""
     if scope["type"] != "http":
         return
-    total, more = 0, True
+    kept, is_echo, more = [], scope["path"] == "/echo", True
     while more:
         message = await receive()
-        total += len(message.get("body", b""))
+        kept += [message.get("body", b"")] if is_echo else []
         more = message.get("more_body", False)
-    text = str(total).encode()
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(text))]})
-    await send({"type": "http.response.body", "body": text})
+    length = b"%d" % sum(map(len, kept))
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+    for chunk in kept:
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
 
 
 def main(seconds: float) -> None:
-    sys.stdout.write(f"{'body':<10}{'post':<8}{'ours GB/s':>10}{'bare GB/s':>11}{'ratio':>7}  quartiles\n")
-    with tempfile.TemporaryDirectory() as folder, running(Path(folder) / "data") as server, _bare() as bare:
+    sys.stdout.write(f"{'body':<10}{'post':<8}{'peer':<9}{'ours GB/s':>10}{'peer GB/s':>11}{'ratio':>7}  quartiles\n")
+    with tempfile.TemporaryDirectory() as folder, running(Path(folder) / "data") as server, _bare() as address:
         created = httpx.post(f"{server.url}/v1/statistics", json={"num_features": CHANNELS})
-        for size_mib, is_keyed in itertools.product(BODIES_MIB, (False, True)):
+        path = f"{created.headers['location']}/batches"
+        for size_mib, kind, peer in itertools.product(BODIES_MIB, ("plain", "keyed"), ("echo", "receive")):
             body = _npy(size_mib * _MIB)
-            found = compare(
-                _poster(server.address, f"{created.headers['location']}/batches", body, is_keyed=is_keyed),
-                _poster(bare, "/", body, is_keyed=False),
-                seconds=seconds,
-            )
-            ours, peer = (len(body) / ms / 1e6 for ms in (found.ours_ms, found.peer_ms))
-            kind = "keyed" if is_keyed else "plain"
-            sys.stdout.write(f"{size_mib:>4} MiB  {kind:<8}{ours:>10.2f}{peer:>11.2f}")
+            ours = _poster(server.address, path, body, is_keyed=kind == "keyed")
+            found = compare(ours, _poster(address, f"/{peer}", body, is_keyed=False), seconds=seconds)
+            rates = "".join(f"{len(body) / ms / 1e6:>11.2f}" for ms in (found.ours_ms, found.peer_ms))
+            sys.stdout.write(f"{size_mib:>4} MiB  {kind:<8}{peer:<8}{rates}")
             sys.stdout.write(f"{1 / found.ratio:>7.2f}  {1 / found.high:.2f}-{1 / found.low:.2f}\n")
             sys.stdout.flush()
 
@@ -92,7 +92,7 @@ def _bare() -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "uvicorn", "benchmarks.statistics:receiver", "--port", str(port)]
+    command = [sys.executable, "-m", "uvicorn", "benchmarks.statistics:bare", "--port", str(port)]
     process = subprocess.Popen(
         [*command, "--log-level", "error", "--no-access-log", "--lifespan", "off"], env=os.environ
     )

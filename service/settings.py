@@ -95,7 +95,7 @@ class Settings(BaseSettings):
     max_num_features: int = Field(65_536, gt=0, le=2**20, description="Channels that statistics may have.")
     max_histogram_bins: int = Field(1000, gt=0, le=10_000, description="Bins that a histogram may be asked for.")
     histogram_values: int = Field(
-        262_144, gt=0, description="Values of a batch that enter a histogram; of a larger batch an even sample."
+        65_536, gt=0, description="Values of a batch that enter a histogram; of a larger batch an even sample."
     )
     max_name_length: int = Field(128, gt=0, le=1024, description="Longest name of statistics, in characters.")
     max_idempotency_key_length: int = Field(255, gt=0, le=1024, description="Longest Idempotency-Key, in characters.")

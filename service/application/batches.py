@@ -1,7 +1,7 @@
 """Posted tensors to moments, off the event loop: whole ones, and streams that are never held as a whole."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +14,7 @@ from normcore.statistics import Histogram, Moments, MomentsStream
 from normcore.statistics.values import check_mask
 from service.application.sample import Sample
 from service.application.statistics import check_channels
-from service.datatypes import Datatype
+from service.datatypes import BOOL, Datatype
 from service.engine.protocol import Tensor, Tensors
 from service.engine.tensors import to_torch, torch_datatype
 from service.engine.worker import Worker
@@ -168,27 +168,44 @@ class BatchStream:
             await running
 
     def _sum(self, pieces: Sequence[bytes]) -> None:
-        data = b"".join(pieces)
-        if self._digest is not None:
-            self._digest.update(data)
-        data = self._reader.native(data)
-        self._moments.update(data)
-        self._sample.take(np.frombuffer(data, self._reader.dtype))
+        for piece in pieces:
+            if self._digest is not None:
+                self._digest.update(piece)
+            for values in self._reader.elements(piece):
+                self._sample.take(values)
+                if self._reader.is_swapped:
+                    self._moments.update(values.tobytes())
+            if not self._reader.is_swapped:
+                self._moments.update(piece)
 
 
 class _Reader:
-    """Bytes of a stream in any pieces, as whole elements in native byte order."""
+    """Whole elements, in native byte order, of a stream that is cut anywhere; views where no bytes have to move."""
 
     def __init__(self, datatype: Datatype, *, is_swapped: bool) -> None:
-        self.dtype = datatype.numpy
-        self._is_swapped = is_swapped
+        self.is_swapped = is_swapped
+        self._datatype = datatype
         self._rest = b""
 
-    def native(self, data: bytes) -> bytes:
-        size = self.dtype.itemsize
-        data = self._rest + data if self._rest else data
-        whole = len(data) - len(data) % size
-        data, self._rest = data[:whole], data[whole:]
-        if self.dtype == np.bool_ and (largest := np.frombuffer(data, np.uint8).max(initial=0)) > 1:
+    def elements(self, piece: bytes) -> Iterator[Tensor]:
+        size = self._datatype.itemsize
+        missing = -len(self._rest) % size
+        if missing:
+            self._rest += piece[:missing]
+            if len(self._rest) == size:
+                yield self._native(self._rest)
+                self._rest = b""
+        skipped = min(missing, len(piece))
+        end = skipped + (len(piece) - skipped) // size * size
+        if end > skipped:
+            yield self._native(memoryview(piece)[skipped:end])
+        if end < len(piece):
+            self._rest = piece[end:]
+
+    def _native(self, data: bytes | memoryview) -> Tensor:
+        if self.is_swapped:
+            size = self._datatype.itemsize
+            return np.frombuffer(data, f">u{size}").astype(f"=u{size}").view(self._datatype.numpy)
+        if self._datatype is BOOL and (largest := np.frombuffer(data, np.uint8).max()) > 1:
             raise PayloadMalformedError(f"input: expected BOOL bytes of 0 and 1, received {largest}")
-        return np.frombuffer(data, f">u{size}").astype(f"=u{size}").tobytes() if self._is_swapped else data
+        return np.frombuffer(data, self._datatype.numpy)
