@@ -192,8 +192,9 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
     kept = Statistics(store=statistics_store, settings=settings)
     reducer = Worker("statistics", settings.queue_size)
     stack.push_async_callback(reducer.close)
-    # Beside the event loop and the senders, two threads that wait for each other are slower than one.
+    # Threads that wait for each other are slower than one, beside the event loop and its senders.
     await reducer.submit(use_one_thread, deadline_s=settings.infer_deadline_s)
+    await metadata.transact(lambda _: use_one_thread())
     restoring = asyncio.create_task(_restore(models, health))
     stack.callback(restoring.cancel)
     return Services(
