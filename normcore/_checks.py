@@ -11,6 +11,9 @@ from normcore.errors import DtypeError, ParameterError, ShapeError, StatisticsEr
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST_COUNT = 2**62  # far from where one more would wrap
+INTEGERS_RULE = 'an integer, or integers with commas between them, such as "2,3"'
+_LARGEST_INTEGER = 10**18
+_SHOWN_CHARACTERS = 80
 _INTEGERS = re.compile(r"\s*[+-]?[0-9]{1,18}\s*(,\s*[+-]?[0-9]{1,18}\s*)*")
 
 
@@ -32,25 +35,32 @@ def check_axis(argument: str, axis: int, *, rank: int) -> int:
     _check_is_number(argument, axis, "an integer")
     if not isinstance(axis, int) or not -rank <= axis < rank:
         expected = f"an integer from {-rank} to {rank - 1} for an input of {rank} dimensions"
-        raise ParameterError(argument, expected=expected, received=repr(axis))
+        raise ParameterError(argument, expected=expected, received=shown(axis))
     return axis % rank
 
 
-def check_integers(argument: str, value: str | Sequence[int]) -> tuple[int, ...]:
-    """The integers of a text such as "2,3", which is how a list travels among scalar parameters, or of a sequence."""
-    if isinstance(value, str):
-        if _INTEGERS.fullmatch(value):
-            return tuple(int(part) for part in value.split(","))
-    elif isinstance(value, list | tuple) and value and all(type(part) is int for part in value):
-        return tuple(value)
-    raise ParameterError(argument, expected='integers with commas between them, such as "2,3"', received=repr(value))
+def check_integers(argument: str, value: object) -> tuple[int, ...]:
+    """The integers of a text such as "2,3", which is how a list travels among scalar parameters, or of a sequence.
+
+    A single integer is a sequence of one.
+    """
+    if isinstance(value, str) and _INTEGERS.fullmatch(value):
+        return tuple(int(part) for part in value.split(","))
+    integers = [value] if isinstance(value, int) else value
+    if isinstance(integers, list | tuple) and integers and all(_is_small_integer(part) for part in integers):
+        return tuple(integers)
+    raise ParameterError(argument, expected=INTEGERS_RULE, received=shown(value))
 
 
-def check_axes(argument: str, value: str | Sequence[int], *, rank: int) -> tuple[int, ...]:
+def _is_small_integer(value: object) -> bool:
+    return type(value) is int and abs(value) < _LARGEST_INTEGER
+
+
+def check_axes(argument: str, value: str | int | Sequence[int], *, rank: int) -> tuple[int, ...]:
     """Different axes in ascending order, counted from the front."""
     axes = sorted(check_axis(argument, axis, rank=rank) for axis in check_integers(argument, value))
     if len(set(axes)) < len(axes):
-        raise ParameterError(argument, expected=f"different axes for an input of rank {rank}", received=repr(value))
+        raise ParameterError(argument, expected=f"different axes for an input of rank {rank}", received=shown(value))
     return tuple(axes)
 
 
@@ -71,14 +81,14 @@ def check_eps(argument: str, eps: float, *, is_zero_allowed: bool) -> None:
     expected = "a finite number >= 0" if is_zero_allowed else "a finite number > 0 in training"
     _check_is_number(argument, eps, expected)
     if not math.isfinite(eps) or eps < 0 or (eps == 0 and not is_zero_allowed):
-        raise ParameterError(argument, expected=expected, received=repr(eps))
+        raise ParameterError(argument, expected=expected, received=shown(eps))
 
 
 def check_fraction(argument: str, fraction: float) -> None:
     expected = "a number from 0 to 1"
     _check_is_number(argument, fraction, expected)
     if not 0 <= fraction <= 1:
-        raise ParameterError(argument, expected=expected, received=repr(fraction))
+        raise ParameterError(argument, expected=expected, received=shown(fraction))
 
 
 def check_variance(argument: str, variance: Tensor) -> None:
@@ -100,9 +110,17 @@ def check_batch_count(argument: str, count: Tensor) -> None:
         raise StatisticsError(argument, expected="a whole number >= 0 and below 2^62", received=f"{value:g}")
 
 
+def shown(value: object) -> str:
+    """The value for a message, cut where it is long."""
+    # Python refuses to print an integer of thousands of digits.
+    is_long = isinstance(value, int) and abs(value) >= 10**_SHOWN_CHARACTERS
+    text = f"an integer of {value.bit_length()} bits" if isinstance(value, int) and is_long else repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
 def _check_is_number(argument: str, value: object, expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ParameterError(argument, expected=expected, received=repr(value))
+        raise ParameterError(argument, expected=expected, received=shown(value))
 
 
 def _dtype_name(tensor: Tensor) -> str:

@@ -18,7 +18,7 @@ from normcore.normalization.per_sample import (
 
 NORMALIZED_SHAPE = Parameter(
     "normalized_shape",
-    "str",
+    "ints",
     None,
     'Sizes of the axes normalized over, which are the last ones of the input, such as "2,3"; null: the last axis.',
     is_nullable=True,

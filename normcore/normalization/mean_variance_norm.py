@@ -54,7 +54,7 @@ class MeanVarianceNormResult:
 
 
 def mean_variance_norm(
-    input: Tensor, grad_output: Tensor | None = None, *, axes: str | Sequence[int] = "0,2,3", eps: float = 1e-9
+    input: Tensor, grad_output: Tensor | None = None, *, axes: str | int | Sequence[int] = "0,2,3", eps: float = 1e-9
 ) -> MeanVarianceNormResult:
     """Mean-variance normalization over the given axes.
 
@@ -172,7 +172,7 @@ MEAN_VARIANCE_NORM = Method(
         TensorArgument("grad_output", "gradient of the output; gives grad_input", "(*), as the input"),
     ),
     parameters=(
-        Parameter("axes", "str", "0,2,3", "Axes to reduce, such as 0,2,3; negative ones count from the back."),
+        Parameter("axes", "ints", "0,2,3", "Axes to reduce, such as 0,2,3; negative ones count from the back."),
         Parameter("eps", "float", 1e-9, "Added to the standard deviation, outside the root.", minimum=0.0),
     ),
     outputs=(

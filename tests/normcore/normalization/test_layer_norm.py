@@ -238,7 +238,7 @@ def test_output_with_and_without_a_graph_is_the_same() -> None:
 def test_methods_take_parameters_as_text() -> None:
     for name in ("layer_norm", "rms_norm"):
         method = METHODS[name]
-        text = {parameter.name: parameter.parse("2,3") for parameter in method.parameters if parameter.kind == "str"}
+        text = {parameter.name: parameter.parse("2,3") for parameter in method.parameters if parameter.kind == "ints"}
         result = method({"input": _randn(4, 2, 3)}, text)
         assert result.outputs["output"].shape == (4, 2, 3)
         assert result.outputs["invstd"].shape == (4, 1, 1)
