@@ -216,7 +216,11 @@ _ONES = torch.ones(2, 3)
         (lambda: mean_variance_norm(torch.tensor(1.0), axes="0"), ShapeError, "input: expected at least 1 dimensions"),
         (lambda: mean_variance_norm(_ONES), ParameterError, "axes: expected an integer from -2 to 1 .* received 2"),
         (lambda: mean_variance_norm(_ONES, axes="0,-2"), ParameterError, "axes: expected different axes"),
-        (lambda: mean_variance_norm(_ONES, axes=""), ParameterError, "axes: expected an integer, or integers with commas"),
+        (
+            lambda: mean_variance_norm(_ONES, axes=""),
+            ParameterError,
+            "axes: expected an integer, or integers with commas",
+        ),
         (lambda: mean_variance_norm(_ONES, axes="0", eps=-1e-9), ParameterError, "eps: expected a finite number >= 0"),
         (lambda: mean_variance_norm(_ONES, torch.ones(3), axes="0"), ShapeError, r"grad_output: .* \(2, 3\)"),
         (lambda: mean_variance_norm(_ONES, _ONES.int(), axes="0"), DtypeError, "grad_output"),

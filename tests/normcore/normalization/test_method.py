@@ -108,7 +108,9 @@ def test_check_refuses_a_number_that_is_no_choice(value: ParameterValue) -> None
         ORDER.check(value)
 
 
-@pytest.mark.parametrize("value", [5.0, True, "", "a", "2,", 10**18, pytest.param(10**5000, id="large"), "2;3", [], [1.5]])
+@pytest.mark.parametrize(
+    "value", [5.0, True, "", "a", "2,", 10**18, pytest.param(10**5000, id="large"), "2;3", [], [1.5]]
+)
 def test_check_refuses_what_are_no_integers(value: ParameterValue) -> None:
     with pytest.raises(ParameterError, match=r'axes: expected an integer, or integers .* such as "2,3", received '):
         INTEGERS.check(value)
