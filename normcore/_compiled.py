@@ -27,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Below so many elements a second thread costs more than it gains.
 _LEAST_ELEMENTS = 2**17
-# Not typed for functions as decorators.
+# Typed as a class, of which it makes none.
 _intrinsic: Any = intrinsic
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
 # Without such instructions a conversion would call a function that is not there.
@@ -49,9 +49,8 @@ def compiled_sum(function: Function) -> Function:
 def flat(tensor: Tensor) -> Any:
     """The values of a dense tensor as a flat array in memory order, which shares its memory."""
     bits = _BITS.get(tensor.dtype)
-    if bits is not None:
-        tensor = tensor.view(bits)
-    return torch.as_strided(tensor, (tensor.numel(),), (1,)).numpy()
+    values = tensor.detach() if bits is None else tensor.detach().view(bits)
+    return torch.as_strided(values, (values.numel(),), (1,)).numpy()
 
 
 def divide(kernel: Callable[..., None], units: int, elements: int, *arguments: Any) -> None:
@@ -80,6 +79,11 @@ def divide(kernel: Callable[..., None], units: int, elements: int, *arguments: A
 def _pool(_process: int, threads: int) -> ThreadPoolExecutor:
     """Threads of this process; a forked child has its own."""
     return ThreadPoolExecutor(threads, thread_name_prefix="normcore")
+
+
+def fused(function: Function) -> Function:
+    """The same for loops of a * b + c, which become single instructions where the processor has them."""
+    return _compile(function, fastmath={"contract"})
 
 
 def _compile(function: Function, *, fastmath: bool | set[str]) -> Function:
@@ -139,36 +143,24 @@ def _store(array: Any, index: Any, value: Any) -> Callable[[Any, Any, Any], None
     return {types.int16: store_half, types.uint16: store_brain}.get(array.dtype, store_wide)
 
 
-def _reinterpret(source: Any, to: Any) -> Any:
-    """The bits of one type as another."""
+def _instruction(source: Any, to: Any, generate: Callable[[Any, Any], Any]) -> Any:
+    """A function of one value that is what `generate` gives in the compiler's own language."""
 
-    def reinterpret(_context: Any, _value: Any) -> Any:
-        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return builder.bitcast(arguments[0], context.get_value_type(to))
+    def typed(_context: Any, _value: Any) -> Any:
+        return to(source), lambda _context, builder, _signature, arguments: generate(builder, arguments[0])
 
-        return to(source), generate
-
-    return _intrinsic(reinterpret)
+    return _intrinsic(typed)
 
 
-_bits_of = _reinterpret(types.float32, types.uint32)
-_float_of = _reinterpret(types.uint32, types.float32)
-
-
-@_intrinsic
-def _half_to_float(_context: Any, _value: Any) -> Any:
-    def generate(_: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.int16), generate
-
-
-@_intrinsic
-def _float_to_half(_context: Any, _value: Any) -> Any:
-    def generate(_: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
-
-    return types.int16(types.float32), generate
+_HALF, _FLOAT, _WORD, _SHORT = ir.HalfType(), ir.FloatType(), ir.IntType(32), ir.IntType(16)
+_bits_of = _instruction(types.float32, types.uint32, lambda builder, value: builder.bitcast(value, _WORD))
+_float_of = _instruction(types.uint32, types.float32, lambda builder, value: builder.bitcast(value, _FLOAT))
+_half_to_float = _instruction(
+    types.int16, types.float32, lambda builder, value: builder.fpext(builder.bitcast(value, _HALF), _FLOAT)
+)
+_float_to_half = _instruction(
+    types.float32, types.int16, lambda builder, value: builder.bitcast(builder.fptrunc(value, _HALF), _SHORT)
+)
 
 
 # numba makes 64 bits of every integer operation; the casts back are what lets the compiler do it in 32.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from normcore._precision import accumulation_dtype
 from normcore.normalization.closed_forms import Statistics, as_functions, double_backward
-from normcore.normalization.kernel import backward, given_statistics, own_statistics, standardize
+from normcore.normalization.kernel import backward, given_statistics, standardize, standardize_own
 
 __all__ = [
     "Gradients",
@@ -69,8 +69,8 @@ def standardize_over(
         has_mean: whether the mean is subtracted.
         mask: bool, broadcasts against the input; true where a position is counted. At least one is, per statistic.
     """
-    by = own_statistics(input, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
-    return standardize_with(input, weight, bias, by)
+    found = standardize_own(input, weight, bias, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
+    return differentiable(Standardized(*found), input, weight, bias)
 
 
 def standardize_by(
@@ -83,7 +83,7 @@ def standardize_by(
     eps: float,
 ) -> Standardized:
     """Standardize by given statistics, constants that broadcast against the input."""
-    by = given_statistics(mean, var, dtype=input.dtype, eps=eps)
+    by = given_statistics(mean, var, eps=eps)
     return standardize_with(input, weight, bias, by)
 
 

@@ -14,10 +14,6 @@ from normcore.normalization.closed_forms import Statistics
 from normcore.normalization.kernel import own_statistics, standardize
 from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
 
-# Sums of squares in float32 lose what is below; where no larger eps hides that, the sums are made in float64.
-_LEAST_FLOAT32_VAR = 1e-30
-_LEAST_HIDING_EPS = 1e-12
-
 
 @dataclass(frozen=True, slots=True)
 class MeanVarianceNormResult:
@@ -118,21 +114,17 @@ class _Normalize(torch.autograd.Function):
 @torch.no_grad()
 def _statistics(input: Tensor, axes: tuple[int, ...], *, eps: float) -> Statistics:
     by = own_statistics(input, axes=axes, eps=0.0)
-    is_lost = (by.var < _LEAST_FLOAT32_VAR).any() if eps < _LEAST_HIDING_EPS else False
-    if by.center.dtype == torch.float32 and bool(is_lost):
-        by = own_statistics(input.double(), axes=axes, eps=0.0)
     return replace(by, invstd=_inverse(by.var.sqrt() + eps).masked_fill(~by.var.isfinite(), torch.nan))
 
 
 def _standardize(input: Tensor, by: Statistics) -> Tensor:
-    values = input.double() if by.center.dtype == torch.float64 else input
-    return standardize(values, by, None, None).to(input.dtype)
+    return standardize(input, by, None, None)
 
 
 def _gradient(input: Tensor, grad_output: Tensor, kept: tuple[int, ...], by: Statistics, *, eps: float) -> Tensor:
     is_differentiable = torch.is_grad_enabled() and (input.requires_grad or grad_output.requires_grad)
     # Derivatives of higher order need the statistics as functions of the input, and take float64 for all of it.
-    dtype = torch.float64 if is_differentiable else by.center.dtype
+    dtype = torch.float64 if is_differentiable else accumulation_dtype(input.dtype)
     slab = Slab.keeping(input.to(dtype), kept)
     grad = slab.seen_alike(grad_output.to(dtype))
     if is_differentiable:

@@ -13,11 +13,10 @@ from normcore.normalization.gradients import (
     Gradients,
     Standardized,
     Statistics,
-    differentiable,
+    standardize_by,
     standardize_gradients,
     standardize_over,
 )
-from normcore.normalization.groups import standardize_groups, standardize_groups_by
 from normcore.normalization.method import JSON, Output, TensorArgument
 
 MASK = TensorArgument(
@@ -107,20 +106,13 @@ class Operands:
             return self._empty()
         values, weight, bias = self._views()
         mask = self._counted()
-        if mask is not None:
-            found = standardize_over(values, weight, bias, axes=(2, 3), eps=eps, has_mean=has_mean, mask=mask)
-            return self._result(found)
-        with torch.no_grad():
-            found = standardize_groups(values, weight, bias, eps=eps, has_mean=has_mean)
-        return self._result(differentiable(found, values, weight, bias))
+        return self._result(standardize_over(values, weight, bias, axes=(2, 3), eps=eps, has_mean=has_mean, mask=mask))
 
     def standardize_by(self, mean: Tensor, var: Tensor, *, eps: float) -> PerSampleResult:
         """By a given mean and variance of each of G groups."""
         values, weight, bias = self._views()
-        mean, var = (statistic.detach().view(1, -1, 1, 1) for statistic in (mean, var))
-        with torch.no_grad():
-            found = standardize_groups_by(values, weight, bias, mean=mean, var=var, eps=eps)
-        return self._result(differentiable(found, values, weight, bias))
+        mean, var = (statistic.view(1, -1, 1, 1) for statistic in (mean, var))
+        return self._result(standardize_by(values, weight, bias, mean=mean, var=var, eps=eps))
 
     def _views(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         weight, bias = (None if term is None else term.reshape(self.affine) for term in (self.weight, self.bias))

@@ -12,10 +12,10 @@ and has the gradients of weight and bias of its own shard in its own sums: what 
 workers reduces them too. A worker without samples takes part like any other.
 """
 
+import torch
 from torch import Tensor
 
 from normcore._checks import check_eps
-from normcore._precision import accumulation_dtype, split
 from normcore.errors import ShapeError, StatisticsError
 from normcore.normalization.batch_view import BatchView
 from normcore.normalization.closed_forms import Statistics, invstd_of
@@ -176,5 +176,4 @@ def merged_statistics(view: BatchView, batch: Moments, *, eps: float) -> Statist
         expected = "more than 1 value per channel when training"
         raise StatisticsError("batch", expected=expected, received=f"{int(batch.count.min())}")
     mean, var, count = (view.per_channel(term) for term in (batch.mean, batch.var(), batch.count))
-    center, offset = split(mean, accumulation_dtype(view.input.dtype))
-    return Statistics(center, offset, var, invstd_of(var, eps=eps), eps, view.axes, count)
+    return Statistics(mean, torch.zeros_like(mean), var, invstd_of(var, eps=eps), eps, view.axes, count)

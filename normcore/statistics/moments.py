@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from normcore._checks import check_axis, check_floating, check_rank, check_variance
-from normcore._slab import Slab
+from normcore._standardize import measure, operand_of
 from normcore.errors import DtypeError, ShapeError
-from normcore.statistics.deviations import deviations
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +73,9 @@ class Moments:
             nothing = torch.zeros(tensor.shape[axis], dtype=torch.float64, device=tensor.device)
             return cls(nothing, nothing, nothing)
         with torch.no_grad():
-            slab = Slab.of(tensor, channel_axis=axis)
-            sums = deviations(slab, dtype=torch.float64)
-            return cls(torch.full_like(sums.mean, sums.count), sums.mean, sums.m2)
+            count = tensor.numel() // tensor.shape[axis]
+            mean, var = _mean_and_var(tensor, axis)
+            return cls(torch.full_like(mean, count), mean, var * count)
 
     def merge(self, *others: "Moments") -> "Moments":
         """Moments of all the values together (Chan, for any number of parts); empty parts change nothing.
@@ -131,3 +130,16 @@ m2=tensor([26.], dtype=torch.float64))
         """
         freedom = self.count - correction
         return (self.m2 / freedom).masked_fill(freedom <= 0, torch.nan)
+
+
+def _mean_and_var(tensor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    # Sums over half precision are made in float32 otherwise.
+    tensor = tensor.float() if tensor.itemsize == 2 else tensor
+    values = operand_of(tensor, [other for other in range(tensor.ndim) if other != axis])
+    if values is not None:
+        by, _ = measure(values, eps=0.0)
+        return torch.from_numpy(by[0] + by[1]), torch.from_numpy(by[2])
+    wide = tensor.movedim(axis, 0).flatten(1).double()
+    deviations = wide - wide[:, :1]
+    mean = deviations.mean(1, keepdim=True)
+    return (wide[:, :1] + mean).flatten(), (deviations - mean).square().mean(1)
