@@ -5,9 +5,11 @@ B * R rows. Batch norm of images is a box of R, G and S, channels last of R and 
 B, G, K and S, channels last B, R, G and K.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,8 +23,9 @@ class Box:
         order: the tensor's axes in memory order.
         sizes: (B, R, G, K, S).
         per: rows of the B * R that share weight and bias.
-        kept: sizes of the axes in memory order, 1 where reduced: statistics before they are one per group.
-        affine: the same for weight and bias, 1 where they do not vary.
+        kept: the axes that statistics are one for each of, in memory order.
+        affine: the same for weight and bias.
+        shape: the tensor's.
     """
 
     order: tuple[int, ...]
@@ -30,6 +33,7 @@ class Box:
     per: int
     kept: tuple[int, ...]
     affine: tuple[int, ...]
+    shape: tuple[int, ...]
 
     @property
     def rows(self) -> int:
@@ -42,19 +46,35 @@ class Box:
 
     def statistics(self, tensor: Tensor) -> Tensor:
         """One per group: what broadcasts against the tensor as (B * G,), float64."""
-        return _in_order(tensor, self.order).expand(self.kept).reshape(-1).to(torch.float64)
+        return self._flat(tensor, self.kept).to(torch.float64)
 
     def parameters(self, tensor: Tensor) -> Tensor:
         """Weight or bias that broadcasts against the tensor as (Q * G * K,)."""
-        return _in_order(tensor, self.order).expand(self.affine).reshape(-1)
+        return self._flat(tensor, self.affine)
 
     def restore_statistics(self, values: Tensor) -> Tensor:
-        """(B * G,) in a shape that broadcasts against the tensor."""
-        return values.view(self.kept).permute(_inverse(self.order))
+        """(*, B * G) in a shape that broadcasts against the tensor, behind other axes."""
+        return self._restored(values, self.kept)
 
     def restore_parameters(self, values: Tensor) -> Tensor:
-        """(Q * G * K,) in a shape that broadcasts against the tensor."""
-        return values.view(self.affine).permute(_inverse(self.order))
+        """(*, Q * G * K) in a shape that broadcasts against the tensor, behind other axes."""
+        return self._restored(values, self.affine)
+
+    def _flat(self, tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+        if tensor.numel() == math.prod([self.shape[axis] for axis in axes]) and _is_ascending(axes):
+            return tensor.reshape(-1)
+        missing = len(self.shape) - tensor.ndim
+        tensor = tensor[(None,) * missing] if missing else tensor
+        sizes = [self.shape[axis] if axis in axes else 1 for axis in self.order]
+        return tensor.permute(self.order).expand(sizes).reshape(-1)
+
+    def _restored(self, values: Tensor, axes: tuple[int, ...]) -> Tensor:
+        others = values.shape[:-1]
+        if _is_ascending(axes):
+            return values.view(*others, *[size if axis in axes else 1 for axis, size in enumerate(self.shape)])
+        wide = values.view(*others, *[self.shape[axis] if axis in axes else 1 for axis in self.order])
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return wide.permute(*range(len(others)), *[len(others) + axis for axis in inverse])
 
 
 def box_of(tensor: Tensor, reduced: Sequence[int], *parameters: Tensor | tuple[int, ...] | None) -> Box | None:
@@ -108,22 +128,17 @@ def _parse(shape: tuple[int, ...], order: tuple[int, ...], turns: list[tuple[int
     sizes = [
         torch.Size([shape[axis] for axis in part]).numel() for part in (kept, reduced, groups, channels, positions)
     ]
-    per = torch.Size([shape[axis] for axis, is_affine in rows if not is_affine]).numel()
-    own = {*kept, *groups}
-    affine = {axis for axis, is_affine in rows if is_affine} | {*groups, *channels}
+    per = math.prod([shape[axis] for axis, is_affine in rows if not is_affine])
+    affine = [axis for axis, is_affine in rows if is_affine] + [*reversed(groups), *reversed(channels)]
     return Box(
         order,
         (sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]),
         per,
-        tuple(shape[axis] if axis in own else 1 for axis in order),
-        tuple(shape[axis] if axis in affine else 1 for axis in order),
+        (*reversed(kept), *reversed(groups)),
+        tuple(affine),
+        shape,
     )
 
 
-def _in_order(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
-    missing = len(order) - tensor.ndim
-    return (tensor[(None,) * missing] if missing else tensor).permute(order)
-
-
-def _inverse(order: tuple[int, ...]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)
+def _is_ascending(axes: tuple[int, ...]) -> bool:
+    return all(first < second for first, second in pairwise(axes))

@@ -72,6 +72,31 @@ def check_shape(argument: str, tensor: Tensor, shape: Sequence[int], *, meaning:
         raise ShapeError(argument, expected=expected, received=f"shape {tuple(tensor.shape)}")
 
 
+def check_mask(argument: str, mask: Tensor, shape: Sequence[int], *, meaning: str) -> None:
+    """Refuse what is not bool, or does not broadcast to a shape, whose meaning the message gives."""
+    if mask.dtype != torch.bool:
+        raise DtypeError(argument, expected="bool", received=_dtype_name(mask))
+    sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
+    if mask.ndim > len(shape) or any(size not in (1, whole) for size, whole in sizes):
+        expected = f"a shape that broadcasts to {tuple(shape)}, {meaning}"
+        raise ShapeError(argument, expected=expected, received=f"shape {tuple(mask.shape)}")
+
+
+def check_out(argument: str, out: Tensor, like: Tensor) -> None:
+    """Refuse a tensor that cannot take the output for an input: another kind of one, or one of the same memory."""
+    if out.dtype != like.dtype or out.device != like.device:
+        expected, received = f"{_dtype_name(like)} on {like.device}", f"{_dtype_name(out)} on {out.device}"
+        raise DtypeError(argument, expected=expected, received=received)
+    if out.shape != like.shape or out.stride() != torch.empty_like(like, device="meta").stride():
+        expected = f"shape {tuple(like.shape)} in the memory format of the input"
+        received = f"shape {tuple(out.shape)} with strides {out.stride()}"
+        raise ShapeError(argument, expected=expected, received=received)
+    if out.requires_grad or (torch.is_grad_enabled() and like.requires_grad):
+        raise ParameterError(argument, expected="no gradients to be recorded", received="a tensor that requires them")
+    if out.untyped_storage().data_ptr() == like.untyped_storage().data_ptr():
+        raise ParameterError(argument, expected="memory of its own", received="that of the input")
+
+
 def check_per_channel(argument: str, tensor: Tensor, *, num_features: int) -> None:
     """Refuse what is not one floating value per channel."""
     check_shape(argument, tensor, (num_features,), meaning="one value per channel of the input")

@@ -128,6 +128,24 @@ def sum_gradient_columns(x: Any, grad: Any, center: Any, sums: Any, parts: Any, 
 
 
 @compiled
+def fill_columns(weight: Any, by: Any, means: Any, terms: Any, sizes: Any, segment: int, per: int) -> None:
+    """Terms for `gradient_of_columns`, the columns repeated to its width."""
+    _, rows, groups, channels, _ = sizes
+    width = groups * channels
+    for own in range(terms.shape[1]):
+        affine, first = own * segment // per * width, own * segment // rows * groups
+        for column in range(terms.shape[2]):
+            channel = column % width
+            group = first + channel // channels
+            invstd = by[INVSTD, group]
+            slope = -invstd * invstd * means[1, group]
+            terms[0, own, column] = by[CENTER, group]
+            terms[1, own, column] = invstd * weight[affine + channel]
+            terms[2, own, column] = slope
+            terms[3, own, column] = -invstd * means[0, group] - by[OFFSET, group] * slope
+
+
+@compiled
 def gradient_of_columns(x: Any, grad: Any, out: Any, terms: Any, elements: int, start: int, stop: int) -> None:
     """The gradient dy * scale + (x - center) * slope + constant; `terms` are center, scale, ..., (4, P, W)."""
     width = terms.shape[2]

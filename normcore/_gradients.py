@@ -52,10 +52,8 @@ def input_gradient(values: Operand, grad: Operand, out: Tensor, weight: Tensor |
     gamma, target = values.parameter(weight, 1.0), compiled().flat(out)
     if values.has_columns:
         columns = Columns.of(values)
-        center, offset, _, invstd = (columns.per_channel(term) for term in by)
-        slope = -invstd * invstd * columns.per_channel(means[1])
-        constant = -invstd * columns.per_channel(means[0]) - offset * slope
-        terms = center, columns.affine(gamma) * invstd, slope, constant
+        terms = columns.terms(4)
+        _sweeps().fill_columns(gamma, by, means, terms, values.box.sizes, columns.segment, values.box.per)
         columns.apply(_sweeps().gradient_of_columns, grad.array, target, terms=terms)
     elif _has_vectors(values):
         _vectors(values, grad, target, gamma, by, means, has_means=True)
@@ -71,9 +69,12 @@ def _has_vectors(values: Operand) -> bool:
 
 def _sum_columns(values: Operand, grad: Operand, by: Any) -> Any:
     columns = Columns.of(values)
-    center, offset, _, invstd = (columns.per_channel(term) for term in by)
+    samples, _, groups, channels, _ = values.box.sizes
+    wide = by.reshape(4, samples, groups).repeat(channels, 2).repeat(columns.count // samples, 1)
+    center, offset, _, invstd = wide
     total, dot = columns.sums(_sweeps().sum_gradient_columns, center, grad.array)
-    return np.stack([total, (dot - offset * total) * invstd])
+    with np.errstate(all="ignore"):
+        return np.stack([total, (dot - offset * total) * invstd])
 
 
 def _vectors(

@@ -112,10 +112,9 @@ def standardize(values: Operand, out: Tensor, weight: Tensor | None, bias: Tenso
         values.divide(kernel, values.box.rows, values.array, target, scale, shift, by, values.box.sizes, values.box.per)
         return
     columns = Columns.of(values)
-    center, offset, _, invstd = (columns.per_channel(term) for term in by)
-    wide = columns.affine(scale) * invstd
-    terms = center, wide, columns.affine(shift) - offset * wide
-    columns.apply(sweeps().standardize_columns, target, terms=terms)
+    terms = columns.terms(3)
+    column_sweeps().fill_columns(scale, shift, by, terms, values.box.sizes, columns.segment, values.box.per)
+    columns.apply(column_sweeps().standardize_columns, target, terms=terms)
 
 
 def _measure_groups(values: Operand, out: Any, weight: Any, bias: Any, by: Any, *, eps: float, has_mean: bool) -> None:
@@ -129,14 +128,14 @@ def _measure_columns(values: Operand, by: Any, *, eps: float, has_mean: bool) ->
     columns = Columns.of(values, segment=rows)
     center = np.zeros((samples, groups * channels))
     if has_mean:
-        sweeps().find_centers(values.array, center, rows)
-    kernel = sweeps().sum_columns
+        column_sweeps().find_centers(values.array, center, rows)
+    kernel = column_sweeps().sum_columns
     sums = columns.sums(kernel, center)
-    if has_mean and sweeps().correct_centers(values.array, center, sums, rows):
+    if has_mean and column_sweeps().correct_centers(values.array, center, sums, rows):
         sums = columns.sums(kernel, center)
-    if not sweeps().has_digits(values.array, sums[1], rows):
+    if not column_sweeps().has_digits(values.array, sums[1], rows):
         sums = columns.sums(kernel, center, dtype=np.float64)
-    sweeps().settle_columns(values.array, by, center, sums, values.box.sizes, eps, has_mean)
+    column_sweeps().settle_columns(values.array, by, center, sums, values.box.sizes, eps, has_mean)
 
 
 def _measure_counted(values: Operand, by: Any, mask: Any, *, eps: float, has_mean: bool) -> Any:
@@ -175,37 +174,27 @@ class Columns:
     def count(self) -> int:
         return self.values.box.rows // self.segment
 
-    def per_channel(self, statistic: Any) -> Any:
-        """(B * G,) as (segments, W)."""
-        samples, _, groups, channels, _ = self.values.box.sizes
-        wide = np.repeat(statistic.reshape(samples, groups), channels, axis=1)
-        return np.repeat(wide, self.count // samples, axis=0)
-
-    def affine(self, parameter: Any) -> Any:
-        """(Q * G * K,) as (segments, W)."""
-        rows = parameter.reshape(-1, self.values.box.width)
-        return np.repeat(rows, self.count // len(rows), axis=0)
+    def terms(self, count: int) -> Any:
+        """Room for terms (count, segments, W), the columns repeated."""
+        return np.empty((count, self.count, self.repeats * self.values.box.width), self.values.dtype)
 
     def sums(self, kernel: Any, center: Any, *others: Any, dtype: Any = None) -> Any:
         """Two sums (2, segments, W) around centers (segments, W), made in a datatype."""
         width = self.values.box.width
-        elements, wide = self.segment * width, self._wide(center, dtype or self.values.dtype)
+        wide = np.tile(center.astype(dtype or self.values.dtype), (1, self.repeats))
+        elements = self.segment * width
         size = max(1, _PART // wide.shape[1]) * wide.shape[1]
         blocks = -(-elements // size)
-        found = np.empty((self.count * blocks, 2, wide.shape[1]))
         units = self.count * blocks
+        found = np.empty((units, 2, wide.shape[1]))
         self.values.divide(kernel, units, self.values.array, *others, wide, found, (blocks, size, elements))
         return found.reshape(self.count, blocks, 2, self.repeats, width).sum((1, 3)).transpose(1, 0, 2)
 
-    def apply(self, kernel: Any, *arrays: Any, terms: tuple[Any, ...]) -> None:
-        """Call a kernel of the values, arrays like them and terms (segments, W)."""
-        wide = np.stack([self._wide(term, self.values.dtype) for term in terms])
+    def apply(self, kernel: Any, *arrays: Any, terms: Any) -> None:
+        """Call a kernel of the values, arrays like them and terms, filled in."""
         elements = self.segment * self.values.box.width
-        units = self.count * -(-elements // wide.shape[2])
-        self.values.divide(kernel, units, self.values.array, *arrays, wide, elements)
-
-    def _wide(self, parameter: Any, dtype: Any) -> Any:
-        return np.tile(parameter.astype(dtype), (1, self.repeats))
+        units = self.count * -(-elements // terms.shape[2])
+        self.values.divide(kernel, units, self.values.array, *arrays, terms, elements)
 
 
 @cache
@@ -220,3 +209,10 @@ def sweeps() -> ModuleType:
     from normcore import _sweeps
 
     return _sweeps
+
+
+@cache
+def column_sweeps() -> ModuleType:
+    from normcore import _column_sweeps
+
+    return _column_sweeps

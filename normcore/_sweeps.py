@@ -16,11 +16,9 @@ import numpy as np
 from normcore._compiled import as_computed, compiled, compiled_sum, fused, load, store
 
 _BLOCK = 1024
-_NEAR, _FEW = 64, 16
-# Rows of columns that are summed in the datatype computed in.
-_ROWS = 16
+_NEAR = 64
 # float32 sums of squares per value beyond these, which bfloat16 reaches, are made in float64.
-_LEAST, _MOST = 1e-25, 1e33
+LEAST, MOST = 1e-25, 1e33
 CENTER, OFFSET, VAR, INVSTD = range(4)
 
 
@@ -63,40 +61,6 @@ def standardize_cells(
 
 
 @compiled
-def sum_columns(x: Any, center: Any, sums: Any, parts: Any, start: int, stop: int) -> None:
-    """Sums of deviations and of their squares over rows of W columns, into `sums` (parts, 2, W).
-
-    `center` is (P, W), and `parts` is (parts, elements of a part, elements) of each of P; elements are of whole rows
-    but for the last.
-    """
-    width = center.shape[1]
-    blocks, size, elements = parts
-    total, squares = np.empty_like(center[0]), np.empty_like(center[0])
-    for part in range(start, stop):
-        own, first = part // blocks, part % blocks * size
-        sums[part] = 0.0
-        for at in range(first, min(first + size, elements), _ROWS * width):
-            total[:] = 0.0
-            squares[:] = 0.0
-            length = min(_ROWS * width, min(first + size, elements) - at)
-            _add_rows(x, np.uintp(own * elements + at), length, center[own], total, squares)
-            for column in range(width):
-                sums[part, 0, column] += total[column]
-                sums[part, 1, column] += squares[column]
-
-
-@compiled
-def standardize_columns(x: Any, y: Any, terms: Any, elements: int, start: int, stop: int) -> None:
-    """The output (x - center) * scale + shift; `terms` are those, (3, P, W), by rows of so many elements."""
-    width = terms.shape[2]
-    rows = -(-elements // width)
-    for row in range(start, stop):
-        own, at = row // rows, row % rows * width
-        length = min(width, elements - at)
-        _scale_columns(x, y, np.uintp(own * elements + at), length, terms[0, own], terms[1, own], terms[2, own])
-
-
-@compiled
 def sum_counted(x: Any, mask: Any, center: Any, sums: Any, sizes: Any, start: int, stop: int) -> None:
     """Count, sum and squares of deviations of counted values around the first of each group, into `sums` (3, B * G).
 
@@ -118,79 +82,16 @@ def sum_counted(x: Any, mask: Any, center: Any, sums: Any, sizes: Any, start: in
 
 
 @compiled
-def find_centers(x: Any, center: Any, rows: int) -> None:
-    """Means of the first values of columns (B, W), exactly the value where they are equal."""
-    samples, width = center.shape
-    for sample in range(samples):
-        for column in range(width):
-            first = sample * rows * width + column
-            origin = np.float64(load(x, first))
-            total = 0.0
-            for row in range(1, min(rows, _FEW)):
-                total += np.float64(load(x, first + row * width)) - origin
-            center[sample, column] = np.float64(as_computed(x, origin + total / min(rows, _FEW)))
-
-
-@compiled
-def correct_centers(x: Any, center: Any, sums: Any, rows: int) -> bool:
-    """Move the centers to the means for float64 values, and where one was further off than a deviation."""
-    total, squares = sums
-    is_off = x.itemsize == 8
-    for sample in range(len(center)):
-        for column in range(center.shape[1]):
-            is_off |= 2.0 * total[sample, column] ** 2 > squares[sample, column] * rows
-    if is_off:
-        for sample in range(len(center)):
-            for column in range(center.shape[1]):
-                moved = center[sample, column] + total[sample, column] / rows
-                center[sample, column] = np.float64(as_computed(x, moved))
-    return bool(is_off)
-
-
-@compiled
-def has_digits(x: Any, squares: Any, count: int) -> bool:
-    """Whether sums of squares are of sizes that the datatype computed in holds; zeros may be of squares too small."""
-    if x.itemsize != 2:
-        return True
-    for row in squares:
-        for value in row:
-            if not _LEAST * count < value < _MOST * count:
-                return False
-    return True
-
-
-@compiled
-def settle_columns(x: Any, by: Any, center: Any, sums: Any, sizes: Any, eps: float, has_mean: bool) -> None:
-    """Statistics of groups from the sums of their columns, which are (2, B, W) and around centers of their own."""
-    total, squares = sums
-    samples, rows, groups, channels, _ = sizes
-    for group in range(samples * groups):
-        sample, first = group // groups, group % groups * channels
-        origin = center[sample, first]
-        mean, m2 = 0.0, 0.0
-        for column in range(first, first + channels):
-            mean += (center[sample, column] - origin) + total[sample, column] / rows
-        mean = mean / channels if has_mean else 0.0
-        for column in range(first, first + channels):
-            own = total[sample, column] / rows
-            distance = (center[sample, column] - origin) + own - mean
-            m2 += squares[sample, column]
-            if has_mean:
-                m2 += rows * (distance * distance - own * own)
-        _settle(x, by, group, origin, mean, m2 / (rows * channels), eps)
-
-
-@compiled
 def settle_counted(x: Any, by: Any, center: Any, sums: Any, eps: float, has_mean: bool) -> None:
     """Statistics from what `sum_counted` has found."""
     for group in range(center.size):
         count, total, squares = sums[0, group], sums[1, group], sums[2, group]
         offset = total / count if has_mean else 0.0
-        _settle(x, by, group, center[group], offset, squares / count - offset * offset, eps)
+        settle(x, by, group, center[group], offset, squares / count - offset * offset, eps)
 
 
 @compiled
-def _settle(x: Any, by: Any, group: int, center: float, offset: float, var: float, eps: float) -> None:
+def settle(x: Any, by: Any, group: int, center: float, offset: float, var: float, eps: float) -> None:
     """Write statistics; NaN for a variance beyond float64, which would make every output the bias without a trace."""
     var = 0.0 if var < 0.0 else var
     rounded = np.float64(as_computed(x, center + offset))
@@ -214,10 +115,10 @@ def _measure(
     if has_mean and (x.itemsize == 8 or 2.0 * total * total > squares * count):
         center = np.float64(as_computed(x, center + total / count))
         total, squares = _group_sums(x, first, rows, groups, length, as_computed(x, center))
-    if x.itemsize == 2 and not _LEAST * count < squares < _MOST * count:  # zeros may be of squares too small
+    if x.itemsize == 2 and not LEAST * count < squares < MOST * count:  # zeros may be of squares too small
         total, squares = _group_sums(x, first, rows, groups, length, np.float64(center))
     offset = total / count if has_mean else 0.0
-    _settle(x, by, group, center, offset, squares / count - offset * offset, eps)
+    settle(x, by, group, center, offset, squares / count - offset * offset, eps)
 
 
 @compiled
@@ -250,30 +151,6 @@ def _block_sums(x: Any, start: Any, length: int, center: Any) -> Any:
     return total, squares
 
 
-@compiled_sum
-def _add_rows(x: Any, start: Any, length: int, center: Any, total: Any, squares: Any) -> None:
-    width = np.uintp(center.size)
-    for _ in range(length // center.size // 4):
-        for column in range(width):
-            first = start + column
-            a, b = load(x, first) - center[column], load(x, first + width) - center[column]
-            c, d = (
-                load(x, first + width + width) - center[column],
-                load(x, first + width + width + width) - center[column],
-            )
-            total[column] += (a + b) + (c + d)
-            squares[column] += (a * a + b * b) + (c * c + d * d)
-        start += width + width + width + width
-    rest = length % (4 * center.size)
-    while rest > 0:
-        for column in range(np.uintp(min(rest, center.size))):
-            a = load(x, start + column) - center[column]
-            total[column] += a
-            squares[column] += a * a
-        start += width
-        rest -= center.size
-
-
 @compiled
 def _standardize_cell(
     x: Any, y: Any, weight: Any, bias: Any, by: Any, group: int, cell: int, affine: int, sizes: Any
@@ -304,10 +181,3 @@ def _scale_vector(x: Any, y: Any, start: Any, weight: Any, bias: Any, center: An
     for channel in range(np.uintp(weight.size)):
         value = (load(x, start + channel) - center) * invstd + shift
         store(y, start + channel, value * weight[channel] + bias[channel])
-
-
-@fused
-def _scale_columns(x: Any, y: Any, start: Any, length: int, center: Any, scale: Any, shift: Any) -> None:
-    for column in range(np.uintp(length)):
-        value = (load(x, start + column) - center[column]) * scale[column] + shift[column]
-        store(y, start + column, value)

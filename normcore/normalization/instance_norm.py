@@ -165,6 +165,7 @@ def _result(found: PerSampleResult, running: RunningStatistics | None) -> Instan
         found.grad_bias,
         found.count,
         *updated,
+        input=found.input,
     )
 
 

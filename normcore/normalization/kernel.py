@@ -46,17 +46,18 @@ def standardize_own(
     eps: float,
     has_mean: bool = True,
     mask: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Statistics]:
-    """The output, and the input's own statistics."""
+    """The output, in `out` where that is given, and the input's own statistics."""
     values = None if mask is not None else operand_of(input, axes, weight, bias)
     if values is None:
         by = own_statistics(input, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
-        return standardize(input, by, weight, bias), by
-    output = torch.empty_like(values.tensor)
+        return standardize(input, by, weight, bias, out=out), by
+    output = _target(values, out)
     found, count = _standardize.standardize_own(values, output, weight, bias, eps=eps, has_mean=has_mean)
     by = _statistics(found, count, values.box, axes=axes, eps=eps, has_mean=has_mean)
     if not _is_usual(values, found):
-        output = closed_forms.standardize(input, by, weight, bias)
+        output = _filled(out, closed_forms.standardize(input, by, weight, bias))
     return output, by
 
 
@@ -67,13 +68,15 @@ def given_statistics(mean: Tensor, var: Tensor, *, eps: float) -> Statistics:
 
 
 @torch.no_grad()
-def standardize(input: Tensor, by: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """A new tensor of the input's shape, datatype and memory format, cast once."""
+def standardize(
+    input: Tensor, by: Statistics, weight: Tensor | None, bias: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
+    """A new tensor, or `out`, of the input's shape, datatype and memory format, cast once."""
     values = operand_of(input, _shared_axes(input, by), weight, bias)
     found = None if values is None else _array(values, by)
     if values is None or not _is_usual(values, found):
-        return closed_forms.standardize(input, by, weight, bias)
-    output = torch.empty_like(values.tensor)
+        return _filled(out, closed_forms.standardize(input, by, weight, bias))
+    output = _target(values, out)
     _standardize.standardize(values, output, weight, bias, found)
     return output
 
@@ -147,6 +150,14 @@ def input_gradient(
     return output
 
 
+def _target(values: Operand, out: Tensor | None) -> Tensor:
+    return torch.empty_like(values.tensor) if out is None else out
+
+
+def _filled(out: Tensor | None, output: Tensor) -> Tensor:
+    return output if out is None else out.copy_(output)
+
+
 def _pair(
     grad_output: Tensor,
     input: Tensor,
@@ -194,7 +205,7 @@ def _is_usual(values: Operand, by: Any) -> bool:
 def _statistics(
     by: Any, count: Any, box: Box, *, axes: tuple[int, ...], eps: float, has_mean: bool, mask: Tensor | None = None
 ) -> Statistics:
-    center, offset, var, invstd = (box.restore_statistics(own) for own in torch.from_numpy(by))
+    center, offset, var, invstd = box.restore_statistics(torch.from_numpy(by)).unbind(0)
     if mask is not None:
         count = box.restore_statistics(torch.from_numpy(count))
     return Statistics(center, offset, var, invstd, eps, axes, count, mask, has_mean)

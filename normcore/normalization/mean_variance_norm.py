@@ -1,7 +1,7 @@
 """Mean-variance normalization: values centred and divided by standard deviation plus eps, over any axes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from normcore._slab import Slab
 from normcore.normalization.closed_forms import Statistics
 from normcore.normalization.kernel import own_statistics, standardize
 from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
+from normcore.normalization.value_findings import FEW_VALUES, tails, unresolved
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class MeanVarianceNormResult:
         invstd: 1 / (sqrt(var) + eps); the same shape.
         grad_input: gradient of the input, where grad_output was given.
         eps: what was added to the standard deviations.
+        input: what was normalized, for diagnostics.
     """
 
     output: Tensor
@@ -34,19 +36,26 @@ class MeanVarianceNormResult:
     invstd: Tensor | None = None
     grad_input: Tensor | None = None
     eps: float = 0.0
+    input: Tensor | None = field(default=None, repr=False)
 
     def diagnostics(self) -> dict[str, JSON]:
         """What makes the result questionable: numbers of groups of values that share a mean."""
-        if self.mean is None or self.var is None or self.invstd is None:
+        if self.mean is None or self.var is None or self.invstd is None or self.input is None:
             return {}
         flags = {
             # A variance may be too small for its datatype, and the deviations sound.
             "constant_groups": self.var == 0 if self.eps else self.invstd == 0,
             "eps_dominated_groups": (self.var > 0) & (self.var.sqrt() < self.eps),
+            "unresolved_groups": unresolved(self.mean, self.var, self.output.dtype),
             "non_finite_groups": ~(self.mean.isfinite() & self.invstd.isfinite()),
         }
         counts = {name: int(flag.sum()) for name, flag in flags.items()}
-        return {name: count for name, count in counts.items() if count}
+        findings: dict[str, JSON] = {name: count for name, count in counts.items() if count}
+        if (values := self.input.numel() // self.mean.numel()) < FEW_VALUES:
+            findings["few_values_per_group"] = values
+        if counts["non_finite_groups"] and (values := int((~self.input.isfinite()).sum())):
+            findings["non_finite_values"] = values
+        return findings | tails(self.input, self.output.detach())
 
 
 def mean_variance_norm(
@@ -95,7 +104,7 @@ def mean_variance_norm(
     grad_input = None if grad_output is None else _gradient(input, grad_output, kept, by, eps=eps)
     dtype = accumulation_dtype(input.dtype)
     mean, var, invstd = (values.to(dtype, copy=True) for values in (by.mean, by.var, by.invstd))
-    return MeanVarianceNormResult(output, mean, var, invstd, grad_input, eps)
+    return MeanVarianceNormResult(output, mean, var, invstd, grad_input, eps, input.detach())
 
 
 class _Normalize(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """What layer, RMS, group and instance norm share: groups within a sample, their statistics, gradients and findings."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from normcore.normalization.gradients import (
     standardize_over,
 )
 from normcore.normalization.method import JSON, Output, TensorArgument
+from normcore.normalization.value_findings import FEW_VALUES, tails, unresolved
 
 MASK = TensorArgument(
     "mask", "BOOL, true where a value counts in the statistics; all are normalized", "broadcasts against the input"
@@ -43,6 +44,7 @@ class PerSampleResult:
         grad_weight: the weight's shape.
         grad_bias: the bias's shape.
         count: values behind each statistic, where the statistics are the input's own.
+        input: what was normalized, for diagnostics.
     """
 
     output: Tensor
@@ -53,9 +55,14 @@ class PerSampleResult:
     grad_weight: Tensor | None = None
     grad_bias: Tensor | None = None
     count: int | Tensor | None = None
+    input: Tensor | None = field(default=None, kw_only=True, repr=False)
 
     def diagnostics(self) -> dict[str, JSON]:
-        """What makes the result questionable: numbers of groups (of values that share their statistics)."""
+        """What makes the result questionable: numbers of groups (of values that share their statistics).
+
+        few_values_per_group: the least count, below 8. unresolved_groups: a deviation is less than two steps of the
+        input's datatype. non_finite_values: their number. share_beyond_4_before and _after: as in batch norm.
+        """
         if self.var is None or self.invstd is None:
             return {}
         is_finite = self.var.isfinite() & self.invstd.isfinite()
@@ -69,8 +76,17 @@ class PerSampleResult:
             "eps_dominated_groups": self.var.double() * self.invstd.double().square() < 0.5,
             "non_finite_groups": ~is_finite,
         }
+        if self.mean is not None and is_own:
+            flags["unresolved_groups"] = unresolved(self.mean, self.var, self.output.dtype)
         counts = {name: int(flag.sum()) for name, flag in flags.items()}
-        return {name: count for name, count in counts.items() if count}
+        findings: dict[str, JSON] = {name: count for name, count in counts.items() if count}
+        if self.count is not None and (fewest := int(torch.as_tensor(self.count).min())) < FEW_VALUES:
+            findings["few_values_per_group"] = fewest
+        if self.input is None:
+            return findings
+        if counts["non_finite_groups"] and (values := int((~self.input.isfinite()).sum())):
+            findings["non_finite_values"] = values
+        return findings | tails(self.input, self.output.detach())
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +157,8 @@ class Operands:
         output = found.output.reshape(self.input.shape)
         grad_input, grad_weight, grad_bias = self._gradients(by)
         given_mean = mean if by.has_mean else None
-        return PerSampleResult(output, given_mean, var, invstd, grad_input, grad_weight, grad_bias, count)
+        grads = (grad_input, grad_weight, grad_bias)
+        return PerSampleResult(output, given_mean, var, invstd, *grads, count, input=self.input.detach())
 
     def _gradients(self, by: Statistics) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.grad_output is None:

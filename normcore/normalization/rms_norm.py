@@ -1,7 +1,7 @@
 """RMS normalization: every sample divided by its root mean square over its last axes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class RmsNormResult:
         grad_input: gradient of the input, where grad_output was given.
         grad_weight: gradient of the weight, where grad_output was given.
         eps: the number that was added.
+        input: what was normalized, for diagnostics.
     """
 
     output: Tensor
@@ -37,10 +38,12 @@ class RmsNormResult:
     grad_input: Tensor | None
     grad_weight: Tensor | None
     eps: float
+    input: Tensor | None = field(default=None, repr=False)
 
     def diagnostics(self) -> dict[str, JSON]:
         """What makes the result questionable: numbers of groups (samples)."""
-        findings = PerSampleResult(self.output, var=self.mean_square, invstd=self.invstd).diagnostics()
+        given = PerSampleResult(self.output, var=self.mean_square, invstd=self.invstd, input=self.input)
+        findings = given.diagnostics()
         if self.mean_square is not None and bool((self.mean_square == 0).any()):
             findings["zero_groups"] = int((self.mean_square == 0).sum())
         return findings
@@ -92,7 +95,8 @@ def rms_norm(
     )
     added = torch.finfo(accumulation_dtype(input.dtype)).eps if eps is None else eps
     found = operands.standardize(eps=added, has_mean=False)
-    return RmsNormResult(found.output, found.var, found.invstd, found.grad_input, found.grad_weight, added)
+    outputs = (found.output, found.var, found.invstd, found.grad_input, found.grad_weight)
+    return RmsNormResult(*outputs, added, found.input)
 
 
 RMS_NORM = Method(
