@@ -60,17 +60,10 @@ def standardize_columns(x: Any, y: Any, terms: Any, elements: int, start: int, s
     """The output (x - center) * scale + shift; `terms` are those, (3, P, W), by rows of so many elements."""
     width = terms.shape[2]
     rows = -(-elements // width)
-    row = start
-    while row < stop:
+    for row in range(start, stop):
         own, at = row // rows, row % rows * width
-        center, scale, shift = terms[0, own], terms[1, own], terms[2, own]
-        first = np.uintp(own * elements + at)
-        if row + 1 < stop and at + 2 * width <= elements:
-            _scale_two_rows(x, y, first, center, scale, shift)
-            row += 2
-        else:
-            _scale_columns(x, y, first, min(width, elements - at), center, scale, shift)
-            row += 1
+        length = min(width, elements - at)
+        _scale_columns(x, y, np.uintp(own * elements + at), length, terms[0, own], terms[1, own], terms[2, own])
 
 
 @compiled
@@ -165,12 +158,3 @@ def _scale_columns(x: Any, y: Any, start: Any, length: int, center: Any, scale: 
     for column in range(np.uintp(length)):
         value = (load(x, start + column) - center[column]) * scale[column] + shift[column]
         store(y, start + column, value)
-
-
-@fused
-def _scale_two_rows(x: Any, y: Any, start: Any, center: Any, scale: Any, shift: Any) -> None:
-    width = np.uintp(center.size)
-    for column in range(width):
-        index = start + column
-        store(y, index, (load(x, index) - center[column]) * scale[column] + shift[column])
-        store(y, index + width, (load(x, index + width) - center[column]) * scale[column] + shift[column])

@@ -18,8 +18,8 @@ from normcore._box import Box, box_of
 
 # Channels of a group side by side are a vector from here on, else columns of their own.
 _LEAST_VECTOR = 16
-# Columns are repeated up to about so many, for loops that are worth their start.
-_WIDE = 256
+# Columns are repeated up to about so many bytes of a term, for loops that are worth their start.
+_WIDE_BYTES = 4096
 # Elements summed as one part.
 _PART = 2**16
 
@@ -168,7 +168,9 @@ class Columns:
     @classmethod
     def of(cls, values: Operand, *, segment: int | None = None) -> "Columns":
         segment = min(values.box.per, values.box.sizes[1]) if segment is None else segment
-        return cls(values, segment, max(1, min(_WIDE // values.box.width, segment)))
+        return cls(
+            values, segment, max(1, min(_WIDE_BYTES // np.dtype(values.dtype).itemsize // values.box.width, segment))
+        )
 
     @property
     def count(self) -> int:
