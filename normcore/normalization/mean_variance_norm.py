@@ -67,7 +67,7 @@ def mean_variance_norm(
     dx = (dy - mean(dy)) / (sqrt(var) + eps) - y mean(dy y) / sqrt(var)
 
     The variance is biased, and eps is added outside the root, as in ONNX MeanVarianceNormalization; batch norm and its
-    kin add it inside. Sums are accumulated as in batch norm, the mean is held as the sum of two numbers, and the output
+    kin add it inside. Sums are accumulated as in batch norm, and the output
     is rounded once to the input's datatype. No argument is changed. The output is differentiable in the input, to every
     order; values that are all equal count as having no slope of the deviation.
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from normcore._checks import check_floating, check_integers, check_shape
+from normcore._checks import check_floating, check_integers, check_mask, check_out, check_shape
 from normcore._precision import accumulation_dtype
-from normcore.errors import DtypeError, ShapeError, StatisticsError
+from normcore.errors import ShapeError, StatisticsError
 from normcore.normalization.gradients import (
     Gradients,
     Standardized,
@@ -98,6 +98,7 @@ class Operands:
         affine: shape of weight and bias in front of the view, (1 or N, G, C, 1) or (1, 1, 1, S).
         affine_shape: their own shape.
         statistics_shape: shape in which statistics are given.
+        out: takes the output.
     """
 
     input: Tensor
@@ -109,12 +110,15 @@ class Operands:
     affine: tuple[int, int, int, int]
     affine_shape: tuple[int, ...]
     statistics_shape: tuple[int, ...]
+    out: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.grad_output is not None:
             check_shape("grad_output", self.grad_output, self.input.shape, meaning="that of the input")
         if self.mask is not None:
-            check_mask(self.mask, self.input)
+            check_mask("mask", self.mask, self.input.shape, meaning="the input's")
+        if self.out is not None:
+            check_out("out", self.out, self.input)
 
     def standardize(self, *, eps: float, has_mean: bool = True) -> PerSampleResult:
         """By the statistics of each group."""
@@ -122,17 +126,24 @@ class Operands:
             return self._empty()
         values, weight, bias = self._views()
         mask = self._counted()
-        return self._result(standardize_over(values, weight, bias, axes=(2, 3), eps=eps, has_mean=has_mean, mask=mask))
+        return self._result(
+            standardize_over(
+                values, weight, bias, axes=(2, 3), eps=eps, has_mean=has_mean, mask=mask, out=self._target()
+            )
+        )
 
     def standardize_by(self, mean: Tensor, var: Tensor, *, eps: float) -> PerSampleResult:
         """By a given mean and variance of each of G groups."""
         values, weight, bias = self._views()
         mean, var = (statistic.view(1, -1, 1, 1) for statistic in (mean, var))
-        return self._result(standardize_by(values, weight, bias, mean=mean, var=var, eps=eps))
+        return self._result(standardize_by(values, weight, bias, mean=mean, var=var, eps=eps, out=self._target()))
 
     def _views(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         weight, bias = (None if term is None else term.reshape(self.affine) for term in (self.weight, self.bias))
         return self.input.reshape(self.view), weight, bias
+
+    def _target(self) -> Tensor | None:
+        return None if self.out is None else self.out.reshape(self.view)
 
     def _counted(self) -> Tensor | None:
         """The mask in the view's shape; every group counts a value."""
@@ -155,6 +166,9 @@ class Operands:
         if isinstance(count, Tensor):
             count = count.reshape(self.statistics_shape)
         output = found.output.reshape(self.input.shape)
+        if self.out is not None:
+            # A memory format that allows no such view has made a copy.
+            output = self.out if output.data_ptr() == self.out.data_ptr() else self.out.copy_(output)
         grad_input, grad_weight, grad_bias = self._gradients(by)
         given_mean = mean if by.has_mean else None
         grads = (grad_input, grad_weight, grad_bias)
@@ -218,14 +232,3 @@ def check_channel_affine(weight: Tensor | None, bias: Tensor | None, *, input: T
         received = f"shape {tuple(given[-1][1].shape)}"
         raise ShapeError("bias", expected=f"the weight's shape {shape}", received=received)
     return shape
-
-
-def check_mask(mask: Tensor, input: Tensor) -> None:
-    """Refuse what is not BOOL, or does not broadcast to the input's shape."""
-    if mask.dtype != torch.bool:
-        raise DtypeError("mask", expected="bool", received=str(mask.dtype).removeprefix("torch."))
-    own, full = tuple(mask.shape), tuple(input.shape)
-    sizes = zip(reversed(own), reversed(full), strict=False)
-    if len(own) > len(full) or any(size not in (1, whole) for size, whole in sizes):
-        expected = f"a shape that broadcasts to the input's {full}"
-        raise ShapeError("mask", expected=expected, received=f"shape {own}")

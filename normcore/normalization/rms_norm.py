@@ -57,13 +57,14 @@ def rms_norm(
     *,
     normalized_shape: str | int | Sequence[int] | None = None,
     eps: float | None = None,
+    out: Tensor | None = None,
 ) -> RmsNormResult:
     """RMS normalization over the last axes, D values of each sample.
 
     y = x / sqrt(mean(x^2) + eps) * weight
     dx = s * (a - xh * mean(a * xh)), with a = weight * dy, xh = x * s, s = (mean(x^2) + eps)^-1/2
 
-    Squares are summed in float32, in float64 where they would overflow (float64 inputs: always); the output is
+    Squares are summed in float64, and of half precision in float32 within blocks where that holds them; the output is
     rounded once to the input's datatype. No argument is changed. The output is differentiable in input and weight, to
     every order.
 
@@ -75,13 +76,15 @@ def rms_norm(
         normalized_shape: sizes of the last axes, as integers or as text; None: the last axis.
         eps: >= 0; None: the machine epsilon of the datatype computed in, 1.19e-7, or 2.22e-16 for a float64 input, as
             torch has it. ONNX has 1e-5. A sample of zeros with eps 0 gives NaN.
+        out: takes the output; of the input's shape, datatype and memory format, in memory of its own, and without
+            gradients to be recorded.
 
     Returns:
         Output, and statistics of shape (*, 1, ...), as the gradient of the weight float64 for a float64 input, else
         float32.
 
     Raises:
-        DtypeError: a tensor that is not floating, or a mask that is not bool.
+        DtypeError: a tensor that is not floating, a mask that is not bool, or an out of another datatype or device.
         ShapeError: an input that does not end in normalized_shape, or another tensor that does not fit.
         ParameterError: normalized_shape or eps out of bounds.
         StatisticsError: a mask that leaves a sample without any value.
@@ -91,7 +94,7 @@ def rms_norm(
             [0.0000, 0.0000]])
     """
     operands = operands_over_trailing_axes(
-        input, weight, None, grad_output, mask, normalized_shape=normalized_shape, eps=eps
+        input, weight, None, grad_output, mask, normalized_shape=normalized_shape, eps=eps, out=out
     )
     added = torch.finfo(accumulation_dtype(input.dtype)).eps if eps is None else eps
     found = operands.standardize(eps=added, has_mean=False)
