@@ -315,8 +315,8 @@ def test_warm_up_compiles_what_calls_need() -> None:
     ]
     public = [kernel for kernel in kernels if kernel.py_func.__module__.endswith("sweeps")]
     before = {kernel: len(kernel.signatures) for kernel in public}
-    # Those that other kernels call are compiled within them.
-    assert sum(count > 0 for count in before.values()) >= 15
+    # Those that other kernels call are compiled within them, or come from the disk with them.
+    assert sum(count > 0 for count in before.values()) >= 10
     for dtype in DTYPES:
         for memory_format in (torch.contiguous_format, torch.channels_last):
             input = torch.randn(2, 6, 4, 4).to(dtype).contiguous(memory_format=memory_format)
