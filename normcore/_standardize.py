@@ -190,7 +190,9 @@ class Columns:
         units = self.count * blocks
         found = np.empty((units, 2, wide.shape[1]))
         self.values.divide(kernel, units, self.values.array, *others, wide, found, (blocks, size, elements))
-        return found.reshape(self.count, blocks, 2, self.repeats, width).sum((1, 3)).transpose(1, 0, 2)
+        joined = found.reshape(self.count, blocks, 2, self.repeats, width).sum((1, 3))
+        # One layout, of which kernels are compiled for each.
+        return np.ascontiguousarray(joined.transpose(1, 0, 2))
 
     def apply(self, kernel: Any, *arrays: Any, terms: Any) -> None:
         """Call a kernel of the values, arrays like them and terms, filled in."""
