@@ -14,7 +14,13 @@ from service.codecs.media import CODECS
 
 _OWN = ("infer", "normalize_", "post_batch")
 _BINARY = {"type": "string", "format": "binary"}
-_KINDS = {"bool": "boolean", "int": "integer", "float": "number", "str": "string"}
+_KINDS = {
+    "bool": ["boolean"],
+    "int": ["integer"],
+    "ints": ["string", "integer", "array"],
+    "float": ["number"],
+    "str": ["string"],
+}
 _PROBLEM = {"$ref": "#/components/schemas/Problem"}
 _JSON = "application/json"
 
@@ -109,11 +115,13 @@ def _normalize(method: Method) -> dict[str, Any]:
 
 
 def _parameter_schema(parameter: Parameter) -> dict[str, Any]:
-    kind = _KINDS[parameter.kind]
+    kinds = _KINDS[parameter.kind] + ["null"] * parameter.is_nullable
     schema: dict[str, Any] = {
-        "type": [kind, "null"] if parameter.is_nullable else kind,
+        "type": kinds if len(kinds) > 1 else kinds[0],
         "description": parameter.description,
     }
+    if parameter.kind == "ints":
+        schema["items"] = {"type": "integer"}
     if parameter.default is not None:
         schema["default"] = parameter.default
     if parameter.choices:
