@@ -1,6 +1,5 @@
 """Fold: rewrite a copy of the model, then let the verifier judge the two files and take back what it doubts."""
 
-import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -9,6 +8,7 @@ from typing import Unpack
 
 from onnx import ModelProto, NodeProto
 
+from normcore.checkpoints.files import write_file
 from normcore.checkpoints.onnx import GraphLimits, load_onnx
 from normcore.checkpoints.onnx_checker import check_model
 from normcore.folding.evidence import describe_folds
@@ -99,7 +99,7 @@ def fold_checkpoint(
         entries = _fold_in_place(folded, options | {"exclude": {*options.get("exclude", ()), *exclude}})
         outputs = tuple(entry.output for entry in entries if entry.status == "folded")
         report_progress("write", 2, total)
-        _write(target, folded.SerializeToString() if outputs else source.read_bytes())
+        write_file(target, folded.SerializeToString() if outputs else source.read_bytes())
         certificate = None
         if verify is not None and outputs:
             report_progress("verify", 3, total)
@@ -157,19 +157,6 @@ def _notes(
             f"ir_version rose from {model.ir_version} to {folded.ir_version}, where initializers need not be inputs"
         )
     return tuple(notes)
-
-
-def _write(target: Path, content: bytes) -> None:
-    """Sibling file first, then rename: nobody ever reads half a model."""
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 __all__ = ["Progress", "fold_checkpoint", "fold_onnx"]

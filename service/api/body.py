@@ -1,7 +1,7 @@
 """Receiving bodies: bounded in bytes and in silence, before and while they are read."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 
 from starlette.datastructures import Headers
@@ -39,6 +39,18 @@ async def received(
         yield memoryview(body)[padding:]
 
 
+async def received_stream(receive: Receive, headers: Headers, services: Services) -> AsyncGenerator[bytes, None]:
+    """A tensor body in pieces, which nobody holds as a whole; at most NORMSERVE_MAX_STREAM_BYTES."""
+    settings = services.settings
+    _check_size(_declared_length(headers) or 0, settings.max_stream_bytes, "NORMSERVE_MAX_STREAM_BYTES")
+    _check_encoding(headers)
+    total = 0
+    async for chunk in stream(receive, headers, timeout_s=settings.body_timeout_s):
+        total += len(chunk)
+        _check_size(total, settings.max_stream_bytes, "NORMSERVE_MAX_STREAM_BYTES")
+        yield chunk
+
+
 async def received_small(receive: Receive, headers: Headers, services: Services) -> bytes:
     """A whole management document, at most 1 MiB."""
     _check_encoding(headers)
@@ -50,7 +62,7 @@ async def received_small(receive: Receive, headers: Headers, services: Services)
 
 
 async def stream(receive: Receive, headers: Headers, *, timeout_s: float) -> AsyncIterator[bytes]:
-    """Chunks as they come. A sender must bring 16 KiB, or the end, in every `timeout_s` seconds."""
+    """Chunks as they come. A sender must bring 16 KiB, or the end, in every `timeout_s` seconds that we wait for it."""
     total = fresh = 0
     loop = asyncio.get_running_loop()
     limit = loop.time() + timeout_s
@@ -72,7 +84,9 @@ async def stream(receive: Receive, headers: Headers, *, timeout_s: float) -> Asy
             fresh += len(chunk)
             if fresh >= _PROGRESS_BYTES:
                 fresh, limit = 0, loop.time() + timeout_s
+            taken = loop.time()
             yield chunk
+            limit += loop.time() - taken  # the time that the reader took is not the sender's
         if not message.get("more_body", False):
             return
 

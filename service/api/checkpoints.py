@@ -11,8 +11,9 @@ from starlette.types import Receive, Scope, Send
 from normcore.folding.checkpoint import verdict_of
 from service.api import body
 from service.api.dependencies import ServicesDep, document_schema, read_document
+from service.api.jobs import ASYNCHRONOUS, Answer, Prefer, answer_or_start
 from service.api.multipart import FileField
-from service.api.reports import Certificate, FoldReport, Normalization
+from service.api.reports import Certificate, FoldReport, Normalization, RecalibrationReport
 from service.api.schemas import (
     Checkpoint,
     CheckpointList,
@@ -25,6 +26,7 @@ from service.api.schemas import (
 )
 from service.application.checkpoints import SUFFIXES
 from service.application.folding import FoldedFile
+from service.application.jobs import Report
 from service.errors import CheckpointNotFoundError, PayloadMalformedError
 from service.state import Services
 
@@ -122,31 +124,39 @@ async def plan_fold(checkpoint_id: str, query: Annotated[PlanQuery, Query()], se
 @router.post(
     "/checkpoints/{checkpoint_id}/fold",
     status_code=201,
+    response_model=FoldAnswer,
+    responses=ASYNCHRONOUS,
     openapi_extra=document_schema(FoldRequest, example={"verify": {"probes": 6, "seed": 0}}, is_required=False),
 )
-async def fold_checkpoint(
-    checkpoint_id: str, request: Request, response: Response, services: ServicesDep
-) -> FoldAnswer:
+async def fold_checkpoint(checkpoint_id: str, request: Request, services: ServicesDep, prefer: Prefer = ()) -> Response:
     """Fold a checkpoint into a new one, with a report and a certificate.
 
     Each fold is proven at its own output and the network on seeded probes, in float64 and in the checkpoint's own
     precision. A fold that fails its proof is withdrawn. When nothing folds the answer is 200 with the same checkpoint,
-    and the report says why.
+    and the report says why. With `Prefer: respond-async` the answer is 202 and a job.
     """
     services.health.refuse_while_draining()
     wanted = await read_document(request, FoldRequest)
-    outcome = await services.folding.fold(checkpoint_id, wanted.options())
-    response.status_code = 201 if outcome.is_new else 200
-    response.headers["Location"] = f"/v1/checkpoints/{outcome.checkpoint.id}"
-    return FoldAnswer(checkpoint=Checkpoint.of(outcome.checkpoint), report=FoldReport(**outcome.report))
+    options = wanted.options()
+    await services.checkpoints.get(checkpoint_id)
+
+    async def fold(report: Report | None) -> Answer:
+        outcome = await services.folding.fold(checkpoint_id, options, progress=report)
+        content = FoldAnswer(checkpoint=Checkpoint.of(outcome.checkpoint), report=FoldReport(**outcome.report))
+        return Answer(content, location=f"/v1/checkpoints/{outcome.checkpoint.id}", is_new=outcome.is_new)
+
+    subject = f"/v1/checkpoints/{checkpoint_id}"
+    return await answer_or_start(services, prefer, fold, operation="fold", subject=subject)
 
 
 @router.get("/checkpoints/{checkpoint_id}/report")
-async def read_report(checkpoint_id: str, services: ServicesDep) -> FoldReport:
-    """Read the report of the fold that made a checkpoint."""
+async def read_report(checkpoint_id: str, services: ServicesDep) -> FoldReport | RecalibrationReport:
+    """Read the report of the fold or recalibration that made a checkpoint."""
     record = await services.checkpoints.get(checkpoint_id)
     if record.report is None:
-        raise CheckpointNotFoundError(f"report: checkpoint {record.id} was uploaded, not folded here")
+        raise CheckpointNotFoundError(f"report: checkpoint {record.id} was uploaded, not made here")
+    if "recalibrated" in record.report:
+        return RecalibrationReport(**record.report)
     return FoldReport(**record.report)
 
 

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from normcore.recalibration.report import Kept, LayerShift
+
 Number = float | None
 _INFINITE = "null where it is infinite"
 
@@ -151,3 +153,15 @@ class FoldReport(BaseModel):
     removed: list[str] = Field([], description="Of named tensors: keys that the folded file lacks.")
     proof: Proof | None = Field(None, description="Of named tensors of a known class.")
     loader: str | None = Field(None, description="Python that loads the folded file into the original class.")
+
+
+class RecalibrationReport(BaseModel):
+    """What was recomputed, from how much, and how far it moved."""
+
+    recalibrated: int = Field(description="Batch norms with recomputed statistics.")
+    recalibrated_from: str = Field(description="Id of the checkpoint that was recalibrated.")
+    layers: list[LayerShift] = Field(description="The recalibrated batch norms, in the order of the graph.")
+    kept: list[Kept] = Field(description="The others, each with the reason.")
+    passes: int = Field(description="Partial runs of the network over all batches, one per depth.")
+    batches: int
+    notes: list[str]

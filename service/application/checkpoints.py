@@ -1,7 +1,7 @@
 """Uploaded checkpoints: kept as files, inspected in a child process before anything else may touch them."""
 
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,14 +13,18 @@ from service.settings import Settings
 from service.storage.blobs import Blobs, StagedBlob
 from service.storage.metadata import CheckpointRecord, Metadata, now
 
+Progress = Callable[[str, int, int], None]
+
+# By format, how a file's name ends.
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch_zip": ".pt"}
-"""By format, how a file's name ends."""
 
 
 class GraphSandbox(Protocol):
     """Where an uploaded graph may be parsed, folded, proven and first loaded."""
 
-    async def run(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]: ...
+    async def run(
+        self, operation: str, arguments: Mapping[str, Any], *, progress: Progress | None = None
+    ) -> dict[str, Any]: ...
 
 
 class Checkpoints:

@@ -9,7 +9,8 @@ from typing import Any
 
 from normcore.checkpoints.formats import Format
 from normcore.folding.checkpoint import Options, format_of
-from service.application.checkpoints import SUFFIXES, Checkpoints, GraphSandbox
+from service.application.checkpoints import SUFFIXES, Checkpoints, GraphSandbox, Progress
+from service.application.jobs import completed, then_keep
 from service.settings import Settings
 from service.storage.blobs import Blobs
 from service.storage.metadata import CheckpointRecord, Metadata
@@ -67,33 +68,30 @@ class Folding:
         self._sandbox = sandbox
         self._settings = settings
 
-    async def fold(self, checkpoint_id: str, options: FoldOptions) -> FoldOutcome:
-        """Fold a kept checkpoint into a new one beside it."""
+    async def fold(self, checkpoint_id: str, options: FoldOptions, *, progress: Progress | None = None) -> FoldOutcome:
+        """Fold a kept checkpoint into a new one beside it; `progress` hears of every step."""
         async with self._checkpoints.used(checkpoint_id) as source:
-            return await self._fold_kept(source, options)
+            target = self._blobs.stage_path()
+            try:
+                report = await self._fold(self._checkpoints.path(source.id), target, options, then_keep(progress))
+                if not report["folded"]:
+                    return FoldOutcome(source, report, is_new=False)
+                return await completed(self._keep(target, source, report))
+            finally:
+                await self._blobs.discard(target)
 
     async def fold_unless_kept(self, checkpoint_id: str, options: FoldOptions) -> FoldOutcome:
         """The kept result of the same fold, where there is one; else as `fold`."""
-        async with self._checkpoints.used(checkpoint_id) as source:
-            for record in await self._metadata.folds_of(checkpoint_id):
-                if record.report is not None and record.report.get("options") == self._document(options):
-                    return FoldOutcome(record, record.report, is_new=False)
-            return await self._fold_kept(source, options)
+        for record in await self._metadata.folds_of(checkpoint_id):
+            if record.report is not None and record.report.get("options") == self._document(options):
+                return FoldOutcome(record, record.report, is_new=False)
+        return await self.fold(checkpoint_id, options)
 
-    async def _fold_kept(self, source: CheckpointRecord, options: FoldOptions) -> FoldOutcome:
-        target = self._blobs.stage_path()
-        try:
-            report = await self._fold(self._checkpoints.path(source.id), target, options)
-            if not report["folded"]:
-                return FoldOutcome(source, report, is_new=False)
-            staged = await self._blobs.adopt(target)
-            suffix = SUFFIXES["onnx" if source.format == "onnx" else "safetensors"]
-            filename = f"{Path(source.filename).stem}.folded{suffix}"
-            record, is_new = await self._checkpoints.keep(
-                staged, filename=filename, folded_from=source.id, report=report
-            )
-        finally:
-            await self._blobs.discard(target)
+    async def _keep(self, target: Path, source: CheckpointRecord, report: dict[str, Any]) -> FoldOutcome:
+        staged = await self._blobs.adopt(target)
+        suffix = SUFFIXES["onnx" if source.format == "onnx" else "safetensors"]
+        filename = f"{Path(source.filename).stem}.folded{suffix}"
+        record, is_new = await self._checkpoints.keep(staged, filename=filename, folded_from=source.id, report=report)
         if not is_new:
             await self._metadata.set_report(record.id, folded_from=source.id, report=report)
         return FoldOutcome(await self._checkpoints.get(record.id), report, is_new=is_new)
@@ -121,7 +119,9 @@ class Folding:
             }
             return await self._sandbox.run("compare", arguments)
 
-    async def _fold(self, source: Path, target: Path, options: FoldOptions) -> dict[str, Any]:
+    async def _fold(
+        self, source: Path, target: Path, options: FoldOptions, progress: Progress | None = None
+    ) -> dict[str, Any]:
         arguments = {
             "source": str(source),
             "target": str(target),
@@ -129,7 +129,7 @@ class Folding:
             "options": asdict(options.fold),
             "verify": self._verify(options.verify),
         }
-        report = await self._sandbox.run("fold", arguments)
+        report = await self._sandbox.run("fold", arguments, progress=progress)
         return report | {"options": self._document(options)}
 
     def _document(self, options: FoldOptions) -> dict[str, Any]:

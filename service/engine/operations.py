@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+import torch
 from onnx import ModelProto
 
 from normcore.checkpoints.onnx import GraphLimits, inspect_onnx
@@ -18,6 +19,9 @@ from normcore.folding.compare import compare_checkpoints
 from normcore.folding.probes import Feeds, NoProbeError, find_shapes
 from normcore.folding.state_dict.options import Told
 from normcore.folding.verify import ProbeOptions
+from normcore.recalibration.drift import measure_checkpoint_drift
+from normcore.recalibration.recalibrate import recalibrate_checkpoint
+from service.engine import staged_tensors
 from service.engine.zygote import Operation, Report
 
 Arguments = Mapping[str, Any]
@@ -73,7 +77,44 @@ def load(arguments: Arguments, _: Report) -> Result:
     return asdict(signature) | {"warm_up": warm_up}
 
 
-OPERATIONS: Mapping[str, Operation] = {"inspect": inspect, "fold": fold, "compare": compare, "load": load}
+def recalibrate(arguments: Arguments, report: Report) -> Result:
+    """`{source, target, freeze_initializers} + calibration's` -> the report; writes the file `target`."""
+    with _allocation_failures_as_memory_errors():
+        return recalibrate_checkpoint(
+            Path(arguments["source"]),
+            Path(arguments["target"]),
+            staged_tensors.read(Path(arguments["tensors"]), arguments["batches"]),
+            freeze_initializers=arguments["freeze_initializers"],
+            progress=report,
+            **_calibration(arguments),
+        ).to_dict()
+
+
+def drift(arguments: Arguments, report: Report) -> Result:
+    """`{source, threshold} + calibration's` -> the report."""
+    with _allocation_failures_as_memory_errors():
+        return measure_checkpoint_drift(
+            Path(arguments["source"]),
+            staged_tensors.read(Path(arguments["tensors"]), arguments["batches"]),
+            threshold=arguments["threshold"],
+            progress=report,
+            **_calibration(arguments),
+        ).to_dict()
+
+
+OPERATIONS: Mapping[str, Operation] = {
+    operation.__name__: operation for operation in (inspect, fold, compare, load, recalibrate, drift)
+}
+
+
+def _calibration(arguments: Arguments) -> dict[str, Any]:
+    """`{tensors, batches, limits, threads, deadline_s}`: the first two are read by staged_tensors.py."""
+    torch.set_num_threads(arguments["threads"])
+    return {
+        "limits": _limits(arguments).graph,
+        "threads": arguments["threads"],
+        "deadline_s": arguments["deadline_s"],
+    }
 
 
 def _limits(arguments: Arguments) -> Limits:

@@ -62,7 +62,7 @@ class BatchNormRule:
 
 def read_affine(graph: Graph, norm: NodeProto) -> Affine:
     """The map of a batch norm in inference mode with constant parameters. Raises Refusal."""
-    _check_mode(graph, norm)
+    check_mode(graph, norm)
     weight, bias, mean, var = read_parameters(graph, norm)
     try:
         return affine_of(weight, bias, mean, var, eps=read_eps(norm))
@@ -97,7 +97,8 @@ def _edit(graph: Graph, index: int, operands: dict[int, Exact], formula: str) ->
     return Edit(index, "merge", formula, stored)
 
 
-def _check_mode(graph: Graph, norm: NodeProto) -> None:
+def check_mode(graph: Graph, norm: NodeProto) -> None:
+    """Refuse a batch norm that normalizes with anything but frozen statistics per channel. Raises Refusal."""
     attributes = attributes_of(norm)
     if graph.opset < OLDEST_OPSET:
         raise Refusal(

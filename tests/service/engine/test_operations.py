@@ -57,9 +57,7 @@ def test_inspect_holds_the_limits_it_is_given(network: Path) -> None:
 def test_fold_writes_the_folded_file_and_compare_agrees(network: Path, tmp_path: Path) -> None:
     target = tmp_path / "folded.onnx"
 
-    report = _run(
-        "fold", source=str(network), target=str(target), limits=LIMITS, options={}, verify=VERIFY
-    )
+    report = _run("fold", source=str(network), target=str(target), limits=LIMITS, options={}, verify=VERIFY)
     certificate = _run("compare", original=str(network), other=str(target), limits=LIMITS, verify=VERIFY)
 
     assert report["folded"] == 1
@@ -69,9 +67,7 @@ def test_fold_writes_the_folded_file_and_compare_agrees(network: Path, tmp_path:
 
 def test_fold_without_verification_has_no_certificate(network: Path, tmp_path: Path) -> None:
     target = tmp_path / "folded.onnx"
-    report = _run(
-        "fold", source=str(network), target=str(target), limits=LIMITS, options={}, verify=None
-    )
+    report = _run("fold", source=str(network), target=str(target), limits=LIMITS, options={}, verify=None)
     assert (report["folded"], report["certificate"]) == (1, None)
 
 
