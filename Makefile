@@ -1,6 +1,6 @@
 # make run    set up and start the service         make check        static checks
 # make test   set up and run all tests             make docker-test  build and run the container files
-# make bench  time the kernels beside torch
+# make bench  time kernels, folding and statistics beside their peers
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX_URL ?=
@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[test,tracing,dev]'
+	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[test,tracing,architectures,dev]'
 	touch $@
 
 run: $(VENV)/.installed
@@ -29,6 +29,8 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.normalization
+	$(BIN)/python -m benchmarks.folding
+	$(BIN)/python -m benchmarks.statistics
 
 docker-test: $(VENV)/.installed
 	$(or $(DOCKER_SMOKE),./deploy/docker-test.sh) -- $(BIN)/python -m deploy.container_check 127.0.0.1:8000

@@ -1,13 +1,16 @@
-"""Every normalization kernel beside torch's own, in process on the CPU: time, and error against float64.
+"""Every normalization kernel beside torch's own, in process on the CPU: forward, inference and backward.
 
-Usage: python -m benchmarks.normalization [--seconds S] [--threads N]. `ratio` is our time over torch's, the median of
-pairs run in turn, with its quartiles; below 1 we are faster. Errors are max|y - float64| of the same rounded inputs.
+Usage: python -m benchmarks.normalization [--seconds S] [--threads 1,2] [--only TEXT]. `ratio` is our time over torch's,
+the median of pairs run in turn, with its quartiles; below 1 we are faster. Backward is that of a recorded output.
+Errors are max|y - float64| of the same rounded inputs, forwards only.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,68 +25,59 @@ from normcore.normalization import (
     local_response_norm,
     lp_norm,
     rms_norm,
+    warm_up,
 )
 
-SHAPE = (32, 64, 56, 56)
+IMAGES = ((32, 64, 56, 56), (32, 256, 14, 14))
+ROWS = ((8192, 1024), (256, 512), (8, 16))
 LARGE_MEAN = 1e4
-CHANNELS = SHAPE[1]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Kernel = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kernel: ours and torch's, both from an input to an output."""
+    """One kernel: ours and torch's, both from an input and parameters that have gradients to an output."""
 
     name: str
-    ours: Callable[[Tensor], Tensor]
-    torch: Callable[[Tensor], Tensor]
-    shape: tuple[int, ...] = SHAPE
+    ours: Kernel
+    torch: Kernel
+    parameters: tuple[Tensor, ...] = ()
+    has_backward: bool = True
 
 
-def cases(dtype: torch.dtype) -> Iterator[Case]:
-    """The kernels at the sizes of the goals; batch norm's parameters are float32 at least, as in mixed precision."""
-    weight, bias = _exact(0.5, 1.5, CHANNELS), _exact(-1, 1, CHANNELS)
-    mean, var, far = torch.zeros(CHANNELS), torch.ones(CHANNELS), torch.full((CHANNELS,), LARGE_MEAN)
+def image_cases(channels: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Norms of images; batch norm's parameters are float32 at least, as in mixed precision."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, bias, mean, var, far = (tensor.to(wide) for tensor in (weight, bias, mean, var, far))
-    row = (1024,)
-    gain = _exact(0.5, 1.5, *row).to(dtype)
-    own, half_bias = weight.to(dtype), bias.to(dtype)
+    weight, bias = _exact(0.5, 1.5, channels).to(wide), _exact(-1, 1, channels).to(wide)
+    mean, var = torch.zeros(channels, dtype=wide), torch.ones(channels, dtype=wide)
+    far = torch.full_like(mean, LARGE_MEAN)
+    affine, own = (weight, bias), (weight.to(dtype), bias.to(dtype))
     yield Case(
         "batch_norm training",
-        lambda x: batch_norm(x, weight=weight, bias=bias, training=True).output,
-        lambda x: functional.batch_norm(x, None, None, weight, bias, training=True),
+        lambda x, w, b: batch_norm(x, weight=w, bias=b, training=True).output,
+        lambda x, w, b: functional.batch_norm(x, None, None, w, b, training=True),
+        affine,
     )
-    yield Case(
-        "batch_norm inference",
-        lambda x: batch_norm(x, mean, var, weight, bias).output,
-        lambda x: functional.batch_norm(x, mean, var, weight, bias),
-    )
-    yield Case(
-        "batch_norm inference, far",  # the short form y = x * scale + shift would lose digits here
-        lambda x: batch_norm(x, far, var, weight, bias).output,
-        lambda x: functional.batch_norm(x, far, var, weight, bias),
-    )
+    for name, given in (("batch_norm inference", mean), ("batch_norm inference, far", far)):
+        yield Case(
+            name,
+            lambda x, w, b, given=given: batch_norm(x, given, var, w, b).output,
+            lambda x, w, b, given=given: functional.batch_norm(x, given, var, w, b),
+            affine,
+            has_backward=given is mean,
+        )
     yield Case(
         "instance_norm",
-        lambda x: instance_norm(x, weight=own, bias=half_bias).output,
-        lambda x: functional.instance_norm(x, weight=own, bias=half_bias),
+        lambda x, w, b: instance_norm(x, weight=w, bias=b).output,
+        lambda x, w, b: functional.instance_norm(x, weight=w, bias=b),
+        own,
     )
     yield Case(
         "group_norm 32",
-        lambda x: group_norm(x, num_groups=32, weight=own, bias=half_bias).output,
-        lambda x: functional.group_norm(x, 32, own, half_bias),
-    )
-    yield Case(
-        "layer_norm",
-        lambda x: layer_norm(x, normalized_shape=row, weight=gain).output,
-        lambda x: functional.layer_norm(x, row, gain),
-        (8192, 1024),
-    )
-    yield Case(
-        "rms_norm",
-        lambda x: rms_norm(x, normalized_shape=row, weight=gain, eps=1e-6).output,
-        lambda x: functional.rms_norm(x, row, gain, 1e-6),
-        (8192, 1024),
+        lambda x, w, b: group_norm(x, w, b, num_groups=32).output,
+        lambda x, w, b: functional.group_norm(x, 32, w, b),
+        own,
     )
     yield Case("lp_norm p=2", lambda x: lp_norm(x, p=2, axis=1).output, lambda x: functional.normalize(x, dim=1))
     if dtype in (torch.float32, torch.float64):  # torch has no half-precision kernel
@@ -94,34 +88,88 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
-def main(seconds: float, threads: int) -> None:
-    torch.set_num_threads(threads)
+def row_cases(size: int, dtype: torch.dtype) -> Iterator[Case]:
+    weight, bias = _exact(0.5, 1.5, size).to(dtype), _exact(-1, 1, size).to(dtype)
+    yield Case(
+        "layer_norm",
+        lambda x, w, b: layer_norm(x, w, b).output,
+        lambda x, w, b: functional.layer_norm(x, (size,), w, b),
+        (weight, bias),
+    )
+    yield Case(
+        "rms_norm",
+        lambda x, w: rms_norm(x, w, eps=1e-6).output,
+        lambda x, w: functional.rms_norm(x, (size,), w, 1e-6),
+        (weight,),
+    )
+    if size <= 512:
+        yield from (
+            case for case in image_cases(size, dtype) if case.name in ("batch_norm training", "batch_norm inference")
+        )
+
+
+def main(seconds: float, threads: list[int], only: str) -> None:
     torch.manual_seed(0)
-    head = f"{'kernel':<26}{'datatype':<10}{'layout':<15}{'ours ms':>9}{'torch ms':>10}{'ratio':>7}  quartiles"
-    sys.stdout.write(f"torch {torch.__version__}, {threads} threads, {SHAPE} or (8192, 1024)\n{head}")
-    sys.stdout.write(f"{'':>6}error ours / torch, mean {LARGE_MEAN:g}\n")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        for case in cases(dtype):
-            layouts = ("contiguous", "channels_last") if len(case.shape) == 4 else ("contiguous",)
-            for layout in layouts:
-                sys.stdout.write(_row(case, dtype, layout, seconds) + "\n")
-                sys.stdout.flush()
+    warm_up()
+    names = f"{'threads':<8}{'shape':<16}{'kernel':<36}{'datatype':<10}{'layout':<15}"
+    head = f"{names}{'ours ms':>9}{'torch ms':>10}{'ratio':>7}"
+    sys.stdout.write(f"torch {torch.__version__}\n{head}  quartiles  error ours / torch, mean {LARGE_MEAN:g}\n")
+    for count in threads:
+        torch.set_num_threads(count)
+        # The small sizes stay on one thread, ours and torch's.
+        for shape in (*IMAGES, *ROWS) if count == 1 else (IMAGES[0], ROWS[0]):
+            for dtype in DTYPES:
+                for row in _rows(shape, dtype, seconds, only):
+                    sys.stdout.write(f"{count:<8}{'x'.join(map(str, shape)):<16}{row}\n")
+                    sys.stdout.flush()
 
 
-def _row(case: Case, dtype: torch.dtype, layout: str, seconds: float) -> str:
-    values = torch.randn(case.shape)
-    if layout == "channels_last":
-        values = values.to(memory_format=torch.channels_last)
+def _rows(shape: tuple[int, ...], dtype: torch.dtype, seconds: float, only: str) -> Iterator[str]:
+    layouts = ("contiguous", "channels_last") if len(shape) == 4 else ("contiguous",)
+    for case in (image_cases if len(shape) == 4 else row_cases)(shape[1], dtype):
+        for layout in layouts:
+            values = torch.randn(shape)
+            if layout == "channels_last":
+                values = values.to(memory_format=torch.channels_last)
+            kind = f"{str(dtype).removeprefix('torch.'):<10}{layout:<15}"
+            if only in case.name:
+                yield f"{case.name:<36}{kind}{_forward(case, values, dtype, seconds)}"
+            if case.has_backward and only in f"{case.name} backward":
+                yield f"{case.name + ' backward':<36}{kind}{_backward(case, values.to(dtype), seconds)}"
+
+
+def _forward(case: Case, values: Tensor, dtype: torch.dtype, seconds: float) -> str:
     timed = values.to(dtype)
     with torch.inference_mode():
-        found = compare(lambda: case.ours(timed), lambda: case.torch(timed), seconds=seconds)
-        shifted = (values[:4] + LARGE_MEAN).to(dtype)
-        errors = [_error(kernel, case, shifted) for kernel in (case.ours, case.torch)]
-    name = str(dtype).removeprefix("torch.")
-    return (
-        f"{case.name:<26}{name:<10}{layout:<15}{found.ours_ms:>9.2f}{found.peer_ms:>10.2f}{found.ratio:>7.2f}"
-        f"  {found.low:.2f}-{found.high:.2f}{'':>6}{errors[0]:.1e} / {errors[1]:.1e}"
-    )
+        times = _compare(
+            partial(case.ours, timed, *case.parameters), partial(case.torch, timed, *case.parameters), seconds
+        )
+        shifted = (values[:1] + LARGE_MEAN).to(dtype)
+        exact = (
+            case.torch(shifted.double().contiguous(), *(term.double() for term in case.parameters))
+            if ("inference" not in case.name)
+            else None
+        )
+        if exact is None:
+            return times
+        errors = [
+            float((kernel(shifted, *case.parameters).double() - exact).abs().max())
+            for kernel in (case.ours, case.torch)
+        ]
+    return f"{times}  {errors[0]:.1e} / {errors[1]:.1e}"
+
+
+def _backward(case: Case, values: Tensor, seconds: float) -> str:
+    leaves = [tensor.clone().requires_grad_() for tensor in (values, *case.parameters)]
+    grad = torch.randn_like(values)
+    outputs = (kernel(*leaves) for kernel in (case.ours, case.torch))
+    ours, peer = (partial(torch.autograd.grad, output, leaves, grad, retain_graph=True) for output in outputs)
+    return _compare(ours, peer, seconds)
+
+
+def _compare(ours: Callable[[], Any], peer: Callable[[], Any], seconds: float) -> str:
+    found = compare(ours, peer, seconds=seconds)
+    return f"{found.ours_ms:>9.3f}{found.peer_ms:>10.3f}{found.ratio:>7.2f}  {found.low:.2f}-{found.high:.2f}"
 
 
 def _exact(start: float, end: float, size: int) -> Tensor:
@@ -129,15 +177,10 @@ def _exact(start: float, end: float, size: int) -> Tensor:
     return torch.linspace(start, end, size).bfloat16().float()
 
 
-def _error(kernel: Callable[[Tensor], Tensor], case: Case, values: Tensor) -> float:
-    """The largest difference from torch's kernel in float64 on the same rounded, contiguous values."""
-    wide = next(other for other in cases(torch.float64) if other.name == case.name)
-    return float((kernel(values).double() - wide.torch(values.double().contiguous())).abs().max())
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1.0, help="time per row")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=0.05, help="time per row")
+    parser.add_argument("--threads", default="1,2", help="numbers of threads, such as 1,2")
+    parser.add_argument("--only", default="", help="part of the names of kernels")
     options = parser.parse_args()
-    main(options.seconds, options.threads)
+    main(options.seconds, [int(count) for count in options.threads.split(",")], options.only)

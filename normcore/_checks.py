@@ -10,7 +10,11 @@ from torch import Tensor
 from normcore.errors import DtypeError, ParameterError, ShapeError, StatisticsError
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST_EXACT = 2**53  # up to here float64 holds every whole number
 _LARGEST_COUNT = 2**62  # far from where one more would wrap
+INTEGERS_RULE = 'an integer, or integers with commas between them, such as "2,3"'
+_LARGEST_INTEGER = 10**18
+_SHOWN_CHARACTERS = 80
 _INTEGERS = re.compile(r"\s*[+-]?[0-9]{1,18}\s*(,\s*[+-]?[0-9]{1,18}\s*)*")
 
 
@@ -32,25 +36,32 @@ def check_axis(argument: str, axis: int, *, rank: int) -> int:
     _check_is_number(argument, axis, "an integer")
     if not isinstance(axis, int) or not -rank <= axis < rank:
         expected = f"an integer from {-rank} to {rank - 1} for an input of {rank} dimensions"
-        raise ParameterError(argument, expected=expected, received=repr(axis))
+        raise ParameterError(argument, expected=expected, received=shown(axis))
     return axis % rank
 
 
-def check_integers(argument: str, value: str | Sequence[int]) -> tuple[int, ...]:
-    """The integers of a text such as "2,3", which is how a list travels among scalar parameters, or of a sequence."""
-    if isinstance(value, str):
-        if _INTEGERS.fullmatch(value):
-            return tuple(int(part) for part in value.split(","))
-    elif isinstance(value, list | tuple) and value and all(type(part) is int for part in value):
-        return tuple(value)
-    raise ParameterError(argument, expected='integers with commas between them, such as "2,3"', received=repr(value))
+def check_integers(argument: str, value: object) -> tuple[int, ...]:
+    """The integers of a text such as "2,3", which is how a list travels among scalar parameters, or of a sequence.
+
+    A single integer is a sequence of one.
+    """
+    if isinstance(value, str) and _INTEGERS.fullmatch(value):
+        return tuple(int(part) for part in value.split(","))
+    integers = [value] if isinstance(value, int) else value
+    if isinstance(integers, list | tuple) and integers and all(_is_small_integer(part) for part in integers):
+        return tuple(integers)
+    raise ParameterError(argument, expected=INTEGERS_RULE, received=shown(value))
 
 
-def check_axes(argument: str, value: str | Sequence[int], *, rank: int) -> tuple[int, ...]:
+def _is_small_integer(value: object) -> bool:
+    return type(value) is int and abs(value) < _LARGEST_INTEGER
+
+
+def check_axes(argument: str, value: str | int | Sequence[int], *, rank: int) -> tuple[int, ...]:
     """Different axes in ascending order, counted from the front."""
     axes = sorted(check_axis(argument, axis, rank=rank) for axis in check_integers(argument, value))
     if len(set(axes)) < len(axes):
-        raise ParameterError(argument, expected=f"different axes for an input of rank {rank}", received=repr(value))
+        raise ParameterError(argument, expected=f"different axes for an input of rank {rank}", received=shown(value))
     return tuple(axes)
 
 
@@ -62,6 +73,31 @@ def check_shape(argument: str, tensor: Tensor, shape: Sequence[int], *, meaning:
         raise ShapeError(argument, expected=expected, received=f"shape {tuple(tensor.shape)}")
 
 
+def check_mask(argument: str, mask: Tensor, shape: Sequence[int], *, meaning: str) -> None:
+    """Refuse what is not bool, or does not broadcast to a shape, whose meaning the message gives."""
+    if mask.dtype != torch.bool:
+        raise DtypeError(argument, expected="bool", received=_dtype_name(mask))
+    sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
+    if mask.ndim > len(shape) or any(size not in (1, whole) for size, whole in sizes):
+        expected = f"a shape that broadcasts to {tuple(shape)}, {meaning}"
+        raise ShapeError(argument, expected=expected, received=f"shape {tuple(mask.shape)}")
+
+
+def check_out(argument: str, out: Tensor, like: Tensor) -> None:
+    """Refuse a tensor that cannot take the output for an input: another kind of one, or one of the same memory."""
+    if out.dtype != like.dtype or out.device != like.device:
+        expected, received = f"{_dtype_name(like)} on {like.device}", f"{_dtype_name(out)} on {out.device}"
+        raise DtypeError(argument, expected=expected, received=received)
+    if out.shape != like.shape or out.stride() != torch.empty_like(like, device="meta").stride():
+        expected = f"shape {tuple(like.shape)} in the memory format of the input"
+        received = f"shape {tuple(out.shape)} with strides {out.stride()}"
+        raise ShapeError(argument, expected=expected, received=received)
+    if out.requires_grad or (torch.is_grad_enabled() and like.requires_grad):
+        raise ParameterError(argument, expected="no gradients to be recorded", received="a tensor that requires them")
+    if out.untyped_storage().data_ptr() == like.untyped_storage().data_ptr():
+        raise ParameterError(argument, expected="memory of its own", received="that of the input")
+
+
 def check_per_channel(argument: str, tensor: Tensor, *, num_features: int) -> None:
     """Refuse what is not one floating value per channel."""
     check_shape(argument, tensor, (num_features,), meaning="one value per channel of the input")
@@ -71,14 +107,14 @@ def check_eps(argument: str, eps: float, *, is_zero_allowed: bool) -> None:
     expected = "a finite number >= 0" if is_zero_allowed else "a finite number > 0 in training"
     _check_is_number(argument, eps, expected)
     if not math.isfinite(eps) or eps < 0 or (eps == 0 and not is_zero_allowed):
-        raise ParameterError(argument, expected=expected, received=repr(eps))
+        raise ParameterError(argument, expected=expected, received=shown(eps))
 
 
 def check_fraction(argument: str, fraction: float) -> None:
     expected = "a number from 0 to 1"
     _check_is_number(argument, fraction, expected)
     if not 0 <= fraction <= 1:
-        raise ParameterError(argument, expected=expected, received=repr(fraction))
+        raise ParameterError(argument, expected=expected, received=shown(fraction))
 
 
 def check_variance(argument: str, variance: Tensor) -> None:
@@ -87,6 +123,14 @@ def check_variance(argument: str, variance: Tensor) -> None:
     if bool(is_refused.any()):
         worst = float(variance[is_refused][0])
         raise StatisticsError(argument, expected="values >= 0", received=f"{worst:g}")
+
+
+def check_counts(argument: str, counts: Tensor) -> None:
+    """Refuse numbers of values that are no whole numbers >= 0, or that float64 does not count up to."""
+    is_refused = ~((counts >= 0) & (counts <= LARGEST_EXACT) & (counts == counts.floor()))
+    if bool(is_refused.any()):
+        worst = float(counts[is_refused][0])
+        raise StatisticsError(argument, expected="whole numbers from 0 to 2^53", received=f"{worst:g}")
 
 
 def check_batch_count(argument: str, count: Tensor) -> None:
@@ -100,9 +144,17 @@ def check_batch_count(argument: str, count: Tensor) -> None:
         raise StatisticsError(argument, expected="a whole number >= 0 and below 2^62", received=f"{value:g}")
 
 
+def shown(value: object) -> str:
+    """The value for a message, cut where it is long."""
+    # Python refuses to print an integer of thousands of digits.
+    is_long = isinstance(value, int) and abs(value) >= 10**_SHOWN_CHARACTERS
+    text = f"an integer of {value.bit_length()} bits" if isinstance(value, int) and is_long else repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
 def _check_is_number(argument: str, value: object, expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ParameterError(argument, expected=expected, received=repr(value))
+        raise ParameterError(argument, expected=expected, received=shown(value))
 
 
 def _dtype_name(tensor: Tensor) -> str:

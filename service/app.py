@@ -23,28 +23,46 @@ from starlette.routing import Route
 
 from normcore.normalization import METHODS
 from service import __version__
-from service.api import checkpoints, errors, metrics, models, normalizations, openapi, operations, protocol
+from service.api import (
+    calibration,
+    checkpoints,
+    errors,
+    jobs,
+    metrics,
+    models,
+    normalizations,
+    openapi,
+    operations,
+    protocol,
+    statistics,
+)
 from service.api.asgi import Endpoint
+from service.api.batches import post_batch
 from service.api.connection import Connection
 from service.api.infer import InferRoute
 from service.api.middleware import Guard, RequestContext
+from service.application.batches import Batches
+from service.application.calibration import Calibration
 from service.application.checkpoints import Checkpoints
 from service.application.folding import Folding
 from service.application.health import Health
 from service.application.inference import Inference
+from service.application.jobs import Jobs
 from service.application.models import Models
 from service.application.preparation import Preparation
+from service.application.statistics import Statistics
 from service.engine.admission import ReceiveBudget
 from service.engine.normalization import NormalizationEngine
 from service.engine.onnx_runtime import OnnxEngine
 from service.engine.protocol import Engine, ModelOptions
 from service.engine.sandbox import Sandbox
-from service.engine.threads import thread_budget
+from service.engine.threads import thread_budget, use_one_thread
 from service.engine.worker import Worker
 from service.settings import Settings
 from service.state import Services
 from service.storage.blobs import Blobs
 from service.storage.metadata import Metadata, database_url
+from service.storage.statistics import StatisticsStore
 from service.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -84,7 +102,18 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
     )
     # Tensor routes are plain ASGI: a declared body would be parsed before any check, and costs a third of the rate.
     app.router.routes.append(Route("/v1/normalizations/{method}", Endpoint(normalizations.normalize), methods=["POST"]))
-    for module in (protocol, normalizations, checkpoints, models, operations, metrics):
+    app.router.routes.append(Route("/v1/statistics/{statistics_id}/batches", Endpoint(post_batch), methods=["POST"]))
+    for module in (
+        protocol,
+        normalizations,
+        statistics,
+        checkpoints,
+        calibration,
+        jobs,
+        models,
+        operations,
+        metrics,
+    ):
         app.include_router(module.router)
     errors.install(app)
     openapi.install(app)
@@ -160,6 +189,12 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
     metadata = Metadata(database_url(settings.database_url, settings.data_dir))
     await metadata.open()
     stack.push_async_callback(metadata.close)
+    work = Jobs(
+        max_running=settings.max_running_jobs,
+        max_finished=settings.max_finished_jobs,
+        max_result_bytes=settings.max_job_result_bytes,
+    )
+    stack.push_async_callback(work.close)  # after the sandbox, without which no job waits for long
     sandbox = Sandbox(
         memory_bytes=settings.sandbox_memory_bytes,
         deadline_s=settings.sandbox_deadline_s,
@@ -171,6 +206,14 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
     checkpoints = Checkpoints(blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings)
     folding = Folding(checkpoints=checkpoints, blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings)
     models = await _open_models(settings, blobs, metadata, checkpoints, folding, sandbox, threads, stack)
+    statistics_store = StatisticsStore(metadata, limit=settings.max_statistics)
+    await statistics_store.open()
+    kept = Statistics(store=statistics_store, settings=settings)
+    reducer = Worker("statistics", settings.queue_size)
+    stack.push_async_callback(reducer.close)
+    # Threads that wait for each other are slower than one, beside the event loop and its senders.
+    await reducer.submit(use_one_thread, deadline_s=settings.infer_deadline_s)
+    await metadata.transact(lambda _: use_one_thread())
     restoring = asyncio.create_task(_restore(models, health))
     stack.callback(restoring.cancel)
     return Services(
@@ -181,8 +224,12 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
         json_thread=json_thread,
         checkpoints=checkpoints,
         folding=folding,
+        calibration=Calibration(checkpoints=checkpoints, blobs=blobs, sandbox=sandbox, settings=settings),
+        jobs=work,
         models=models,
-        inference=Inference(deadline_s=settings.infer_deadline_s),
+        inference=Inference(kept, deadline_s=settings.infer_deadline_s),
+        statistics=kept,
+        batches=Batches(reducer, deadline_s=settings.infer_deadline_s, histogram_values=settings.histogram_values),
     )
 
 

@@ -28,6 +28,7 @@ class Datatype:
 BYTES = Datatype("BYTES", 0, np.dtype(object), "TYPE_STRING", None)
 BOOL = Datatype("BOOL", 1, np.dtype(np.bool_), "TYPE_BOOL", "BOOL")
 FP32 = Datatype("FP32", 4, np.dtype(np.float32), "TYPE_FP32", "F32", is_float=True)
+FP64 = Datatype("FP64", 8, np.dtype(np.float64), "TYPE_FP64", "F64", is_float=True)
 DATATYPES = (
     BOOL,
     Datatype("UINT8", 1, np.dtype(np.uint8), "TYPE_UINT8", "U8"),
@@ -41,7 +42,7 @@ DATATYPES = (
     Datatype("FP16", 2, np.dtype(np.float16), "TYPE_FP16", "F16", is_float=True),
     Datatype("BF16", 2, np.dtype(ml_dtypes.bfloat16), "TYPE_BF16", "BF16", is_float=True),
     FP32,
-    Datatype("FP64", 8, np.dtype(np.float64), "TYPE_FP64", "F64", is_float=True),
+    FP64,
     BYTES,
 )
 _BY_NAME = {row.name: row for row in DATATYPES}

@@ -47,8 +47,16 @@ class CheckpointNotFoundError(NotFoundError):
     """No checkpoint under this id."""
 
 
+class StatisticsNotFoundError(NotFoundError):
+    """No statistics resource under this id."""
+
+
 class MethodNotFoundError(NotFoundError):
     """No normalization method under this name."""
+
+
+class JobNotFoundError(NotFoundError):
+    """No job under this id: it never was, was deleted, or is forgotten."""
 
 
 class ForbiddenError(ServiceError):
@@ -57,6 +65,10 @@ class ForbiddenError(ServiceError):
 
 class ConflictError(ServiceError):
     """A request against the present state: a reserved name, a version that exists, a checkpoint in use."""
+
+
+class PreconditionError(ServiceError):
+    """A change under the condition of a state (If-Match) that the resource is not in any more."""
 
 
 class OverloadedError(ServiceError):

@@ -74,7 +74,46 @@ class Settings(BaseSettings):
         gt=0,
         description="Largest tensor that a constant of an uploaded graph may expand to, in bytes.",
     )
+    max_tensors: int = Field(200_000, gt=0, description="Named tensors that an uploaded checkpoint may have.")
+    max_header_bytes: int = Field(
+        16 * MIB, gt=0, description="Header of a safetensors file, or pickle of a PyTorch checkpoint, in bytes."
+    )
+    max_state_bytes: int = Field(
+        4096 * MIB,
+        gt=0,
+        description="Named tensors of a checkpoint together, in bytes; those that share storage count each.",
+    )
     verify_probes: int = Field(6, ge=4, le=64, description="Seeded probes of a fold's certificate.")
+
+    max_calibration_batches: int = Field(
+        1000, gt=0, description="Batches of data that one recalibration or look at drift may bring."
+    )
+    calibration_budget_bytes: int = Field(
+        4096 * MIB,
+        gt=0,
+        description="Bytes of such data that may lie on the disk for their operations at once; beyond it 429.",
+    )
+    max_running_jobs: int = Field(8, gt=0, description="Jobs that may run or wait at once; beyond it 429.")
+    max_finished_jobs: int = Field(
+        100, gt=0, description="Finished jobs that are remembered; beyond it the oldest is forgotten."
+    )
+    max_job_result_bytes: int = Field(
+        256 * MIB, gt=0, description="Results of finished jobs that are remembered, in bytes of JSON together."
+    )
+
+    max_stream_bytes: int = Field(
+        16 * 1024 * MIB,
+        gt=0,
+        description="Largest batch that is posted to statistics as a stream (npy, or the protocol's binary), in bytes.",
+    )
+    max_statistics: int = Field(1000, gt=0, description="Statistics resources that may be kept.")
+    max_num_features: int = Field(65_536, gt=0, le=2**20, description="Channels that statistics may have.")
+    max_histogram_bins: int = Field(1000, gt=0, le=10_000, description="Bins that a histogram may be asked for.")
+    histogram_values: int = Field(
+        65_536, gt=0, description="Values of a batch that enter a histogram; of a larger batch an even sample."
+    )
+    max_name_length: int = Field(128, gt=0, le=1024, description="Longest name of statistics, in characters.")
+    max_idempotency_key_length: int = Field(255, gt=0, le=1024, description="Longest Idempotency-Key, in characters.")
 
     @field_validator("allowed_hosts", "allowed_origins", mode="before")
     @classmethod

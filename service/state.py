@@ -3,11 +3,15 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from service.application.batches import Batches
+from service.application.calibration import Calibration
 from service.application.checkpoints import Checkpoints
 from service.application.folding import Folding
 from service.application.health import Health
 from service.application.inference import Inference
+from service.application.jobs import Jobs
 from service.application.models import Models
+from service.application.statistics import Statistics
 from service.engine.admission import ReceiveBudget
 from service.settings import Settings
 
@@ -23,5 +27,9 @@ class Services:
     json_thread: ThreadPoolExecutor
     checkpoints: Checkpoints
     folding: Folding
+    calibration: Calibration
+    jobs: Jobs
     models: Models
     inference: Inference
+    statistics: Statistics
+    batches: Batches

@@ -13,7 +13,8 @@ import pytest
 from service.settings import Settings
 from tests.server import running
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"```(sh|python)\n(.*?)```\n(?:```(json|text)\n(.*?)```)?", re.DOTALL)
 
 
@@ -42,12 +43,24 @@ def test_readme_commands_give_what_it_shows(tmp_path: Path, ocr_cls: Path) -> No
                 assert done.stdout.replace("\r", "").split() == shown.split()
 
 
-def test_every_setting_is_in_the_readme() -> None:
-    rows = dict(re.findall(r"^\| `(NORMSERVE_\w+)` \| (.*?) \|", README, re.MULTILINE))
+def test_every_setting_is_documented_with_its_default_and_meaning() -> None:
     expected = {
-        f"NORMSERVE_{name.upper()}": shown_default(field.default) for name, field in Settings.model_fields.items()
+        f"NORMSERVE_{name.upper()}": (shown_default(field.default), field.description)
+        for name, field in Settings.model_fields.items()
     }
-    assert rows == expected
+    assert settings_in((ROOT / "docs" / "settings.md").read_text()) == expected
+    shown = settings_in(README)
+    assert shown
+    assert shown.items() <= expected.items()
+
+
+def test_the_readme_is_short() -> None:
+    assert README.count("\n") <= 150
+
+
+def settings_in(text: str) -> dict[str, tuple[str, str]]:
+    rows = re.findall(r"^\| `(NORMSERVE_\w+)` \| (.*?) \| (.*) \|$", text, re.MULTILINE)
+    return {name: (default, meaning) for name, default, meaning in rows}
 
 
 def assert_close(found: Any, shown: Any) -> None:

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
 
 from normcore.checkpoints.formats import ADVICE, HEAD_BYTES, sniff
+from normcore.checkpoints.onnx_checker import check_model
 from normcore.checkpoints.onnx_shapes import infer_types, tensor_type
 from normcore.checkpoints.onnx_structure import (
     STANDARD_DOMAINS,
@@ -158,7 +159,7 @@ def is_in_training_mode(node: NodeProto, graph: GraphProto, opset: int) -> bool:
 def _check_validity(model: ModelProto) -> None:
     """Run onnx's own checker: names defined once and before use, known operators, attributes of the right type."""
     try:
-        onnx.checker.check_model(model, full_check=False)
+        check_model(model)
     except (onnx.checker.ValidationError, RuntimeError, ValueError) as error:
         first = next(iter(str(error).strip().splitlines()), "no reason given")
         raise CheckpointError(f"the ONNX model is not valid: {first[:300]}") from error

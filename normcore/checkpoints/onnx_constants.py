@@ -4,21 +4,17 @@ Every operator here is evaluated with numpy as ONNX defines it, and only when th
 as the caller allows: a file of a hundred bytes can ask for gigabytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, numpy_helper
 
+from normcore.checkpoints.onnx_arithmetic import ARITHMETIC, Attributes, Function, Value
 from normcore.checkpoints.onnx_structure import STANDARD_DOMAINS, count_elements
 
-Value = NDArray[Any]
 Shape = tuple[int | None, ...]
 Operands = Sequence[Value | None]
-Attributes = Mapping[str, Any]
-Function = Callable[[Sequence[Value], Attributes, int], Value | None]
 
 
 def tensor_value(tensor: TensorProto, *, max_elements: int) -> Value | None:
@@ -156,22 +152,6 @@ def _concat(operands: Sequence[Value], attributes: Attributes, max_elements: int
     return np.concatenate(operands, axis=attributes["axis"])
 
 
-def _divide(left: Value, right: Value) -> Value:
-    if np.issubdtype(left.dtype, np.integer):
-        return np.asarray(np.abs(left) // np.abs(right) * np.sign(left) * np.sign(right))  # towards zero
-    return np.asarray(left / right)
-
-
-def _elementwise(function: Callable[[Value, Value], Value]) -> Function:
-    def apply(operands: Sequence[Value], attributes: Attributes, max_elements: int) -> Value | None:
-        left, right = operands
-        if count_elements(np.broadcast_shapes(left.shape, right.shape)) > max_elements:
-            return None
-        return np.asarray(function(left, right))
-
-    return apply
-
-
 def _bounded(sizes: Value, max_elements: int) -> tuple[int, ...] | None:
     """A computed shape, unless it asks for too much."""
     shape = tuple(int(size) for size in sizes.reshape(-1))
@@ -198,10 +178,7 @@ _FUNCTIONS: dict[str, Function] = {
     "Reshape": _reshape,
     "Transpose": _transpose,
     "Concat": _concat,
-    "Add": _elementwise(np.add),
-    "Sub": _elementwise(np.subtract),
-    "Mul": _elementwise(np.multiply),
-    "Div": _elementwise(_divide),
+    **ARITHMETIC,
 }
 
 EVALUATED = frozenset(_FUNCTIONS) | {"Constant", "Shape", "Size"}

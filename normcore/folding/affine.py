@@ -24,9 +24,27 @@ class Affine:
     scale: Vector
     shift: Vector
 
-    def after(self, offset: Vector) -> "Affine":
-        """The map that first adds `offset`, of shape (C,) or (), to its input."""
-        return Affine(self.scale, self.scale * offset + self.shift)
+    @property
+    def is_shifting(self) -> bool:
+        return bool(self.shift.any())
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every channel has the same map, so that it does not matter which axis the channels lie on."""
+        return all(bool((vector == vector[:1]).all()) for vector in (self.scale, self.shift))
+
+    def after(self, first: "Affine") -> "Affine":
+        """The map that applies `first`, then this one."""
+        return Affine(self.scale * first.scale, self.scale * first.shift + self.shift)
+
+    def take(self, channels: Any) -> "Affine":
+        """The map of the channels at these indices, in their order."""
+        return Affine(self.scale[channels], self.shift[channels])
+
+
+def identity(channels: int) -> Affine:
+    """The map that changes nothing."""
+    return Affine(np.ones(channels), np.zeros(channels))
 
 
 def affine_of(weight: NDArray[Any], bias: NDArray[Any], mean: NDArray[Any], var: NDArray[Any], *, eps: float) -> Affine:
@@ -66,4 +84,4 @@ def _check(name: str, is_valid: NDArray[np.bool_], vector: Vector, *, expected: 
         raise StatisticsError(name, expected=expected, received=f"{vector.reshape(-1)[channel]} in channel {channel}")
 
 
-__all__ = ["Affine", "Vector", "affine_of"]
+__all__ = ["Affine", "Vector", "affine_of", "identity"]

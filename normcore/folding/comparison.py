@@ -43,7 +43,8 @@ class Comparison:
         between: native_folded against native_original.
         exact: exact_folded against exact_original.
         bound: what `folded` and `exact` may be.
-        conclusive: whether the tensor varies, and the original is near enough to float64, to tell anything.
+        reason: why this can tell nothing: the tensor hardly varies, or the original itself is far from float64.
+        is_explained: another tensor, from which both compute this one alike, was found equivalent.
     """
 
     scale: float
@@ -52,11 +53,16 @@ class Comparison:
     between: float
     exact: float
     bound: float
-    conclusive: bool
+    reason: str | None = None
+    is_explained: bool = False
+
+    @property
+    def conclusive(self) -> bool:
+        return self.reason is None
 
     @property
     def equivalent(self) -> bool:
-        return max(self.folded, self.exact) <= self.bound
+        return self.is_explained or max(self.folded, self.exact) <= self.bound
 
     @property
     def is_suspect(self) -> bool:
@@ -85,8 +91,10 @@ def compare(tensor: Evaluations) -> Comparison:
     original, folded = tensor.native_original.astype(np.float64), tensor.native_folded.astype(np.float64)
     exact, exact_folded = tensor.exact_original, tensor.exact_folded
     finite = np.isfinite(exact)
-    if np.isfinite(original).sum() < finite.sum():  # the original overflows here: nothing to compare with
-        return _silent()
+    if (np.isfinite(original) & ~np.isfinite(folded)).any():
+        return _different()
+    if np.isfinite(original).sum() < finite.sum():
+        return _silent("the original overflows, which leaves nothing to compare with")
     if not (same_infinities(exact, exact_folded) and same_infinities(original, folded)):
         return _different()
     finite &= np.isfinite(original)
@@ -94,7 +102,6 @@ def compare(tensor: Evaluations) -> Comparison:
     scale = largest(exact)
     eps = epsilon(tensor.native_original.dtype)
     error = largest(original - exact)
-    credible = error <= min(_CREDIBLE_EPS * eps, _MAX_CREDIBLE_ERROR) * scale
     return Comparison(
         scale=scale,
         original=error,
@@ -102,7 +109,7 @@ def compare(tensor: Evaluations) -> Comparison:
         between=largest(folded - original),
         exact=largest(exact_folded - exact),
         bound=_FACTOR * error + _ULPS * ulp(scale, eps),
-        conclusive=bool(credible and scale > 0 and exact.std() >= _MIN_SPREAD * scale),
+        reason=_obstacle(exact, scale, error, min(_CREDIBLE_EPS * eps, _MAX_CREDIBLE_ERROR) * scale),
     )
 
 
@@ -131,6 +138,14 @@ def same_infinities(left: Array, right: Array) -> bool:
     return bool(np.array_equal(left[~finite], right[~finite], equal_nan=True))
 
 
+def _obstacle(exact: Array, scale: float, error: float, credible: float) -> str | None:
+    if not exact.size or not scale or exact.std() < _MIN_SPREAD * scale:
+        return f"it varies by less than {_MIN_SPREAD:g} of its largest element"
+    if error > credible:
+        return f"the original itself is {error / scale:.1e} of its scale away from float64"
+    return None
+
+
 def _compare_discrete(tensor: Evaluations) -> Comparison:
     def share(left: Array, right: Array) -> float:
         return float(np.mean(left != right)) if left.size else 0.0
@@ -143,14 +158,22 @@ def _compare_discrete(tensor: Evaluations) -> Comparison:
         between=share(tensor.native_folded, tensor.native_original),
         exact=share(tensor.exact_folded, tensor.exact_original),
         bound=_FACTOR * error + _TOLERATED_SHARE,
-        conclusive=tensor.native_original.size > 0 and error <= _MAX_CREDIBLE_ERROR,
+        reason=_discrete_obstacle(tensor.native_original.size, error),
     )
+
+
+def _discrete_obstacle(size: int, error: float) -> str | None:
+    if not size:
+        return "it is empty"
+    if error > _MAX_CREDIBLE_ERROR:
+        return f"{error:.1%} of the original's elements differ from float64's"
+    return None
 
 
 def _different() -> Comparison:
     infinity = float("inf")
-    return Comparison(0.0, 0.0, infinity, infinity, infinity, 0.0, conclusive=True)
+    return Comparison(0.0, 0.0, infinity, infinity, infinity, 0.0)
 
 
-def _silent() -> Comparison:
-    return Comparison(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, conclusive=False)
+def _silent(reason: str) -> Comparison:
+    return Comparison(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, reason)

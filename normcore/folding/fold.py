@@ -1,49 +1,61 @@
 """Fold: rewrite a copy of the model, then let the verifier judge the two files and take back what it doubts."""
 
-import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
-import onnx
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto
 
+from normcore.checkpoints.files import write_file
 from normcore.checkpoints.onnx import GraphLimits, load_onnx
-from normcore.folding.onnx.graph import Graph
-from normcore.folding.onnx.rules import fold_normalizations
-from normcore.folding.report import Certificate, FoldReport, PlanEntry
+from normcore.checkpoints.onnx_checker import check_model
+from normcore.folding.evidence import describe_folds
+from normcore.folding.onnx.options import FoldOptions
+from normcore.folding.onnx.rules import fold_graph
+from normcore.folding.report import FoldReport, PlanEntry
 from normcore.folding.verify import ProbeOptions, certify
+from normcore.folding.withdrawal import Trial, fold_what_is_proven
 
 Progress = Callable[[str, int, int], None]
 
 _STEPS = ("load", "fold", "write", "verify")
 
 
-def fold_onnx(
-    model: ModelProto, *, freeze_initializers: bool = False, exclude: Collection[str] = ()
-) -> tuple[ModelProto, tuple[PlanEntry, ...]]:
+def fold_onnx(model: ModelProto, **options: Unpack[FoldOptions]) -> tuple[ModelProto, tuple[PlanEntry, ...]]:
     """A copy of the model with every batch norm folded for which a rule holds, and what became of each normalization.
 
-    Names of tensors, inputs, outputs, opset and metadata stay; the number of nodes falls. All arithmetic is in
-    float64 with one rounding at the end, whose size is the entry's `residual`.
+    What is folded: batch norms, and rows of Mul, Add, Sub and Div by constants that scale channels (decomposed batch
+    norms); backward into the operators that make their input, else forward into all that read their output. All
+    arithmetic is in float64 with one rounding at the end, whose size is the entry's `residual`. A name means the same
+    tensor before and after; inputs, outputs, opset and metadata stay; the number of nodes never rises by default.
 
     Args:
         model: from `load_onnx`; it is not changed.
-        freeze_initializers: treat initializers that are also graph inputs as constants, and drop those inputs.
-        exclude: output names of normalizations to leave alone.
+        options: by keyword:
+            freeze_initializers (False): treat initializers that are also graph inputs as constants, and drop those
+            inputs.
+            exclude (()): output names of normalizations to leave alone.
+            zero_padding ("auto"): how a norm goes forward into a convolution that pads with zeros, which its shift
+            would have to reach: `offset` leaves an Add of shift / scale before it, `pad` pads explicitly with
+            -shift / scale, `map` adds a bias per position behind it (`pad` and `map` may add nodes and need a fixed
+            size), `refuse` keeps the norm, `auto` is `offset`, which makes the smallest graph.
+            cross_activations (False): move positive scales forward through Relu, LeakyRelu and PRelu; the norm becomes
+            an Add of shift / scale.
+            move_gains (False): move the gain and bias of layer, RMS, group and instance norms into what follows; the
+            norms stay, with a gain of 1.
+            affine (False): make every batch norm that could not be folded one Mul and one Add.
 
     Returns:
         The folded model (a plain copy where nothing folds) and one entry per normalization, in the graph's order.
+
+    Raises:
+        ParameterError: an option has a value that it does not know.
     """
     folded = ModelProto()
     folded.CopyFrom(model)
-    graph = Graph(folded, freeze_initializers=freeze_initializers)
-    entries = tuple(fold_normalizations(graph, exclude=exclude))
-    if any(entry.status == "folded" for entry in entries):
-        graph.commit()
-        onnx.checker.check_model(folded)
-    return folded, entries
+    return folded, _fold_in_place(folded, options)
 
 
 def fold_checkpoint(
@@ -51,9 +63,9 @@ def fold_checkpoint(
     target: Path,
     *,
     limits: GraphLimits,
-    freeze_initializers: bool = False,
     verify: ProbeOptions | None,
     progress: Progress | None = None,
+    **options: Unpack[FoldOptions],
 ) -> FoldReport:
     """Fold an ONNX file into another one, and prove the two equivalent.
 
@@ -64,9 +76,9 @@ def fold_checkpoint(
         source: an ONNX file of any origin.
         target: where the folded file goes; it appears at once or not at all.
         limits: what the source may be.
-        freeze_initializers: see `fold_onnx`.
         verify: how to prove, all repetitions within its one deadline; None writes an unproven file.
         progress: called with a step's name, how many steps are done and how many there are.
+        options: see `fold_onnx`.
 
     Raises:
         CheckpointError: the source is not usable.
@@ -76,45 +88,51 @@ def fold_checkpoint(
     report_progress("load", 0, total)
     model = load_onnx(source, limits=limits)
     deadline = time.monotonic() + (verify.deadline_s if verify else 0.0)
-    withdrawn: dict[str, str] = {}
-    while True:
+
+    loaded = [model]  # folded in place the first time: a copy of all weights costs as much memory as the file
+    original = _outline(model)
+    del model
+
+    def attempt(exclude: Collection[str]) -> Trial[tuple[ModelProto, tuple[PlanEntry, ...]]]:
         report_progress("fold", 1, total)
-        folded, entries = fold_onnx(model, freeze_initializers=freeze_initializers, exclude=withdrawn)
-        outputs = [entry.output for entry in entries if entry.status == "folded"]
+        folded = loaded.pop() if loaded else ModelProto.FromString(source.read_bytes())
+        entries = _fold_in_place(folded, options | {"exclude": {*options.get("exclude", ()), *exclude}})
+        outputs = tuple(entry.output for entry in entries if entry.status == "folded")
         report_progress("write", 2, total)
-        _write(target, folded.SerializeToString() if outputs else source.read_bytes())
+        write_file(target, folded.SerializeToString() if outputs else source.read_bytes())
         certificate = None
         if verify is not None and outputs:
             report_progress("verify", 3, total)
             certificate = certify(source, target, replace(verify, deadline_s=max(deadline - time.monotonic(), 0.0)))
-        doubted = _doubted(outputs, certificate)
-        if not doubted:
-            break
-        withdrawn |= doubted
+        return Trial((folded, entries), outputs, certificate)
+
+    trial, withdrawn = fold_what_is_proven(attempt, deadline=deadline)
+    folded, entries = trial.result
     report_progress("done", total, total)
     return FoldReport(
-        entries=tuple(_mark(entry, withdrawn) for entry in entries),
-        nodes_before=len(model.graph.node),
+        entries=describe_folds(original, (_mark(entry, withdrawn) for entry in entries), trial.certificate),
+        nodes_before=len(original.graph.node),
         nodes_after=len(folded.graph.node),
-        certificate=certificate,
-        notes=_notes(model, folded, outputs, withdrawn),
+        certificate=trial.certificate,
+        notes=_notes(original, folded, trial.outputs, withdrawn),
     )
 
 
-def _doubted(outputs: Collection[str], certificate: Certificate | None) -> dict[str, str]:
-    """The folds to withdraw, with the reason: those that failed at their own region, else all of a wrong network."""
-    if certificate is None:
-        return {}
-    failed = [region for region in certificate.regions if region.output in outputs and not region.equivalent]
-    if failed:
-        return {
-            region.output: f"its proof failed: the result differs by {region.error:.3g} where the largest value is "
-            f"{region.scale:.3g}"
-            for region in failed
-        }
-    if certificate.verdict == "different":
-        return dict.fromkeys(outputs, f"the proof of the whole network failed: {certificate.sentence}")
-    return {}
+def _fold_in_place(model: ModelProto, options: FoldOptions) -> tuple[PlanEntry, ...]:
+    entries = fold_graph(model, **options)
+    if any(entry.status == "folded" for entry in entries):
+        check_model(model)
+    return entries
+
+
+def _outline(model: ModelProto) -> ModelProto:
+    """Inputs and nodes alone, without the values of constants."""
+    outline = ModelProto(ir_version=model.ir_version)
+    outline.graph.input.extend(model.graph.input)
+    for node in model.graph.node:
+        is_constant = node.op_type == "Constant"
+        outline.graph.node.append(NodeProto(op_type="Constant", output=node.output) if is_constant else node)
+    return outline
 
 
 def _mark(entry: PlanEntry, withdrawn: Mapping[str, str]) -> PlanEntry:
@@ -139,19 +157,6 @@ def _notes(
             f"ir_version rose from {model.ir_version} to {folded.ir_version}, where initializers need not be inputs"
         )
     return tuple(notes)
-
-
-def _write(target: Path, content: bytes) -> None:
-    """Sibling file first, then rename: nobody ever reads half a model."""
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 __all__ = ["Progress", "fold_checkpoint", "fold_onnx"]

@@ -4,14 +4,18 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, ValueInfoProto
 
 from normcore import execution
 from normcore.errors import DeadlineError
 from normcore.execution import ExecutionError
+from normcore.folding.comparison import is_float, largest
 from normcore.folding.probes import Feeds
 from normcore.folding.reference import NotEvaluableError, Reference
+
+_NEARLY = 1e-3  # of the largest element
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -56,6 +60,17 @@ class Network:
         """
         return self.reference.run(feeds, self._tensors, deadline=deadline)
 
+    def agreeing(self, other: "Network", names: Sequence[str], feeds: Feeds, *, deadline: float) -> set[str]:
+        """The tensors of these that are nearly the same in both networks, in float64.
+
+        Raises:
+            NotEvaluableError: an operator fails in float64.
+            DeadlineError: time.monotonic() has reached the deadline.
+        """
+        mine = self.reference.run(feeds, names, deadline=deadline)
+        theirs = other.reference.run(feeds, names, deadline=deadline)
+        return {name for name in names if _agree(mine[name], theirs[name])}
+
     def refuses(self, feeds: Feeds, *, deadline: float) -> str | None:
         """Why inputs of these shapes are of no use, or None."""
         try:
@@ -65,3 +80,9 @@ class Network:
             return str(error)
         empty = [name for name, array in arrays.items() if not array.size]
         return f"output {empty[0]} is empty" if empty else None
+
+
+def _agree(left: NDArray[Any], right: NDArray[Any]) -> bool:
+    if left.shape != right.shape or not (is_float(left) and is_float(right)):
+        return False
+    return bool(np.allclose(left, right, rtol=0.0, atol=_NEARLY * largest(left), equal_nan=True))

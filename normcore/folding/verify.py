@@ -7,9 +7,9 @@ probe, and when every normalization that went into another operator is, by itsel
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -23,12 +23,18 @@ from normcore.errors import CheckpointError, DeadlineError, NormcoreError
 from normcore.execution import ExecutionError
 from normcore.folding import probes
 from normcore.folding.comparison import Comparison, Evaluations, compare
+from normcore.folding.extents import common_tensors, find_extents
 from normcore.folding.interfaces import find_difference, find_preactivations
 from normcore.folding.networks import Network
 from normcore.folding.probes import Feeds, Shapes
-from normcore.folding.regions import RegionProof, find_regions
+from normcore.folding.regions import RegionProof
 from normcore.folding.report import Certificate, Probe, Region, Verdict
-from normcore.folding.wording import describe_equivalence, describe_failed_probe, describe_failed_region
+from normcore.folding.wording import (
+    describe_equivalence,
+    describe_failed_probe,
+    describe_failed_region,
+    describe_silent_probe,
+)
 
 _MIN_CONCLUSIVE = 4
 _MAX_EXTRA = 12
@@ -39,12 +45,22 @@ _REDRAWS = 8
 
 @dataclass(frozen=True, slots=True)
 class ProbeOptions:
-    """How hard to try: number of probes, their seed, seconds for everything, threads of onnxruntime."""
+    """How hard to try, and what to take for granted.
+
+    Attributes:
+        count: number of probes.
+        seed: their seed.
+        deadline_s: seconds for everything.
+        threads: threads of onnxruntime.
+        has_kept_names: a tensor of one name is one tensor in both files, so that a difference at any of them is one.
+            Otherwise names may have moved, and only outputs have to agree.
+    """
 
     count: int = 6
     seed: int = 0
     deadline_s: float = 60.0
     threads: int = 1
+    has_kept_names: bool = True
 
 
 DEFAULTS = ProbeOptions()
@@ -75,6 +91,7 @@ def certify(original: Path, folded: Path, options: ProbeOptions = DEFAULTS) -> C
         original_sha256=hashlib.sha256(files[0]).hexdigest(),
         folded_sha256=hashlib.sha256(files[1]).hexdigest(),
         probes=tuple(proof.probes),
+        inconclusive=tuple(describe_silent_probe(probe) for probe in proof.probes if not probe.conclusive),
         regions=proof.regions,
         reference=f"onnx.reference in float64; onnxruntime {onnxruntime.__version__} without optimizations",
     )
@@ -118,12 +135,26 @@ class _Proof:
             feeds = probes.make_probe(inputs, shapes, kind=kind, seed=seed)
             for tensor, comparison in self._compare(original, folded, feeds, seed).items():
                 self.probes.append(_record(kind, seed, shapes, tensor, comparison))
-        regions = find_regions(*self._models)
-        if regions:
-            proof = RegionProof(original.reference, self._models[1], regions, seed=self._options.seed)
-            for index in range(_REGION_PROBES):
-                feeds = probes.make_probe(inputs, shapes, kind="random", seed=self._options.seed + index)
-                proof.add(feeds, deadline=self._deadline)
+        self._prove_regions(
+            original,
+            folded,
+            [
+                probes.make_probe(inputs, shapes, kind="random", seed=self._options.seed + index)
+                for index in range(_REGION_PROBES)
+            ],
+        )
+
+    def _prove_regions(self, original: Network, folded: Network, feeds: Sequence[Feeds]) -> None:
+        is_cut = None
+        if not self._options.has_kept_names:
+            names = common_tensors(*self._models)
+            kept = original.agreeing(folded, names, feeds[0], deadline=self._deadline) | set(self._outputs)
+            is_cut = kept.__contains__
+        extents = find_extents(*self._models, is_cut=is_cut)
+        if extents:
+            proof = RegionProof(original.reference, self._models[1], extents, seed=self._options.seed)
+            for probe in feeds:
+                proof.add(probe, deadline=self._deadline)
             self.regions = proof.regions()
 
     def _open(self) -> tuple[Network, Network]:
@@ -149,7 +180,12 @@ class _Proof:
             moved = probes.jitter(feeds, seed=seed * _REDRAWS + redraw)
             again = _compare_once(original, folded, moved, self._deadline)
             found.update({tensor: found[tensor].pool(again[tensor]) for tensor in suspects})
-        return found
+        return found | {output: replace(found[output], is_explained=True) for output in self._explained(found)}
+
+    def _explained(self, found: dict[str, Comparison]) -> list[str]:
+        """Outputs near the bound whose preactivation agrees: a saturated output shrinks rounding errors at random."""
+        pairs = self._preactivations.items()
+        return [output for output, name in pairs if found[output].is_suspect and found[name].equivalent]
 
     def _silent_output(self) -> str | None:
         """An output that neither itself nor by its preactivation has told enough times."""
@@ -172,9 +208,10 @@ class _Proof:
         silent = self._silent_output()
         if silent is not None:
             count = len({probe.seed for probe in self.probes})
+            reasons = dict.fromkeys(probe.reason for probe in self.probes if probe.output == silent and probe.reason)
             return "inconclusive", (
-                f"Nothing is proved: in fewer than {_MIN_CONCLUSIVE} of {count} probes did output {silent} vary enough "
-                "to tell, and the original compute it near enough to float64."
+                f"Nothing is proved: fewer than {_MIN_CONCLUSIVE} of {count} probes could tell anything of output "
+                f"{silent}; {'; '.join(reasons)}."
             )
         return "equivalent", describe_equivalence(self.probes, self.regions)
 
@@ -211,6 +248,7 @@ def _record(kind: str, seed: int, shapes: Shapes, tensor: str, comparison: Compa
         bound=comparison.bound,
         conclusive=comparison.conclusive,
         equivalent=comparison.equivalent,
+        reason=comparison.reason,
     )
 
 

@@ -18,9 +18,13 @@ def describe_equivalence(probes: Sequence[Probe], regions: Sequence[Region]) -> 
         return sentence
     local = max(_relative(region.error, region.scale) for region in regions)
     return (
-        f"{sentence} Each of {len(regions)} folded normalizations, compared by itself in float64, differs by at most "
+        f"{sentence} Each of {len(regions)} rewritten parts, compared by itself in float64, differs by at most "
         f"{local:.1e}, which rounding the stored weights explains."
     )
+
+
+def describe_silent_probe(probe: Probe) -> str:
+    return f"probe of kind {probe.kind} (seed {probe.seed}), output {probe.output}: {probe.reason}"
 
 
 def describe_failed_probe(probe: Probe) -> str:
@@ -46,7 +50,8 @@ def describe_failed_region(region: Region) -> str:
             f"differs by {_relative(region.error, region.scale):.1e} of its scale in float64, "
             "more than rounding the stored weights explains"
         )
-    return f"The folded network computes another function: the normalization's output {region.output} {difference}."
+    change = f"{' -> '.join(region.before)} became {' -> '.join(region.after)}"
+    return f"The folded network computes another function: where {change}, {region.output} {difference}."
 
 
 def _relative(error: float, scale: float) -> float:

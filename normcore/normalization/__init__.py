@@ -38,6 +38,7 @@ from normcore.normalization.synchronized_batch_norm import (
     SynchronizedBatchNormResult,
     synchronized_batch_norm,
 )
+from normcore.normalization.warm_up import warm_up
 from normcore.normalization.weight_norm import WEIGHT_NORM, WeightNormResult, weight_norm
 from normcore.normalization.weight_standardization import (
     WEIGHT_STANDARDIZATION,
@@ -105,6 +106,7 @@ __all__ = [
     "rms_norm",
     "spectral_norm",
     "synchronized_batch_norm",
+    "warm_up",
     "weight_norm",
     "weight_standardization",
     "whitening",

@@ -5,15 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normcore._slab import Slab
 from normcore.normalization.method import JSON
+from normcore.normalization.value_findings import FEW_VALUES, tails, unresolved
 from normcore.statistics.running import RunningStatistics
 
-_FEW_VALUES = 8
-# At most so many values, evenly spread, are looked at for their size: about 0.1 ms whatever the input.
-_SAMPLE_ELEMENTS = 2**16
-_FAR = 4.0
-_NOTABLE_SHARE = 0.01
 _NOTABLE_DISTANCE = 3.0
 _NOTABLE_RATIO = 10.0
 
@@ -31,7 +26,6 @@ class BatchFindings:
 
     input: Tensor
     output: Tensor
-    channel_axis: int
     mean: Tensor
     var: Tensor
     invstd: Tensor
@@ -57,22 +51,20 @@ class BatchFindings:
             **self._channels(),
             **self._non_finite(),
             **self._distance_to_running(),
-            **self._tails(),
+            **tails(self.input, self.output),
         }
 
     def _few_values(self) -> dict[str, JSON]:
-        if self.count is None or self.count >= _FEW_VALUES:
+        if self.count is None or self.count >= FEW_VALUES:
             return {}
         return {"few_values_per_channel": self.count}
 
     def _channels(self) -> dict[str, JSON]:
-        step = torch.finfo(self.input.dtype).eps * self.mean.abs()
-        is_constant = self.var == 0
         flags = {
-            "constant_channels": is_constant & (self.count is not None),
+            "constant_channels": (self.var == 0) & (self.count is not None),
             # var < eps, without eps: var / (var + eps) is below a half.
             "eps_dominated_channels": self.var * self.invstd.square() < 0.5,
-            "unresolved_channels": (self.var.sqrt() < 2 * step) & ~is_constant & (self.count is not None),
+            "unresolved_channels": unresolved(self.mean, self.var, self.input.dtype) & (self.count is not None),
             "non_finite_channels": ~(self.mean.isfinite() & self.var.isfinite() & self.invstd.isfinite()),
         }
         counts = {name: int(flag.sum()) for name, flag in flags.items()}
@@ -98,15 +90,3 @@ class BatchFindings:
         if float(ratio) > _NOTABLE_RATIO:
             found["running_var_ratio"] = float(ratio)
         return found
-
-    def _tails(self) -> dict[str, JSON]:
-        after = self._share_beyond(self.output)
-        if after <= _NOTABLE_SHARE:
-            return {}
-        return {"share_beyond_4_before": self._share_beyond(self.input), "share_beyond_4_after": after}
-
-    def _share_beyond(self, tensor: Tensor) -> float:
-        values = Slab.of(tensor, channel_axis=self.channel_axis).values.view(-1)
-        # An odd step, so that it meets all channels of an even number.
-        sample = values[:: -(-len(values) // _SAMPLE_ELEMENTS) | 1]
-        return float((sample.abs() > _FAR).float().mean())

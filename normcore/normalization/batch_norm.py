@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from normcore._checks import check_eps
+from normcore._checks import check_eps, check_out
 from normcore._precision import accumulation_dtype
 from normcore.errors import ParameterError, StatisticsError
 from normcore.normalization.batch_result import (
@@ -35,6 +35,7 @@ def batch_norm(
     channel_axis: int = 1,
     nan_policy: str = "propagate",
     inverse: bool = False,
+    out: Tensor | None = None,
 ) -> BatchNormResult:
     """Batch normalization in training or inference.
 
@@ -44,12 +45,11 @@ def batch_norm(
 
     Training takes mean and biased variance from the batch and returns updated running statistics,
     r <- (1 - f) r + f b, with the batch variance corrected as the convention says (torch: Bessel). Inference takes
-    the running statistics, as constants. The mean is held as the sum of two numbers, so that data with |mean| >> std
-    loses nothing.
+    the running statistics, as constants. Data with |mean| >> std loses nothing.
 
-    Sums are accumulated in float32 within a cache block and in float64 over blocks (float64 inputs: in float64
-    throughout); the output is rounded once to the input's datatype. No argument is changed. The output is
-    differentiable in input, weight and bias, to every order; statistics carry no gradient.
+    Sums are accumulated in float64, those of half precision in float32 within blocks of 1024 values; the output is
+    rounded once to the input's datatype. No argument is changed but out. The output is differentiable in input, weight
+    and bias, to every order; statistics carry no gradient.
 
     Args:
         input: (N, C, *), float16, bfloat16, float32 or float64. An empty one in training gives an empty output and
@@ -71,6 +71,8 @@ def batch_norm(
         nan_policy: for values that are not finite. propagate: they make their channel NaN, and its running
             statistics for ever; skip_update: such a batch leaves all running statistics as they are; raise.
         inverse: in inference, the way back: x = (y - bias) / weight * sqrt(var + eps) + mean.
+        out: takes the output; of the input's shape, datatype and memory format, in memory of its own, and without
+            gradients to be recorded; not with inverse.
 
     Returns:
         Output, statistics and gradients of parameters (float64 for a float64 input, else float32), updated running
@@ -98,8 +100,10 @@ def batch_norm(
     affine = view.affine(weight, bias)
     view.check_grad_output(grad_output)
     running = view.running(running_mean, running_var, num_batches_tracked)
+    if out is not None:
+        check_out("out", out, input)
     if inverse:
-        _check_invertible(weight, grad_output, training=training)
+        _check_invertible(weight, grad_output, out, training=training)
         return BatchNormResult(_inverse(view, running, *affine, eps=eps))
     return normalize_batch(
         view,
@@ -113,6 +117,7 @@ def batch_norm(
         eps=eps,
         convention=convention,
         nan_policy=nan_policy,
+        out=out,
     )
 
 
@@ -129,6 +134,7 @@ def normalize_batch(
     eps: float,
     convention: str,
     nan_policy: str,
+    out: Tensor | None = None,
 ) -> BatchNormResult:
     """Batch norm of operands that are checked, all but the number of values and the presence of statistics."""
     if training and view.counted(counted) == 0:
@@ -137,9 +143,9 @@ def normalize_batch(
         refuse_non_finite(view.input, counted)
     affine = view.affine(weight, bias)
     if training:
-        found = standardize_over(view.input, *affine, axes=view.axes, eps=eps, mask=counted)
+        found = standardize_over(view.input, *affine, axes=view.axes, eps=eps, mask=counted, out=out)
     else:
-        found = standardize_by(view.input, *affine, **_given(view, running), eps=eps)
+        found = standardize_by(view.input, *affine, **_given(view, running), eps=eps, out=out)
     result = BatchNormResult.of(found, view, running=running, nan_policy=nan_policy)
     if training and running is not None:
         batch = view.moments(found.statistics)
@@ -157,9 +163,10 @@ def _given(view: BatchView, running: RunningStatistics | None) -> dict[str, Tens
     return {"mean": view.per_channel(running.mean), "var": view.per_channel(running.var)}
 
 
-def _check_invertible(weight: Tensor | None, grad_output: Tensor | None, *, training: bool) -> None:
-    if training or grad_output is not None:
-        name = "training" if training else "grad_output"
+def _check_invertible(weight: Tensor | None, grad_output: Tensor | None, out: Tensor | None, *, training: bool) -> None:
+    others = {"training": training, "grad_output": grad_output is not None, "out": out is not None}
+    name = next((name for name, is_given in others.items() if is_given), None)
+    if name is not None:
         raise ParameterError("inverse", expected=f"false with {name}", received="true")
     if weight is not None and bool((weight == 0).any()):
         zeros = int((weight == 0).sum())

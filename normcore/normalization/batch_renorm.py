@@ -6,7 +6,7 @@ from torch import Tensor
 
 from normcore._checks import check_eps, check_fraction
 from normcore._precision import accumulation_dtype
-from normcore.errors import ParameterError
+from normcore.errors import ParameterError, StatisticsError
 from normcore.normalization.batch_norm import BATCH_NORM, batch_norm
 from normcore.normalization.batch_result import BatchNormResult, check_nan_policy, refuse_non_finite
 from normcore.normalization.batch_view import BatchView
@@ -123,7 +123,8 @@ def batch_renorm(
     counted = view.mask(mask)
     view.check_grad_output(grad_output)
     running = view.running(running_mean, running_var, None)
-    assert running is not None
+    if running is None:
+        raise StatisticsError("running_mean", expected="running statistics", received="none")
     if view.counted(counted) == 0:
         return _as_renorm(BatchNormResult.empty(view, weight, running=running, grad_output=grad_output))
     if nan_policy == "raise":

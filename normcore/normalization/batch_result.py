@@ -56,9 +56,7 @@ class BatchNormResult:
         mean, var, invstd = (term.to(dtype, copy=True).flatten() for term in (by.mean, by.var, by.invstd))
         count = int(torch.as_tensor(by.count).min()) if by.axes else None
         output = found.output.detach()
-        findings = BatchFindings(
-            view.input.detach(), output, view.channel_axis, mean, var, invstd, by.eps, count, running, nan_policy
-        )
+        findings = BatchFindings(view.input.detach(), output, mean, var, invstd, by.eps, count, running, nan_policy)
         return cls(found.output, mean, var, invstd, findings=findings)
 
     @classmethod

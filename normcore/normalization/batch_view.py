@@ -9,13 +9,14 @@ from normcore._checks import (
     check_axis,
     check_batch_count,
     check_floating,
+    check_mask,
     check_per_channel,
     check_rank,
     check_shape,
     check_variance,
 )
 from normcore._precision import accumulation_dtype
-from normcore.errors import DtypeError, ShapeError, StatisticsError
+from normcore.errors import ShapeError, StatisticsError
 from normcore.normalization.gradients import Gradients, Statistics, standardize_gradients
 from normcore.statistics.moments import Moments
 from normcore.statistics.running import RunningStatistics
@@ -84,13 +85,8 @@ class BatchView:
         """
         if mask is None:
             return None
-        if mask.dtype != torch.bool:
-            raise DtypeError("mask", expected="bool", received=str(mask.dtype).removeprefix("torch."))
         shape = tuple(size for axis, size in enumerate(self.input.shape) if axis != self.channel_axis)
-        sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
-        if mask.ndim > len(shape) or any(size not in (1, whole) for size, whole in sizes):
-            expected = f"a shape that broadcasts to {shape}, the input's without the channel axis"
-            raise ShapeError("mask", expected=expected, received=f"shape {tuple(mask.shape)}")
+        check_mask("mask", mask, shape, meaning="the input's without the channel axis")
         return mask.expand(shape).unsqueeze(self.channel_axis)
 
     def check_grad_output(self, grad_output: Tensor | None) -> None:

@@ -19,18 +19,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from normcore._precision import accumulation_dtype, split
-
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What an input was standardized with; tensors that broadcast against the input, without gradient.
+    """What an input was standardized with; float64 tensors that broadcast against the input, without gradient.
 
     Attributes:
-        center: the mean, rounded to the datatype computed in.
-        offset: what the mean has over the center; float64.
-        var: biased variance (mean square where no mean is taken); float64.
-        invstd: (var + eps)^-1/2; float64.
+        center: the mean.
+        offset: what the mean has over the center, for the digits of a mean that float64 has not.
+        var: biased variance (mean square where no mean is taken).
+        invstd: (var + eps)^-1/2.
         axes: those reduced, from the front; none for given statistics.
         count: values behind each statistic.
         mask: true where a position was counted; None where all were.
@@ -49,7 +47,7 @@ class Statistics:
 
     @property
     def mean(self) -> Tensor:
-        return self.center.double() + self.offset
+        return self.center + self.offset
 
 
 def invstd_of(var: Tensor, *, eps: float) -> Tensor:
@@ -57,50 +55,85 @@ def invstd_of(var: Tensor, *, eps: float) -> Tensor:
     return (var + eps).sqrt().reciprocal().masked_fill(~var.isfinite(), torch.nan)
 
 
-def has_usual_scale(by: Statistics) -> bool:
-    """Whether products of a few statistics and values stay far from the ends of the datatype."""
-    limit = 1e12 if by.center.dtype == torch.float32 else 1e100
-    return bool(((by.invstd < limit) & (by.invstd * limit > 1)).all())
-
-
-def plain_dtype(by: Statistics) -> torch.dtype:
-    """The datatype for arithmetic that takes no care: float64 where the usual one might overflow."""
-    return by.center.dtype if has_usual_scale(by) else torch.float64
-
-
-def simple_statistics(
+def own_statistics(
     input: Tensor, *, axes: tuple[int, ...], eps: float, has_mean: bool, mask: Tensor | None
 ) -> Statistics:
+    """Statistics of the input; sums around a value that counts, then around the mean."""
     values = input.double()
-    counted = values if mask is None else values.masked_fill(~mask, 0.0)
-    count: int | Tensor
-    if mask is None:
-        count = torch.Size([input.shape[axis] for axis in axes]).numel()
-    else:
-        count = mask.expand(input.shape).sum(axes, keepdim=True)
     shape = [1 if axis in axes else size for axis, size in enumerate(input.shape)]
-    zero = torch.zeros(shape, dtype=torch.float64, device=input.device)
-    center, offset = split(counted.sum(axes, keepdim=True) / count, accumulation_dtype(input.dtype))
-    if not has_mean:
-        center, offset = zero.to(center.dtype), zero
-    deviations = values - center
+    count: int | Tensor = input.numel() // torch.Size(shape).numel()
     if mask is not None:
-        deviations = deviations.masked_fill(~mask, 0.0)
+        count = mask.expand(input.shape).sum(axes, keepdim=True)
+        values = values.masked_fill(~mask, torch.nan)
+    center = torch.zeros(shape, dtype=torch.float64, device=input.device)
+    offset = center
     if has_mean:
-        offset = deviations.sum(axes, keepdim=True) / count
-    deviations = deviations - offset
-    if mask is not None:
-        deviations = deviations.masked_fill(~mask, 0.0)
-    var = deviations.square().sum(axes, keepdim=True) / count
+        near = values if mask is None else values.nan_to_num(nan=torch.inf)
+        for axis in axes:
+            near = near.amin(axis, keepdim=True) if mask is not None else near.narrow(axis, 0, 1)
+        center = near + _counted_sum(values - near, axes, mask) / count
+        offset = _counted_sum(values - center, axes, mask) / count
+    var = _counted_sum((values - center - offset).square(), axes, mask) / count
     return Statistics(center, offset, var, invstd_of(var, eps=eps), eps, axes, count, mask, has_mean)
+
+
+def _counted_sum(values: Tensor, axes: tuple[int, ...], mask: Tensor | None) -> Tensor:
+    return (values if mask is None else torch.where(mask, values, 0.0)).sum(axes, keepdim=True)
+
+
+def standardize(input: Tensor, by: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(x - mean) * invstd * weight + bias, in the input's datatype and memory format."""
+    output = _normalized(input, by)
+    if weight is not None:
+        output = output * weight
+    if bias is not None:
+        output = output + bias
+    return torch.empty_like(input).copy_(output)
+
+
+def gradient_sums(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, affine_shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums of a = weight * dy and of a * xh where statistics are shared, and the gradients of weight and bias."""
+    grads = grad_output.double()
+    terms = grads, grads * _normalized(without_uncounted(input, by), by)
+    of_bias, of_weight = (term.sum_to_size(affine_shape) for term in terms)
+    total, dot = terms if weight is None else (term * weight for term in terms)
+    if by.axes:
+        total, dot = (term.sum(by.axes, keepdim=True) for term in (total, dot))
+    return total, dot, of_weight, of_bias
+
+
+def input_gradient(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, total: Tensor, dot: Tensor
+) -> Tensor:
+    """The gradient s * (a - mean(a) - xh * mean(a * xh)), in the input's datatype and memory format."""
+    gradient = grad_output.double() if weight is None else grad_output.double() * weight
+    corrections = _normalized(without_uncounted(input, by), by) * (dot / by.count)
+    if by.has_mean:
+        corrections = corrections + total / by.count
+    if by.mask is not None:
+        corrections = corrections.masked_fill(~by.mask, 0.0)
+    return torch.empty_like(input).copy_((gradient - corrections) * by.invstd)
+
+
+def without_uncounted(input: Tensor, by: Statistics) -> Tensor:
+    """The input with what is not finite and not counted as the mean, so that it leaves no trace in gradients."""
+    if by.mask is None:
+        return input
+    return torch.where(by.mask | input.isfinite(), input, by.mean.to(input.dtype))
+
+
+def _normalized(input: Tensor, by: Statistics) -> Tensor:
+    return (input.double() - by.center - by.offset) * by.invstd
 
 
 def as_functions(input: Tensor, statistics: Statistics) -> Statistics:
     """The same statistics as functions of the input; the center stays a constant."""
     if not statistics.axes:
         return statistics
-    deviations = input.to(plain_dtype(statistics)) - statistics.center
-    offset = statistics.offset.to(deviations.dtype)
+    deviations = without_uncounted(input, statistics).double() - statistics.center
+    offset = statistics.offset
     if statistics.has_mean:
         offset = _mean(deviations, statistics, is_masked=True)
     var = _mean((deviations - offset).square(), statistics, is_masked=True)
@@ -145,13 +178,11 @@ def double_backward(
     statistics: Statistics,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of grad_output and input, and the terms to sum for that of weight; differentiable."""
-    dtype = plain_dtype(statistics)
-    of_input, of_weight, of_bias = (0.0 if grad is None else grad.to(dtype) for grad in cotangents)
+    of_input, of_weight, of_bias = (0.0 if grad is None else grad.double() for grad in cotangents)
     assert isinstance(of_input, Tensor)
-    grad_output = grad_output.to(dtype)
-    gamma = 1.0 if weight is None else weight.to(dtype)
-    statistics = replace(statistics, offset=statistics.offset.to(dtype), invstd=statistics.invstd.to(dtype))
-    normalized = (input.to(dtype) - statistics.center - statistics.offset) * statistics.invstd
+    grad_output = grad_output.double()
+    gamma = 1.0 if weight is None else weight.double()
+    normalized = _normalized(without_uncounted(input, statistics), statistics)
     adjoint = _adjoint(of_input, normalized, statistics)
     grad_input = _project(of_weight * grad_output, normalized, statistics)
     if statistics.axes:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from normcore._precision import accumulation_dtype
 from normcore.normalization.closed_forms import Statistics, as_functions, double_backward
-from normcore.normalization.kernel import backward, given_statistics, own_statistics, standardize
+from normcore.normalization.kernel import backward, given_statistics, standardize, standardize_own
 
 __all__ = [
     "Gradients",
@@ -57,6 +57,7 @@ def standardize_over(
     eps: float,
     has_mean: bool = True,
     mask: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Standardized:
     """Standardize by the input's own statistics over `axes`; `has_mean` false is the RMS form.
 
@@ -68,9 +69,10 @@ def standardize_over(
         eps: added to the variance.
         has_mean: whether the mean is subtracted.
         mask: bool, broadcasts against the input; true where a position is counted. At least one is, per statistic.
+        out: takes the output; like the input, in memory of its own.
     """
-    by = own_statistics(input, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
-    return standardize_with(input, weight, bias, by)
+    found = standardize_own(input, weight, bias, axes=axes, eps=eps, has_mean=has_mean, mask=mask, out=out)
+    return differentiable(Standardized(*found), input, weight, bias)
 
 
 def standardize_by(
@@ -81,15 +83,18 @@ def standardize_by(
     mean: Tensor,
     var: Tensor,
     eps: float,
+    out: Tensor | None = None,
 ) -> Standardized:
     """Standardize by given statistics, constants that broadcast against the input."""
-    by = given_statistics(mean, var, dtype=input.dtype, eps=eps)
-    return standardize_with(input, weight, bias, by)
+    by = given_statistics(mean, var, eps=eps)
+    return standardize_with(input, weight, bias, by, out=out)
 
 
-def standardize_with(input: Tensor, weight: Tensor | None, bias: Tensor | None, by: Statistics) -> Standardized:
+def standardize_with(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, by: Statistics, *, out: Tensor | None = None
+) -> Standardized:
     """Standardize by statistics found before: the input's own, which its derivatives take into account, or given."""
-    return differentiable(Standardized(standardize(input, by, weight, bias), by), input, weight, bias)
+    return differentiable(Standardized(standardize(input, by, weight, bias, out=out), by), input, weight, bias)
 
 
 def differentiable(

@@ -25,6 +25,7 @@ def group_norm(
     *,
     num_groups: int = 32,
     eps: float = 1e-5,
+    out: Tensor | None = None,
 ) -> PerSampleResult:
     """Group normalization: statistics over C / G neighbouring channels and all positions of a sample.
 
@@ -44,13 +45,15 @@ def group_norm(
         mask: bool, broadcasts against the input; false where a value shall not count in mean and variance.
         num_groups: G, a divisor of C.
         eps: >= 0; a constant group with eps 0 gives NaN.
+        out: takes the output; of the input's shape, datatype and memory format, in memory of its own, and without
+            gradients to be recorded.
 
     Returns:
         Output, and statistics of shape (N, G), as gradients of weight and bias float64 for a float64 input, else
         float32.
 
     Raises:
-        DtypeError: a tensor that is not floating, or a mask that is not bool.
+        DtypeError: a tensor that is not floating, a mask that is not bool, or an out of another datatype or device.
         ShapeError: an input of fewer than two dimensions, or another tensor that does not fit.
         ParameterError: num_groups or eps out of bounds.
         StatisticsError: a mask that leaves a group without any value.
@@ -78,6 +81,7 @@ def group_norm(
         affine=(samples if len(affine_shape) == 2 else 1, groups, size, 1),
         affine_shape=affine_shape,
         statistics_shape=(samples, groups),
+        out=out,
     ).standardize(eps=eps)
 
 

@@ -47,6 +47,7 @@ def instance_norm(
     training: bool = False,
     momentum: float = CONVENTIONS["torch"].momentum,
     eps: float = 1e-5,
+    out: Tensor | None = None,
 ) -> InstanceNormResult:
     """Instance normalization: statistics over the positions of each channel of each sample.
 
@@ -73,13 +74,15 @@ def instance_norm(
         training: whether the statistics are the input's own although running statistics are given.
         momentum: weight of the new batch, from 0 to 1.
         eps: >= 0; a constant channel with eps 0 gives NaN.
+        out: takes the output; of the input's shape, datatype and memory format, in memory of its own, and without
+            gradients to be recorded.
 
     Returns:
         Output, statistics and updated running statistics, as gradients of weight and bias float64 for a float64 input,
         else float32.
 
     Raises:
-        DtypeError: a tensor that is not floating, or a mask that is not bool.
+        DtypeError: a tensor that is not floating, a mask that is not bool, or an out of another datatype or device.
         ShapeError: an input of fewer than two dimensions, or another tensor that does not fit.
         ParameterError: eps or momentum out of bounds.
         StatisticsError: one running statistic without the other, a running_var negative or NaN, or own statistics of
@@ -107,6 +110,7 @@ def instance_norm(
         affine=(samples if len(affine_shape) == 2 else 1, channels, 1, 1),
         affine_shape=affine_shape,
         statistics_shape=(samples, channels) if is_own else (channels,),
+        out=out,
     )
     if running is not None and not training:
         return _result(operands.standardize_by(running.mean, running.var, eps=eps), None)
@@ -165,6 +169,7 @@ def _result(found: PerSampleResult, running: RunningStatistics | None) -> Instan
         found.grad_bias,
         found.count,
         *updated,
+        input=found.input,
     )
 
 

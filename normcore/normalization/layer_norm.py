@@ -18,7 +18,7 @@ from normcore.normalization.per_sample import (
 
 NORMALIZED_SHAPE = Parameter(
     "normalized_shape",
-    "str",
+    "ints",
     None,
     'Sizes of the axes normalized over, which are the last ones of the input, such as "2,3"; null: the last axis.',
     is_nullable=True,
@@ -34,6 +34,7 @@ def layer_norm(
     *,
     normalized_shape: str | int | Sequence[int] | None = None,
     eps: float = 1e-5,
+    out: Tensor | None = None,
 ) -> PerSampleResult:
     """Layer normalization over the last axes, D values of each sample.
 
@@ -52,13 +53,15 @@ def layer_norm(
         mask: bool, broadcasts against the input; false where a value shall not count in mean and variance.
         normalized_shape: sizes of the last axes, as integers or as text; None: the last axis.
         eps: >= 0; a constant sample with eps 0 gives NaN.
+        out: takes the output; of the input's shape, datatype and memory format, in memory of its own, and without
+            gradients to be recorded.
 
     Returns:
         Output, and statistics of shape (*, 1, ...), as gradients of weight and bias float64 for a float64 input, else
         float32.
 
     Raises:
-        DtypeError: a tensor that is not floating, or a mask that is not bool.
+        DtypeError: a tensor that is not floating, a mask that is not bool, or an out of another datatype or device.
         ShapeError: an input that does not end in normalized_shape, or another tensor that does not fit.
         ParameterError: normalized_shape or eps out of bounds.
         StatisticsError: a mask that leaves a sample without any value.
@@ -69,7 +72,7 @@ def layer_norm(
             [ 0.,  0.]])
     """
     return operands_over_trailing_axes(
-        input, weight, bias, grad_output, mask, normalized_shape=normalized_shape, eps=eps
+        input, weight, bias, grad_output, mask, normalized_shape=normalized_shape, eps=eps, out=out
     ).standardize(eps=eps)
 
 
@@ -82,6 +85,7 @@ def operands_over_trailing_axes(
     *,
     normalized_shape: str | int | Sequence[int] | None,
     eps: float | None,
+    out: Tensor | None = None,
 ) -> Operands:
     check_floating("input", input)
     check_rank("input", input, minimum=1)
@@ -103,6 +107,7 @@ def operands_over_trailing_axes(
         affine=(1, 1, 1, size),
         affine_shape=shape,
         statistics_shape=(*outer, *[1] * len(shape)),
+        out=out,
     )
 
 

@@ -1,6 +1,8 @@
 """Local response normalization: every value divided by the energy of the channels around it."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from normcore.normalization.method import JSON, Method, Output, Parameter, Param
 _WINDOWS = ("torch", "onnx")
 # Below this k, float32 squares vanish where float32 values do not, and the division would see it.
 _LEAST_FLOAT32_K = 1e-20
+# Squares of values of this size, over it, are far from the ends of float64.
+_UNIT = 2.0**600
+_LEAST_DIVISOR = 1e-290
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,10 @@ class _Response:
     scale: float
     beta: float
     k: float
+
+    def over(self, unit: float) -> "_Response":
+        """That of values over a unit, whose D is this one's over the square of it."""
+        return replace(self, k=self.k / unit / unit)
 
     def divisor(self, values: Tensor) -> Tensor:
         """D = k + scale * sum over the window of x^2; values of shape (outer, channels, inner)."""
@@ -96,8 +105,9 @@ def local_response_norm(
     (onnx): the same for an odd size, mirrored for an even one. Beyond the first and the last channel there are zeros,
     and the sum is always divided by the size.
 
-    Computed in float32 (float64 inputs, and float32 ones whose squares leave the datatype: float64), rounded once to
-    the input's datatype. No argument is changed. The output is differentiable in the input, to every order.
+    Computed in float32 (float64 inputs, and float32 ones whose squares leave the datatype: float64; where squares leave
+    float64, values are scaled by a power of two), rounded once to the input's datatype. No argument is changed. The
+    output is differentiable in the input, to every order.
 
     Args:
         input: (N, C, *), float16, bfloat16, float32 or float64; it may be empty.
@@ -144,8 +154,7 @@ class _LocalResponse(torch.autograd.Function):
         slab = Slab.of(input, channel_axis=1)
         output = torch.empty_like(slab.values)
         for part, target in zip(blocks(slab.values), blocks(output), strict=True):
-            values, divisor = _with_divisor(part, response)
-            target.copy_(response.output(values, divisor))
+            target.copy_(_output(*_with_divisor(part, response), response))
         return slab.restore(output)
 
     @staticmethod
@@ -162,8 +171,46 @@ def _gradient(input: Tensor, grad_output: Tensor, response: _Response) -> Tensor
     gradient = torch.empty_like(slab.values)
     for part, grad_part, target in zip(blocks(slab.values), blocks(grad_values), blocks(gradient), strict=True):
         values, divisor = _with_divisor(part, response)
-        target.copy_(response.gradient(values, grad_part.to(values.dtype), divisor))
+        target.copy_(_input_gradient(values, divisor, grad_part.to(values.dtype), response))
     return slab.restore(gradient)
+
+
+def _output(values: Tensor, divisor: Tensor, response: _Response) -> Tensor:
+    """The values times D^-beta; where D leaves float64, found from values over a power of two."""
+    output = response.output(values, divisor)
+    for unit, is_beyond in _beyond_float64(divisor):
+        scaled, smaller = response.over(unit), values / unit
+        found = scaled.output(smaller, scaled.divisor(smaller))
+        output = torch.where(is_beyond, _times_power(found, unit, 1 - 2 * response.beta), output)
+    return output
+
+
+def _input_gradient(values: Tensor, divisor: Tensor, grad_output: Tensor, response: _Response) -> Tensor:
+    gradient = response.gradient(values, grad_output, divisor)
+    for unit, is_beyond in _beyond_float64(divisor):
+        scaled, smaller = response.over(unit), values / unit
+        found = scaled.gradient(smaller, grad_output, scaled.divisor(smaller))
+        # Where any of the windows that have the channel is of usual size, it outweighs the others.
+        usual = _window_sums((~is_beyond).double(), before=response.after, after=response.before)
+        gradient = torch.where(usual == 0, _times_power(found, unit, -2 * response.beta), gradient)
+    return gradient
+
+
+def _beyond_float64(divisor: Tensor) -> Iterator[tuple[float, Tensor]]:
+    """Units of values whose squares leave float64, and where they do."""
+    if divisor.dtype != torch.float64 or not divisor.numel():
+        return
+    least, most = torch.aminmax(divisor)
+    if bool(most == torch.inf):
+        yield _UNIT, divisor == torch.inf
+    if bool(least < _LEAST_DIVISOR):
+        yield 1 / _UNIT, divisor < _LEAST_DIVISOR
+
+
+def _times_power(values: Tensor, unit: float, exponent: float) -> Tensor:
+    """In halves, since the power alone may leave float64; zeros stay."""
+    half = math.exp2(min(max(math.log2(unit) * exponent / 2, -1e3), 1e3))
+    return values * half * half
 
 
 def _differentiable_gradient(input: Tensor, grad_output: Tensor, response: _Response) -> Tensor:

@@ -9,10 +9,9 @@ from normcore._checks import check_axis, check_eps, check_floating, check_rank, 
 from normcore._precision import accumulation_dtype
 from normcore.errors import ParameterError
 from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
-from normcore.normalization.vector_norm import vector_norm
+from normcore.normalization.vector_norm import Norm
 
 _ORDERS = ("1", "2", "inf")
-_BLOCK_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +54,9 @@ def lp_norm(
     y = x / max(||x||_p, eps), and 0 where x is a vector of zeros
     dx = (dy - <dy, y> sign(x) |y|^(p - 1)) / ||x||_p;  dy / eps where ||x||_p < eps, and 0 where x is zero
 
-    Vectors are scaled by a power of two where their norm would overflow or underflow, so that every finite vector that
-    is not zero comes out with norm 1. Sums and quotients are float32 (float64 inputs: float64), rounded once to the
-    input's datatype. No argument is changed. The output is differentiable in the input, to every order.
+    Sums and quotients are float64, rounded once to the input's datatype, and float64 vectors are scaled by a power of
+    two where their norm would overflow or underflow: every finite vector that is not zero comes out with norm 1. No
+    argument is changed. The output is differentiable in the input, to every order.
 
     torch.nn.functional.normalize has axis 1 and eps 1e-12 by default; ONNX LpNormalization has axis -1 and no eps.
 
@@ -83,35 +82,14 @@ def lp_norm(
     """
     check_floating("input", input)
     check_rank("input", input, minimum=1)
-    axes = (check_axis("axis", axis, rank=input.ndim),)
+    norm = Norm(_order(p), (check_axis("axis", axis, rank=input.ndim),), eps)
     _check_bound(eps, input)
-    order = _order(p)
+    output, norms = norm.divide(input)
     if grad_output is None:
-        output, norm = _in_blocks(input, order, axes=axes, eps=eps)
-        return LpNormResult(output, norm, None, eps)
+        return LpNormResult(output, norms, None, eps)
     check_shape("grad_output", grad_output, input.shape, meaning="that of the input")
-    norms = vector_norm(input, p=order, axes=axes)
-    divisor = norms.at_least(eps)
-    grad_input = divisor.gradient(grad_output, input, p=order, axes=axes).to(input.dtype)
-    return LpNormResult(divisor.divide(input).to(input.dtype), norms.value, grad_input, eps)
-
-
-def _in_blocks(input: Tensor, order: float, *, axes: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
-    """Output and norms, a few samples at a time where that keeps what is between them in the cache."""
-    samples = max(1, _BLOCK_ELEMENTS * input.shape[0] // max(1, input.numel()))
-    has_gradient = torch.is_grad_enabled() and input.requires_grad
-    # Along the last axis, without conversion, there is nothing in between.
-    is_direct = axes == (input.ndim - 1,) and input.dtype == accumulation_dtype(input.dtype)
-    is_whole = axes == (0,) or samples >= input.shape[0] or is_direct
-    if is_whole or has_gradient or input.device.type != "cpu":
-        norms = vector_norm(input, p=order, axes=axes)
-        return norms.at_least(eps).divide(input).to(input.dtype), norms.value
-    output, values = torch.empty_like(input), []
-    for part, target in zip(torch.split(input, samples), torch.split(output, samples), strict=True):
-        norms = vector_norm(part, p=order, axes=axes)
-        target.copy_(norms.at_least(eps).divide(part))
-        values.append(norms.value)
-    return output, torch.cat(values)
+    grad_input, _ = norm.gradients(grad_output, input)
+    return LpNormResult(output, norms, grad_input, eps)
 
 
 def _check_bound(eps: float, input: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Mean-variance normalization: values centred and divided by standard deviation plus eps, over any axes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,7 @@ from normcore._slab import Slab
 from normcore.normalization.closed_forms import Statistics
 from normcore.normalization.kernel import own_statistics, standardize
 from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
-
-# Sums of squares in float32 lose what is below; where no larger eps hides that, the sums are made in float64.
-_LEAST_FLOAT32_VAR = 1e-30
-_LEAST_HIDING_EPS = 1e-12
+from normcore.normalization.value_findings import FEW_VALUES, tails, unresolved
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +27,7 @@ class MeanVarianceNormResult:
         invstd: 1 / (sqrt(var) + eps); the same shape.
         grad_input: gradient of the input, where grad_output was given.
         eps: what was added to the standard deviations.
+        input: what was normalized, for diagnostics.
     """
 
     output: Tensor
@@ -38,23 +36,30 @@ class MeanVarianceNormResult:
     invstd: Tensor | None = None
     grad_input: Tensor | None = None
     eps: float = 0.0
+    input: Tensor | None = field(default=None, repr=False)
 
     def diagnostics(self) -> dict[str, JSON]:
         """What makes the result questionable: numbers of groups of values that share a mean."""
-        if self.mean is None or self.var is None or self.invstd is None:
+        if self.mean is None or self.var is None or self.invstd is None or self.input is None:
             return {}
         flags = {
             # A variance may be too small for its datatype, and the deviations sound.
             "constant_groups": self.var == 0 if self.eps else self.invstd == 0,
             "eps_dominated_groups": (self.var > 0) & (self.var.sqrt() < self.eps),
+            "unresolved_groups": unresolved(self.mean, self.var, self.output.dtype),
             "non_finite_groups": ~(self.mean.isfinite() & self.invstd.isfinite()),
         }
         counts = {name: int(flag.sum()) for name, flag in flags.items()}
-        return {name: count for name, count in counts.items() if count}
+        findings: dict[str, JSON] = {name: count for name, count in counts.items() if count}
+        if (values := self.input.numel() // self.mean.numel()) < FEW_VALUES:
+            findings["few_values_per_group"] = values
+        if counts["non_finite_groups"] and (values := int((~self.input.isfinite()).sum())):
+            findings["non_finite_values"] = values
+        return findings | tails(self.input, self.output.detach())
 
 
 def mean_variance_norm(
-    input: Tensor, grad_output: Tensor | None = None, *, axes: str | Sequence[int] = "0,2,3", eps: float = 1e-9
+    input: Tensor, grad_output: Tensor | None = None, *, axes: str | int | Sequence[int] = "0,2,3", eps: float = 1e-9
 ) -> MeanVarianceNormResult:
     """Mean-variance normalization over the given axes.
 
@@ -62,7 +67,7 @@ def mean_variance_norm(
     dx = (dy - mean(dy)) / (sqrt(var) + eps) - y mean(dy y) / sqrt(var)
 
     The variance is biased, and eps is added outside the root, as in ONNX MeanVarianceNormalization; batch norm and its
-    kin add it inside. Sums are accumulated as in batch norm, the mean is held as the sum of two numbers, and the output
+    kin add it inside. Sums are accumulated as in batch norm, and the output
     is rounded once to the input's datatype. No argument is changed. The output is differentiable in the input, to every
     order; values that are all equal count as having no slope of the deviation.
 
@@ -99,7 +104,7 @@ def mean_variance_norm(
     grad_input = None if grad_output is None else _gradient(input, grad_output, kept, by, eps=eps)
     dtype = accumulation_dtype(input.dtype)
     mean, var, invstd = (values.to(dtype, copy=True) for values in (by.mean, by.var, by.invstd))
-    return MeanVarianceNormResult(output, mean, var, invstd, grad_input, eps)
+    return MeanVarianceNormResult(output, mean, var, invstd, grad_input, eps, input.detach())
 
 
 class _Normalize(torch.autograd.Function):
@@ -118,21 +123,17 @@ class _Normalize(torch.autograd.Function):
 @torch.no_grad()
 def _statistics(input: Tensor, axes: tuple[int, ...], *, eps: float) -> Statistics:
     by = own_statistics(input, axes=axes, eps=0.0)
-    is_lost = (by.var < _LEAST_FLOAT32_VAR).any() if eps < _LEAST_HIDING_EPS else False
-    if by.center.dtype == torch.float32 and bool(is_lost):
-        by = own_statistics(input.double(), axes=axes, eps=0.0)
     return replace(by, invstd=_inverse(by.var.sqrt() + eps).masked_fill(~by.var.isfinite(), torch.nan))
 
 
 def _standardize(input: Tensor, by: Statistics) -> Tensor:
-    values = input.double() if by.center.dtype == torch.float64 else input
-    return standardize(values, by, None, None).to(input.dtype)
+    return standardize(input, by, None, None)
 
 
 def _gradient(input: Tensor, grad_output: Tensor, kept: tuple[int, ...], by: Statistics, *, eps: float) -> Tensor:
     is_differentiable = torch.is_grad_enabled() and (input.requires_grad or grad_output.requires_grad)
     # Derivatives of higher order need the statistics as functions of the input, and take float64 for all of it.
-    dtype = torch.float64 if is_differentiable else by.center.dtype
+    dtype = torch.float64 if is_differentiable else accumulation_dtype(input.dtype)
     slab = Slab.keeping(input.to(dtype), kept)
     grad = slab.seen_alike(grad_output.to(dtype))
     if is_differentiable:
@@ -172,7 +173,7 @@ MEAN_VARIANCE_NORM = Method(
         TensorArgument("grad_output", "gradient of the output; gives grad_input", "(*), as the input"),
     ),
     parameters=(
-        Parameter("axes", "str", "0,2,3", "Axes to reduce, such as 0,2,3; negative ones count from the back."),
+        Parameter("axes", "ints", "0,2,3", "Axes to reduce, such as 0,2,3; negative ones count from the back."),
         Parameter("eps", "float", 1e-9, "Added to the standard deviation, outside the root.", minimum=0.0),
     ),
     outputs=(

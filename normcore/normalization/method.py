@@ -8,11 +8,19 @@ from typing import Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
+from normcore._checks import INTEGERS_RULE, check_integers, check_shape, shown
 from normcore.errors import ParameterError
 
 ParameterValue = str | bool | int | float | None
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
+_RULES = {
+    "bool": "true or false",
+    "int": "an integer",
+    "ints": INTEGERS_RULE,
+    "float": "a finite number",
+    "str": "a name",
+}
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -29,10 +37,14 @@ class TensorArgument:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A scalar that a method takes. A caller who gives none gets the default; None is a value of its own."""
+    """A scalar that a method takes. A caller who gives none gets the default; None is a value of its own.
+
+    Attributes:
+        kind: ints are integers as a text such as "2,3", or a single integer.
+    """
 
     name: str
-    kind: Literal["bool", "int", "float", "str"]
+    kind: Literal["bool", "int", "ints", "float", "str"]
     default: ParameterValue
     description: str
     is_nullable: bool = False
@@ -52,7 +64,7 @@ class Parameter:
         """
         if self.is_nullable and text == "null":
             return None
-        if self.kind == "str":
+        if self.kind in ("str", "ints"):
             return self.check(text)
         if self.kind == "bool" and text in ("true", "false"):
             return text == "true"
@@ -74,6 +86,8 @@ class Parameter:
             if self.is_nullable:
                 return None
             raise self._refusal(value)
+        if self.kind == "ints":
+            return ",".join(map(str, check_integers(self.name, value)))
         if not isinstance(value, bool | str):
             value = next((choice for choice in self.choices if _is_text_of(value, choice)), value)
         if isinstance(value, bool | str):
@@ -96,10 +110,11 @@ class Parameter:
         return number > self.minimum if self.exclusive_minimum else number >= self.minimum
 
     def _refusal(self, value: ParameterValue) -> ParameterError:
-        return ParameterError(self.name, expected=self._rule(), received=f"{value!r} ({type(value).__name__})")
+        received = "null" if value is None else f"{shown(value)} ({type(value).__name__})"
+        return ParameterError(self.name, expected=self._rule(), received=received)
 
     def _rule(self) -> str:
-        rule = {"bool": "true or false", "int": "an integer", "float": "a finite number", "str": "a name"}[self.kind]
+        rule = _RULES[self.kind]
         if self.choices:
             rule = f"one of {', '.join(self.choices)}"
         if self.minimum is not None:
@@ -159,7 +174,8 @@ class Method:
     ) -> MethodResult:
         """Check everything, compute, and return the outputs named, or all that apply.
 
-        A parameter that is not in the mapping takes its default.
+        A parameter that is not in the mapping takes its default. Where outputs are named and no gradient is among them,
+        none is computed.
 
         Raises:
             ParameterError: an unknown tensor, parameter or output, a required tensor that is missing, a value that
@@ -172,7 +188,7 @@ class Method:
             if tensor.is_required and tensor.name not in tensors:
                 raise ParameterError(tensor.name, expected=f"a tensor of shape {tensor.shape}", received="none")
         values = self.check_parameters(parameters)
-        return self._select(self.function(**tensors, **values), outputs)
+        return self._select(self.function(**self._needed(tensors, outputs), **values), outputs)
 
     def check_parameters(self, parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
         """The parameters in their own types; those not given stay absent.
@@ -202,16 +218,23 @@ class Method:
                 expected = f"for {self.name} among {', '.join(known)}"
                 raise ParameterError(argument, expected=expected, received=repr(name))
 
+    def _needed(self, tensors: Mapping[str, Tensor], outputs: Collection[str] | None) -> Mapping[str, Tensor]:
+        """The tensors without the output's gradient where no gradient is asked for."""
+        if outputs is None or "grad_output" not in tensors or any(name.startswith("grad_") for name in outputs):
+            return tensors
+        check_shape("grad_output", tensors["grad_output"], tensors["input"].shape, meaning="that of the input")
+        return {name: tensor for name, tensor in tensors.items() if name != "grad_output"}
+
     def _select(self, result: FunctionResult, outputs: Collection[str] | None) -> MethodResult:
-        found: dict[str, Tensor | None] = {output.name: getattr(result, output.name) for output in self.outputs}
-        applicable = {name: tensor for name, tensor in found.items() if tensor is not None}
-        if outputs is None:
-            return MethodResult(applicable, result.diagnostics())
-        for output in self.outputs:
-            if output.name in outputs and output.name not in applicable:
-                expected = f"outputs that apply to this call ({', '.join(applicable)})"
-                raise ParameterError("outputs", expected=expected, received=f"{output.name!r}: {output.description}")
-        return MethodResult({name: applicable[name] for name in applicable if name in outputs}, result.diagnostics())
+        asked = [output for output in self.outputs if outputs is None or output.name in outputs]
+        found: dict[str, Tensor | None] = {output.name: getattr(result, output.name) for output in asked}
+        selected = {name: tensor for name, tensor in found.items() if tensor is not None}
+        if outputs is not None and len(selected) < len(asked):
+            applicable = (output.name for output in self.outputs if getattr(result, output.name) is not None)
+            missing = next(output for output in asked if output.name not in selected)
+            expected = f"outputs that apply to this call ({', '.join(applicable)})"
+            raise ParameterError("outputs", expected=expected, received=f"{missing.name!r}: {missing.description}")
+        return MethodResult(selected, result.diagnostics())
 
 
 def _is_text_of(number: float, text: str) -> bool:

@@ -1,24 +1,24 @@
 """What layer, RMS, group and instance norm share: groups within a sample, their statistics, gradients and findings."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from normcore._checks import check_floating, check_integers, check_shape
+from normcore._checks import check_floating, check_integers, check_mask, check_out, check_shape
 from normcore._precision import accumulation_dtype
-from normcore.errors import DtypeError, ShapeError, StatisticsError
+from normcore.errors import ShapeError, StatisticsError
 from normcore.normalization.gradients import (
     Gradients,
     Standardized,
     Statistics,
-    differentiable,
+    standardize_by,
     standardize_gradients,
     standardize_over,
 )
-from normcore.normalization.groups import standardize_groups, standardize_groups_by
 from normcore.normalization.method import JSON, Output, TensorArgument
+from normcore.normalization.value_findings import FEW_VALUES, tails, unresolved
 
 MASK = TensorArgument(
     "mask", "BOOL, true where a value counts in the statistics; all are normalized", "broadcasts against the input"
@@ -44,6 +44,7 @@ class PerSampleResult:
         grad_weight: the weight's shape.
         grad_bias: the bias's shape.
         count: values behind each statistic, where the statistics are the input's own.
+        input: what was normalized, for diagnostics.
     """
 
     output: Tensor
@@ -54,9 +55,14 @@ class PerSampleResult:
     grad_weight: Tensor | None = None
     grad_bias: Tensor | None = None
     count: int | Tensor | None = None
+    input: Tensor | None = field(default=None, kw_only=True, repr=False)
 
     def diagnostics(self) -> dict[str, JSON]:
-        """What makes the result questionable: numbers of groups (of values that share their statistics)."""
+        """What makes the result questionable: numbers of groups (of values that share their statistics).
+
+        few_values_per_group: the least count, below 8. unresolved_groups: a deviation is less than two steps of the
+        input's datatype. non_finite_values: their number. share_beyond_4_before and _after: as in batch norm.
+        """
         if self.var is None or self.invstd is None:
             return {}
         is_finite = self.var.isfinite() & self.invstd.isfinite()
@@ -70,8 +76,17 @@ class PerSampleResult:
             "eps_dominated_groups": self.var.double() * self.invstd.double().square() < 0.5,
             "non_finite_groups": ~is_finite,
         }
+        if self.mean is not None and is_own:
+            flags["unresolved_groups"] = unresolved(self.mean, self.var, self.output.dtype)
         counts = {name: int(flag.sum()) for name, flag in flags.items()}
-        return {name: count for name, count in counts.items() if count}
+        findings: dict[str, JSON] = {name: count for name, count in counts.items() if count}
+        if self.count is not None and (fewest := int(torch.as_tensor(self.count).min())) < FEW_VALUES:
+            findings["few_values_per_group"] = fewest
+        if self.input is None:
+            return findings
+        if counts["non_finite_groups"] and (values := int((~self.input.isfinite()).sum())):
+            findings["non_finite_values"] = values
+        return findings | tails(self.input, self.output.detach())
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +98,7 @@ class Operands:
         affine: shape of weight and bias in front of the view, (1 or N, G, C, 1) or (1, 1, 1, S).
         affine_shape: their own shape.
         statistics_shape: shape in which statistics are given.
+        out: takes the output.
     """
 
     input: Tensor
@@ -94,12 +110,15 @@ class Operands:
     affine: tuple[int, int, int, int]
     affine_shape: tuple[int, ...]
     statistics_shape: tuple[int, ...]
+    out: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.grad_output is not None:
             check_shape("grad_output", self.grad_output, self.input.shape, meaning="that of the input")
         if self.mask is not None:
-            check_mask(self.mask, self.input)
+            check_mask("mask", self.mask, self.input.shape, meaning="the input's")
+        if self.out is not None:
+            check_out("out", self.out, self.input)
 
     def standardize(self, *, eps: float, has_mean: bool = True) -> PerSampleResult:
         """By the statistics of each group."""
@@ -107,24 +126,24 @@ class Operands:
             return self._empty()
         values, weight, bias = self._views()
         mask = self._counted()
-        if mask is not None:
-            found = standardize_over(values, weight, bias, axes=(2, 3), eps=eps, has_mean=has_mean, mask=mask)
-            return self._result(found)
-        with torch.no_grad():
-            found = standardize_groups(values, weight, bias, eps=eps, has_mean=has_mean)
-        return self._result(differentiable(found, values, weight, bias))
+        return self._result(
+            standardize_over(
+                values, weight, bias, axes=(2, 3), eps=eps, has_mean=has_mean, mask=mask, out=self._target()
+            )
+        )
 
     def standardize_by(self, mean: Tensor, var: Tensor, *, eps: float) -> PerSampleResult:
         """By a given mean and variance of each of G groups."""
         values, weight, bias = self._views()
-        mean, var = (statistic.detach().view(1, -1, 1, 1) for statistic in (mean, var))
-        with torch.no_grad():
-            found = standardize_groups_by(values, weight, bias, mean=mean, var=var, eps=eps)
-        return self._result(differentiable(found, values, weight, bias))
+        mean, var = (statistic.view(1, -1, 1, 1) for statistic in (mean, var))
+        return self._result(standardize_by(values, weight, bias, mean=mean, var=var, eps=eps, out=self._target()))
 
     def _views(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         weight, bias = (None if term is None else term.reshape(self.affine) for term in (self.weight, self.bias))
         return self.input.reshape(self.view), weight, bias
+
+    def _target(self) -> Tensor | None:
+        return None if self.out is None else self.out.reshape(self.view)
 
     def _counted(self) -> Tensor | None:
         """The mask in the view's shape; every group counts a value."""
@@ -147,9 +166,13 @@ class Operands:
         if isinstance(count, Tensor):
             count = count.reshape(self.statistics_shape)
         output = found.output.reshape(self.input.shape)
+        if self.out is not None:
+            # A memory format that allows no such view has made a copy.
+            output = self.out if output.data_ptr() == self.out.data_ptr() else self.out.copy_(output)
         grad_input, grad_weight, grad_bias = self._gradients(by)
         given_mean = mean if by.has_mean else None
-        return PerSampleResult(output, given_mean, var, invstd, grad_input, grad_weight, grad_bias, count)
+        grads = (grad_input, grad_weight, grad_bias)
+        return PerSampleResult(output, given_mean, var, invstd, *grads, count, input=self.input.detach())
 
     def _gradients(self, by: Statistics) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.grad_output is None:
@@ -209,14 +232,3 @@ def check_channel_affine(weight: Tensor | None, bias: Tensor | None, *, input: T
         received = f"shape {tuple(given[-1][1].shape)}"
         raise ShapeError("bias", expected=f"the weight's shape {shape}", received=received)
     return shape
-
-
-def check_mask(mask: Tensor, input: Tensor) -> None:
-    """Refuse what is not BOOL, or does not broadcast to the input's shape."""
-    if mask.dtype != torch.bool:
-        raise DtypeError("mask", expected="bool", received=str(mask.dtype).removeprefix("torch."))
-    own, full = tuple(mask.shape), tuple(input.shape)
-    sizes = zip(reversed(own), reversed(full), strict=False)
-    if len(own) > len(full) or any(size not in (1, whole) for size, whole in sizes):
-        expected = f"a shape that broadcasts to the input's {full}"
-        raise ShapeError("mask", expected=expected, received=f"shape {own}")

@@ -1,7 +1,7 @@
 """RMS normalization: every sample divided by its root mean square over its last axes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class RmsNormResult:
         grad_input: gradient of the input, where grad_output was given.
         grad_weight: gradient of the weight, where grad_output was given.
         eps: the number that was added.
+        input: what was normalized, for diagnostics.
     """
 
     output: Tensor
@@ -37,10 +38,12 @@ class RmsNormResult:
     grad_input: Tensor | None
     grad_weight: Tensor | None
     eps: float
+    input: Tensor | None = field(default=None, repr=False)
 
     def diagnostics(self) -> dict[str, JSON]:
         """What makes the result questionable: numbers of groups (samples)."""
-        findings = PerSampleResult(self.output, var=self.mean_square, invstd=self.invstd).diagnostics()
+        given = PerSampleResult(self.output, var=self.mean_square, invstd=self.invstd, input=self.input)
+        findings = given.diagnostics()
         if self.mean_square is not None and bool((self.mean_square == 0).any()):
             findings["zero_groups"] = int((self.mean_square == 0).sum())
         return findings
@@ -54,13 +57,14 @@ def rms_norm(
     *,
     normalized_shape: str | int | Sequence[int] | None = None,
     eps: float | None = None,
+    out: Tensor | None = None,
 ) -> RmsNormResult:
     """RMS normalization over the last axes, D values of each sample.
 
     y = x / sqrt(mean(x^2) + eps) * weight
     dx = s * (a - xh * mean(a * xh)), with a = weight * dy, xh = x * s, s = (mean(x^2) + eps)^-1/2
 
-    Squares are summed in float32, in float64 where they would overflow (float64 inputs: always); the output is
+    Squares are summed in float64, and of half precision in float32 within blocks where that holds them; the output is
     rounded once to the input's datatype. No argument is changed. The output is differentiable in input and weight, to
     every order.
 
@@ -72,13 +76,15 @@ def rms_norm(
         normalized_shape: sizes of the last axes, as integers or as text; None: the last axis.
         eps: >= 0; None: the machine epsilon of the datatype computed in, 1.19e-7, or 2.22e-16 for a float64 input, as
             torch has it. ONNX has 1e-5. A sample of zeros with eps 0 gives NaN.
+        out: takes the output; of the input's shape, datatype and memory format, in memory of its own, and without
+            gradients to be recorded.
 
     Returns:
         Output, and statistics of shape (*, 1, ...), as the gradient of the weight float64 for a float64 input, else
         float32.
 
     Raises:
-        DtypeError: a tensor that is not floating, or a mask that is not bool.
+        DtypeError: a tensor that is not floating, a mask that is not bool, or an out of another datatype or device.
         ShapeError: an input that does not end in normalized_shape, or another tensor that does not fit.
         ParameterError: normalized_shape or eps out of bounds.
         StatisticsError: a mask that leaves a sample without any value.
@@ -88,11 +94,12 @@ def rms_norm(
             [0.0000, 0.0000]])
     """
     operands = operands_over_trailing_axes(
-        input, weight, None, grad_output, mask, normalized_shape=normalized_shape, eps=eps
+        input, weight, None, grad_output, mask, normalized_shape=normalized_shape, eps=eps, out=out
     )
     added = torch.finfo(accumulation_dtype(input.dtype)).eps if eps is None else eps
     found = operands.standardize(eps=added, has_mean=False)
-    return RmsNormResult(found.output, found.var, found.invstd, found.grad_input, found.grad_weight, added)
+    outputs = (found.output, found.var, found.invstd, found.grad_input, found.grad_weight)
+    return RmsNormResult(*outputs, added, found.input)
 
 
 RMS_NORM = Method(

@@ -1,5 +1,6 @@
 """Spectral normalization: a weight divided by the largest singular value of its matrix."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +10,6 @@ from normcore._checks import check_axis, check_floating, check_rank, check_shape
 from normcore._precision import accumulation_dtype
 from normcore.errors import ShapeError, StatisticsError
 from normcore.normalization.method import JSON, Method, Output, Parameter, ParameterValue, TensorArgument
-from normcore.normalization.vector_norm import vector_norm
 
 # What torch makes when a weight is registered.
 _FIRST_ITERATIONS = 15
@@ -95,12 +95,17 @@ def spectral_norm(
     axis = check_axis("axis", axis, rank=input.ndim)
     options: dict[str, ParameterValue] = {"iterations": iterations, "exact": exact}
     SPECTRAL_NORM.check_parameters(options)
-    values, scale = _scaled(input)
-    matrix = values.movedim(axis, 0).flatten(1) if input.ndim > 1 else values[:, None]
-    u, v = _checked_state(matrix, u, v, exact=exact)
-    sigma, u, v = _decomposed(matrix) if exact else _iterated(matrix, u, v, iterations=iterations)
+    values = input.to(accumulation_dtype(input.dtype))
+    state = _checked_state(_matrix(values, axis), u, v, exact=exact)
+    sigma, u, v = _largest(_matrix(values, axis), *state, iterations=iterations, exact=exact)
+    scale = 1.0
+    if not _is_usual(sigma):
+        # What is summed leaves the datatype, or is zero.
+        scale = _power_of_two(values)
+        values = values / scale
+        sigma, u, v = _largest(_matrix(values, axis), *state, iterations=iterations, exact=exact)
     is_zero = bool(sigma == 0)
-    if is_zero and bool(matrix.any()):
+    if is_zero and bool(values.any()):
         raise StatisticsError("v", expected="u and v with u^T W v other than 0", received="vectors orthogonal to W")
     # A matrix of zeros times 0 is zeros without a slope.
     output = values * 0.0 if is_zero else values / sigma
@@ -109,20 +114,32 @@ def spectral_norm(
         return result
     check_shape("grad_output", grad_output, input.shape, meaning="that of the input")
     grad_values = grad_output.to(values.dtype)
-    slope = torch.outer(u, v).reshape(values.movedim(axis, 0).shape).movedim(0, axis)
-    deviation = grad_values - (grad_values * output).sum() * slope
-    grad_input = deviation * 0.0 if is_zero else deviation / sigma / scale
+    projection = (grad_values * output).sum()
+    slope = torch.outer(projection * u, v).view(values.movedim(axis, 0).shape).movedim(0, axis)
+    deviation = grad_values - slope
+    grad_input = deviation * 0.0 if is_zero else deviation / (sigma * scale)
     return replace(result, grad_input=grad_input.to(input.dtype))
 
 
-def _scaled(input: Tensor) -> tuple[Tensor, Tensor]:
-    """The input in the datatype computed in, over a power of two."""
-    values = input.to(accumulation_dtype(input.dtype))
-    scale = vector_norm(values.detach().flatten(), p=2, axes=(0,)).scale
-    if scale is None:
-        return values, torch.ones((), dtype=values.dtype, device=values.device)
-    scale = scale.reshape(())
-    return values / scale, scale
+def _matrix(values: Tensor, axis: int) -> Tensor:
+    return values.movedim(axis, 0).flatten(1) if values.ndim > 1 else values[:, None]
+
+
+def _is_usual(sigma: Tensor) -> bool:
+    limit = torch.finfo(sigma.dtype).max ** 0.4
+    return bool(1 / limit < abs(float(sigma.detach())) < limit)
+
+
+def _power_of_two(values: Tensor) -> float:
+    """The largest one that is not above the largest value; 1 where that is 0 or not finite."""
+    peak = float(values.detach().abs().max())
+    return math.ldexp(1.0, math.frexp(peak)[1] - 1) if 0 < peak < math.inf else 1.0
+
+
+def _largest(
+    matrix: Tensor, u: Tensor | None, v: Tensor | None, *, iterations: int, exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _decomposed(matrix) if exact else _iterated(matrix, u, v, iterations=iterations)
 
 
 def _checked_state(
@@ -151,20 +168,22 @@ def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _iterated(matrix: Tensor, u: Tensor | None, v: Tensor | None, *, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """u^T W v, and u and v after the iterations."""
-    with torch.no_grad():
-        if u is None and v is None:
-            if iterations == 0:
-                raise StatisticsError("u", expected="u or v with iterations 0", received="none")
-            iterations += _FIRST_ITERATIONS
-        if v is None:
-            v = _start(matrix, axis=1)
-            v = v if u is None else _unit(matrix.T @ u, otherwise=v)
-        if u is None:
-            u = _unit(matrix @ v, otherwise=_start(matrix, axis=0))
-        for _ in range(iterations):
-            u = _unit(matrix @ v, otherwise=u)
-            v = _unit(matrix.T @ u, otherwise=v)
-    return torch.dot(u, matrix @ v), u, v
+    constant = matrix.detach()
+    if u is None and v is None:
+        if iterations == 0:
+            raise StatisticsError("u", expected="u or v with iterations 0", received="none")
+        iterations += _FIRST_ITERATIONS
+    if v is None:
+        v = _start(matrix, axis=1)
+        v = v if u is None else _unit(constant.T @ u, otherwise=v)
+    if u is None:
+        u = _unit(constant @ v, otherwise=_start(matrix, axis=0))
+    product = None
+    for _ in range(iterations):
+        u = _unit(constant @ v, otherwise=u)
+        product = matrix.T @ u
+        v = _unit(product.detach(), otherwise=v)
+    return torch.dot(matrix.T @ u if product is None else product, v), u, v
 
 
 def _start(matrix: Tensor, *, axis: int) -> Tensor:
@@ -177,9 +196,8 @@ def _start(matrix: Tensor, *, axis: int) -> Tensor:
 
 def _unit(vector: Tensor, *, otherwise: Tensor) -> Tensor:
     """The vector with length 1; the other one where it has no direction, so that the state survives."""
-    norm = vector_norm(vector, p=2, axes=(0,))
-    has_direction = norm.scaled.isfinite() & (norm.scaled > 0)
-    return torch.where(has_direction, norm.divide(vector), otherwise)
+    norm = torch.linalg.vector_norm(vector, dtype=torch.float64)
+    return vector / norm if 0 < float(norm) < math.inf else otherwise
 
 
 SPECTRAL_NORM = Method(

@@ -12,10 +12,10 @@ and has the gradients of weight and bias of its own shard in its own sums: what 
 workers reduces them too. A worker without samples takes part like any other.
 """
 
+import torch
 from torch import Tensor
 
 from normcore._checks import check_eps
-from normcore._precision import accumulation_dtype, split
 from normcore.errors import ShapeError, StatisticsError
 from normcore.normalization.batch_view import BatchView
 from normcore.normalization.closed_forms import Statistics, invstd_of
@@ -66,8 +66,8 @@ def standardize_shard(
     Args:
         shard: (n, C, *), floating; it may be empty.
         batch: moments of all shards, merged.
-        weight: (C,).
-        bias: (C,).
+        weight: (C,), or (n, C) for weights of each sample.
+        bias: the weight's shape.
         eps: > 0.
         channel_axis: axis of the channels, from the back where negative.
 
@@ -101,12 +101,12 @@ def shard_gradient_sums(
         grad_output: gradient of the shard's output.
         shard: (n, C, *).
         batch: moments of all shards, merged.
-        weight: (C,).
+        weight: (C,), or (n, C) for weights of each sample.
         eps: that of the forward.
         channel_axis: that of the forward.
 
     Returns:
-        Sums of shape (C,).
+        Sums of shape (C,); the gradients of weight and bias in the weight's.
 
     >>> import torch
     >>> shard = torch.tensor([[1.0], [3.0]])
@@ -117,8 +117,11 @@ def shard_gradient_sums(
     view.check_grad_output(grad_output)
     by = merged_statistics(view, batch, eps=eps)
     front, _ = view.affine(weight, None)
-    sums = gradient_sums(grad_output, shard, front, by, affine_shape=tuple(by.center.shape))
-    return GradientSums(*(term.flatten() for term in (sums.total, sums.dot, sums.weight, sums.bias)))
+    affine_shape = tuple(by.center.shape if front is None else front.shape)
+    sums = gradient_sums(grad_output, shard, front, by, affine_shape=affine_shape)
+    own_shape = (view.num_features,) if weight is None else weight.shape
+    of_affine = (term.view(own_shape) for term in (sums.weight, sums.bias))
+    return GradientSums(sums.total.flatten(), sums.dot.flatten(), *of_affine)
 
 
 def shard_gradient(
@@ -140,7 +143,7 @@ def shard_gradient(
         grad_output: gradient of the shard's output.
         shard: (n, C, *).
         batch: moments of all shards, merged.
-        weight: (C,).
+        weight: (C,), or (n, C) for weights of each sample.
         total: (C,), that of `shard_gradient_sums` summed over all shards.
         dot: (C,), the same.
         eps: that of the forward.
@@ -173,5 +176,4 @@ def merged_statistics(view: BatchView, batch: Moments, *, eps: float) -> Statist
         expected = "more than 1 value per channel when training"
         raise StatisticsError("batch", expected=expected, received=f"{int(batch.count.min())}")
     mean, var, count = (view.per_channel(term) for term in (batch.mean, batch.var(), batch.count))
-    center, offset = split(mean, accumulation_dtype(view.input.dtype))
-    return Statistics(center, offset, var, invstd_of(var, eps=eps), eps, view.axes, count)
+    return Statistics(mean, torch.zeros_like(mean), var, invstd_of(var, eps=eps), eps, view.axes, count)

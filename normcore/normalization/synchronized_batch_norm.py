@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from normcore._checks import check_eps, check_per_channel, check_rank
+from normcore._checks import check_eps, check_rank
 from normcore._precision import accumulation_dtype
 from normcore.errors import DtypeError, ParameterError, ShapeError
 from normcore.normalization.batch_norm import BATCH_NORM, batch_norm
@@ -80,8 +81,8 @@ def synchronized_batch_norm(
         shards: one or more of (n, C, *), the samples along axis 0, alike in all but their number.
         running_mean: (C,).
         running_var: (C,).
-        weight: (C,).
-        bias: (C,).
+        weight: (C,), or (N, C) for weights of each sample of all shards.
+        bias: the weight's shape.
         grad_outputs: gradient of each shard's output.
         num_batches_tracked: batches so far, a single value.
         training: whether the statistics are the batch's own.
@@ -130,9 +131,10 @@ def synchronized_batch_norm(
     running = joined.running(running_mean, running_var, num_batches_tracked)
     if nan_policy == "raise":
         refuse_non_finite(joined.input, None)
+    affine = joined.affine(weight, bias)
     sharded = _Sharded.of(shards, weight, bias, eps=eps, channel_axis=joined.channel_axis)
     found = Standardized(sharded.output(), merged_statistics(joined, sharded.batch, eps=eps))
-    found = differentiable(found, joined.input, *joined.affine(weight, bias))
+    found = differentiable(found, joined.input, *affine)
     result = BatchNormResult.of(found, joined, running=running, nan_policy=nan_policy)
     if running is not None:
         running = update_running(
@@ -146,11 +148,11 @@ def synchronized_batch_norm(
 
 @dataclass(frozen=True, slots=True)
 class _Sharded:
-    """What the workers of all shards have in common."""
+    """What the workers of all shards have in common, and the weight and bias of each."""
 
     shards: Sequence[Tensor]
-    weight: Tensor | None
-    bias: Tensor | None
+    weights: Sequence[Tensor | None]
+    biases: Sequence[Tensor | None]
     batch: Moments
     eps: float
     channel_axis: int
@@ -159,43 +161,41 @@ class _Sharded:
     def of(
         cls, shards: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, *, eps: float, channel_axis: int
     ) -> "_Sharded":
-        for name, term in (("weight", weight), ("bias", bias)):
-            if term is not None:
-                check_per_channel(name, term, num_features=shards[0].shape[channel_axis])
+        if weight is None and bias is not None and bias.ndim == 2:
+            weight = torch.ones_like(bias)  # its gradient has the bias's shape
+        weights, biases = (_of_each(term, shards) for term in (weight, bias))
         first, *others = (shard_statistics(shard, channel_axis=channel_axis) for shard in shards)
-        return cls(shards, weight, bias, first.merge(*others), eps, channel_axis)
+        return cls(shards, weights, biases, first.merge(*others), eps, channel_axis)
 
     def output(self) -> Tensor:
         outputs = (
-            standardize_shard(shard, self.batch, self.weight, self.bias, eps=self.eps, channel_axis=self.channel_axis)
-            for shard in self.shards
+            standardize_shard(shard, self.batch, weight, bias, eps=self.eps, channel_axis=self.channel_axis)
+            for shard, weight, bias in zip(self.shards, self.weights, self.biases, strict=True)
         )
         return torch.cat(list(outputs))
 
     def gradients(self, grad_outputs: Sequence[Tensor]) -> Gradients:
         """Sums of every shard, and from those of all the gradient of each."""
-        pairs = list(zip(grad_outputs, self.shards, strict=True))
-        sums = [
-            shard_gradient_sums(grad, shard, self.batch, self.weight, eps=self.eps, channel_axis=self.channel_axis)
-            for grad, shard in pairs
-        ]
+        options: dict[str, Any] = {"eps": self.eps, "channel_axis": self.channel_axis}
+        operands = list(zip(grad_outputs, self.shards, self.weights, strict=True))
+        sums = [shard_gradient_sums(grad, shard, self.batch, weight, **options) for grad, shard, weight in operands]
         total, dot = _sum(own.total for own in sums), _sum(own.dot for own in sums)
         of_inputs = [
-            shard_gradient(
-                grad,
-                shard,
-                self.batch,
-                self.weight,
-                total=total,
-                dot=dot,
-                eps=self.eps,
-                channel_axis=self.channel_axis,
-            )
-            for grad, shard in pairs
+            shard_gradient(grad, shard, self.batch, weight, total=total, dot=dot, **options)
+            for grad, shard, weight in operands
         ]
         dtype = accumulation_dtype(self.shards[0].dtype)
-        of_weight, of_bias = _sum(own.weight for own in sums), _sum(own.bias for own in sums)
-        return Gradients(torch.cat(of_inputs), of_weight.to(dtype), of_bias.to(dtype))
+        is_per_sample = self.weights[0] is not None and self.weights[0].ndim == 2
+        join = torch.cat if is_per_sample else _sum
+        of_affine = (join([getattr(own, name) for own in sums]).to(dtype) for name in ("weight", "bias"))
+        return Gradients(torch.cat(of_inputs), *of_affine)
+
+
+def _of_each(term: Tensor | None, shards: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """What every shard has of a weight or bias: its own samples of one per sample, else all."""
+    if term is None or term.ndim == 1:
+        return [term] * len(shards)
+    return torch.split(term.detach(), [len(shard) for shard in shards])
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:

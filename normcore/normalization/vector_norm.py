@@ -1,108 +1,200 @@
-"""Norms of vectors that neither overflow nor underflow, and division by them; differentiable to every order."""
+"""Vectors divided by their norms, which neither overflow nor underflow; differentiable to every order."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from normcore._precision import accumulation_dtype
 
+# Squares of float64 norms within these bounds stay clear of the datatype's own.
+_LEAST, _LARGEST = 1e-140, 1e140
+
 
 @dataclass(frozen=True, slots=True)
-class VectorNorm:
-    """The norm of each vector as scaled * scale; tensors with 1 along the vectors' axes.
+class Norm:
+    """Which norm divides: of order p (1, 2 or infinity) over axes from the front, and never less than eps."""
 
-    Attributes:
-        scaled: norm of the vector over its scale.
-        scale: powers of two, constants; None where all are 1.
-        is_clamped: where a bound took the norm's place; None where nowhere.
-    """
+    p: float
+    axes: tuple[int, ...]
+    eps: float = 0.0
 
-    scaled: Tensor
-    scale: Tensor | None = None
-    is_clamped: Tensor | None = None
+    def divide(self, values: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Values over their norms, times a factor per vector; and the norms, without gradient.
 
-    @property
-    def value(self) -> Tensor:
-        """The norm, without gradient; infinite where the datatype cannot hold it."""
-        return (self.scaled if self.scale is None else self.scaled * self.scale).detach()
-
-    def at_least(self, bound: float) -> "VectorNorm":
-        """The norm, or the bound where a vector that is not zero has a smaller one."""
-        norm = self.value
-        is_clamped = (norm < bound) & (self.scaled != 0)
-        if not bool(is_clamped.any()):
-            return self
-        scale = None if self.scale is None else self.scale.masked_fill(is_clamped, 1.0)
-        return VectorNorm(self.scaled.masked_fill(is_clamped, bound), scale, is_clamped)
-
-    def divide(self, values: Tensor, *, factor: Tensor | None = None) -> Tensor:
-        """Values over the norms, 0 with gradient 0 where a norm is 0; in the datatype of the norms.
-
-        A factor per vector, if any, is applied to the reciprocal of the norm.
+        Zeros with gradient 0 where a norm is 0. The norms are float32 (float64 for float64 values), with 1 along the
+        axes, and infinite where the datatype cannot hold them. A factor is of their shape.
         """
-        # Values of a half type are promoted by the norms as they are divided: no copy of them is made.
-        scaled_values = values if self.scale is None else values / self.scale
-        is_zero = self.scaled == 0
-        has_zeros = bool(is_zero.any())
-        divisor = self.scaled.masked_fill(is_zero, 1.0) if has_zeros else self.scaled
-        quotient = scaled_values / divisor if factor is None else scaled_values * (factor / divisor)
-        return quotient.masked_fill(is_zero, 0.0) if has_zeros else quotient
+        if not _is_recorded(values, factor):
+            return _unrecorded(values, factor, self)
+        if not _is_compiled(values):
+            return _divide(values, factor, self)
+        output, norms = _Divide.apply(values, factor, self)  # type: ignore[no-untyped-call]  # torch's has no types
+        return output, norms
 
-    def gradient(self, grad_output: Tensor, values: Tensor, *, p: float, axes: tuple[int, ...]) -> Tensor:
-        """The gradient of `divide(values)`, where the norms are those of the values themselves.
+    def gradients(
+        self, grad_output: Tensor, values: Tensor, factor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Those of the values and the factor, in their datatypes.
 
-        dx = (dy - <dy, y> w) / norm, with w = d norm / dx = sign(x) |y|^(p - 1)
+        dx = factor * (dy - <dy, y> w) / norm, with y = x / norm and w = d norm / dx = sign(x) |y|^(p - 1);
+        the factor's is <dy, y>
         """
-        values, grad_output = values.to(self.scaled.dtype), grad_output.to(self.scaled.dtype)
-        unit = self.divide(values)
-        projection = (grad_output * unit).sum(axes, keepdim=True)
-        if self.is_clamped is not None:
-            projection = projection.masked_fill(self.is_clamped, 0.0)
-        return self.divide(grad_output - projection * _slope(values, unit, p=p, axes=axes))
+        found = None
+        if _is_compiled(values) and not _is_recorded(grad_output, values, factor):
+            found = _compiled_gradients(grad_output, values, factor, self)
+        return _differentiated(grad_output, values, factor, self) if found is None else found
 
 
-def vector_norm(values: Tensor, *, p: float, axes: tuple[int, ...]) -> VectorNorm:
-    """Norms for p = 1, 2 or infinity over `axes`, counted from the front; float32, or float64 for float64 values."""
-    dtype = accumulation_dtype(values.dtype)
-    values = values.to(dtype)
-    norm = VectorNorm(_norm(values, p=p, axes=axes))
-    if math.isinf(p) or values.numel() == 0:
-        return norm
-    # Squares of what lies within these bounds stay clear of the datatype's own. Comparisons with NaN are false.
-    limit = torch.finfo(dtype).max ** 0.4
-    is_safe = (norm.scaled > 1 / limit) & (norm.scaled < limit)
-    if bool(is_safe.all()):
-        return norm
-    scale = _powers_of_two(values.detach().abs().amax(axes, keepdim=True))
-    return replace(norm, scaled=_norm(values / scale, p=p, axes=axes), scale=scale)
+def _is_compiled(values: Tensor) -> bool:
+    return values.numel() > 0 and values.device.type == "cpu"
 
 
-def _norm(values: Tensor, *, p: float, axes: tuple[int, ...]) -> Tensor:
-    if math.isinf(p):
-        # A maximum over nothing is an error.
-        return values.abs().amax(axes, keepdim=True) if values.numel() else values.sum(axes, keepdim=True)
-    if p == 1:
-        return values.abs().sum(axes, keepdim=True)
-    if _suits_vector_norm(values, axes=axes):
-        norm: Tensor = torch.linalg.vector_norm(values, dim=axes, keepdim=True)
-        return norm
-    squares = values.square().sum(axes, keepdim=True)
-    is_zero = squares == 0
-    return squares.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see what is done with the tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _suits_vector_norm(values: Tensor, *, axes: tuple[int, ...]) -> bool:
-    """Whether torch's own norm is as exact; it is faster then.
+class _Divide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(values, factor)
+        ctx.norm = norm
+        output, norms = _unrecorded(values, factor, norm)
+        ctx.mark_non_differentiable(norms)
+        return output, norms
 
-    Over any axes but the last ones, and over many values, it adds one after the other: 1e-5 off for 1e6 of them. Its
-    second derivative at 0 is NaN.
-    """
-    lengths = [values.shape[axis] for axis in axes]
-    is_trailing = axes == tuple(range(values.ndim - len(axes), values.ndim))
-    has_gradient = torch.is_grad_enabled() and values.requires_grad
-    return is_trailing and values.is_contiguous() and torch.Size(lengths).numel() <= 2**14 and not has_gradient
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, factor = ctx.saved_tensors
+        return (*ctx.norm.gradients(grads[0], values, factor), None)
+
+
+def _unrecorded(values: Tensor, factor: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    found = _compiled_divide(values, factor, norm) if _is_compiled(values) else None
+    return _divide(values, factor, norm) if found is None else found
+
+
+@torch.no_grad()
+def _compiled_divide(values: Tensor, factor: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor] | None:
+    """None where the sums leave float64."""
+    from normcore.normalization.vector_kernels import divide_vectors, sweep
+
+    vectors = _Vectors.of(values, norm.axes)
+    output, norms = torch.empty_like(vectors.values), vectors.per_vector(accumulation_dtype(values.dtype))
+    factors = None if factor is None else vectors.per_vector(torch.float64).copy_(factor)
+    sweep(divide_vectors, vectors.sizes, (vectors.values, output, norms, factors), norm.p, norm.eps)
+    return (_laid_out_as(values, output), norms) if _is_in_range(values, norms) else None
+
+
+@torch.no_grad()
+def _compiled_gradients(
+    grad_output: Tensor, values: Tensor, factor: Tensor | None, norm: Norm
+) -> tuple[Tensor, Tensor | None] | None:
+    """None where the sums leave float64."""
+    from normcore.normalization.vector_kernels import divide_gradients, sweep
+
+    vectors = _Vectors.of(values, norm.axes)
+    gradient = torch.empty_like(vectors.values)
+    norms, projections = (vectors.per_vector(torch.float64) for _ in range(2))
+    factors = None if factor is None else vectors.per_vector(torch.float64).copy_(factor)
+    operands = (_laid_out_as(vectors.values, grad_output), vectors.values)
+    sweep(divide_gradients, vectors.sizes, (*operands, gradient, norms, projections, factors), norm.p, norm.eps)
+    if not _is_in_range(values, norms):
+        return None
+    return _laid_out_as(values, gradient), None if factor is None else projections.to(factor.dtype)
+
+
+def _is_in_range(values: Tensor, norms: Tensor) -> bool:
+    """Whether no sum overflowed or sank; those of other datatypes than float64 cannot."""
+    return values.dtype != torch.float64 or bool(((norms > _LEAST) & (norms < _LARGEST)).all())
+
+
+@dataclass(frozen=True, slots=True)
+class _Vectors:
+    """Dense values whose memory is (outer, length, inner), with vectors along the middle."""
+
+    values: Tensor
+    axes: tuple[int, ...]
+    sizes: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, values: Tensor, axes: tuple[int, ...]) -> "_Vectors":
+        """The values themselves, or a copy where their strides do not allow it."""
+        order = sorted((axis for axis in range(values.ndim) if values.shape[axis] > 1), key=values.stride, reverse=True)
+        others = [axis for axis in order if axis not in axes]
+        first = next((place for place, axis in enumerate(order) if axis in axes), len(order))
+        inside = order[first : first + len(order) - len(others)]
+        if not set(inside) <= set(axes) or not _is_dense(values, order):
+            order, first, inside = [*others, *sorted(axes)], len(others), sorted(axes)
+            values = _in_order(values, order)
+        sizes = [values.shape[axis] for axis in order]
+        last = first + len(inside)
+        return cls(values, axes, (math.prod(sizes[:first]), math.prod(sizes[first:last]), math.prod(sizes[last:])))
+
+    def per_vector(self, dtype: torch.dtype) -> Tensor:
+        """One value per vector in memory order, with 1 along the axes."""
+        shape = [1 if axis in self.axes else size for axis, size in enumerate(self.values.shape)]
+        if self.values.is_contiguous():
+            return torch.empty(shape, dtype=dtype)
+        strides, total = [1] * len(shape), 1
+        for axis in sorted(range(len(shape)), key=self.values.stride):
+            strides[axis] = total
+            total *= shape[axis]
+        return torch.empty_strided(shape, strides, dtype=dtype)
+
+
+def _is_dense(values: Tensor, order: list[int]) -> bool:
+    total = 1
+    for axis in reversed(order):
+        if values.stride(axis) != total:
+            return False
+        total *= values.shape[axis]
+    return True
+
+
+def _in_order(values: Tensor, order: list[int]) -> Tensor:
+    """A copy whose memory has the axes in this order; axes of size 1 that it leaves out come first."""
+    order = [axis for axis in range(values.ndim) if axis not in order] + order
+    inverse = sorted(range(values.ndim), key=order.__getitem__)
+    return values.permute(order).contiguous().permute(inverse)
+
+
+def _laid_out_as(like: Tensor, values: Tensor) -> Tensor:
+    """The values with the strides that a new tensor like the other one has."""
+    return values if values.stride() == like.stride() else torch.empty_like(like, dtype=values.dtype).copy_(values)
+
+
+def _divide(values: Tensor, factor: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The same in plain differentiable operations, in float64; vectors are scaled by powers of two."""
+    wide = values.double()
+    peak = wide.detach().abs()
+    peak = peak.amax(norm.axes, keepdim=True) if values.numel() else peak.sum(norm.axes, keepdim=True)
+    is_zero = peak == 0
+    scale = _powers_of_two(peak)
+    scaled = wide / scale
+    scaled_norms = _norms(scaled, norm).masked_fill(is_zero, 1.0)
+    norms = (scaled_norms.detach() * scale).masked_fill(is_zero, 0.0)
+    output = scaled / scaled_norms
+    if norm.eps:
+        output = torch.where(norms < norm.eps, wide / norm.eps, output)
+    output = output.masked_fill(is_zero, 0.0)
+    if factor is not None:
+        output = output * factor
+    return output.to(values.dtype), norms.to(accumulation_dtype(values.dtype))
+
+
+def _norms(values: Tensor, norm: Norm) -> Tensor:
+    if norm.p == 2:
+        # Squares of zeros alone have no root with a derivative.
+        squares = values.square().sum(norm.axes, keepdim=True)
+        return squares.masked_fill(squares == 0, 1.0).sqrt()
+    magnitudes = values.abs()
+    if norm.p == 1 or not values.numel():
+        return magnitudes.sum(norm.axes, keepdim=True)
+    return magnitudes.amax(norm.axes, keepdim=True)
 
 
 def _powers_of_two(peak: Tensor) -> Tensor:
@@ -111,12 +203,18 @@ def _powers_of_two(peak: Tensor) -> Tensor:
     return torch.where(peak.isfinite() & (peak > 0), torch.ldexp(torch.ones_like(peak), exponent), 1.0)
 
 
-def _slope(values: Tensor, unit: Tensor, *, p: float, axes: tuple[int, ...]) -> Tensor:
-    """The norm's own derivative; values that share the largest magnitude share the slope."""
-    if p == 2:
-        return unit
-    if p == 1:
-        return values.sign()
-    magnitude = values.abs()
-    is_peak = magnitude == _norm(magnitude, p=p, axes=axes)
-    return values.sign() * is_peak / is_peak.sum(axes, keepdim=True)
+def _differentiated(
+    grad_output: Tensor, values: Tensor, factor: Tensor | None, norm: Norm
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients by autograd, and recorded by it where it has to see them."""
+    is_recorded = _is_recorded(grad_output, values, factor)
+    given = [values] if factor is None else [values, factor]
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        leaves = [leaf if is_recorded and leaf.requires_grad else leaf.clone().detach() for leaf in given]
+        for leaf in leaves:
+            if not leaf.requires_grad:
+                leaf.requires_grad_()
+        output, _ = _divide(leaves[0], leaves[1] if factor is not None else None, norm)
+        grad_output = grad_output.to(output.dtype) if is_recorded else grad_output.clone().to(output.dtype)
+        grads = torch.autograd.grad(output, leaves, grad_output, create_graph=is_recorded)
+    return grads[0], grads[1] if factor is not None else None

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from normcore._checks import check_axis, check_floating, check_rank, check_shape
+from normcore._precision import accumulation_dtype
 from normcore.errors import ShapeError
 from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
-from normcore.normalization.vector_norm import vector_norm
+from normcore.normalization.vector_norm import Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,9 @@ def weight_norm(
     w = g * v / ||v||, and 0 for a row of zeros
     dg = <dw, v> / ||v||,  dv = (g / ||v||) * (dw - <dw, v / ||v||> v / ||v||);  both 0 for a row of zeros
 
-    The Euclidean norm is taken over all axes but one, or over all. Rows are scaled by a power of two where their norm
-    would overflow or underflow. Sums and products are float32 (float64 inputs: float64), rounded once to the input's
-    datatype. No argument is changed. The output is differentiable in the input and g, to every order. torch gives NaN
+    The Euclidean norm is taken over all axes but one, or over all. Sums and products are float64, rounded once to the
+    input's datatype, and rows of float64 are scaled by a power of two where their norm would overflow or underflow. No
+    argument is changed. The output is differentiable in the input and g, to every order. torch gives NaN
     for a row of zeros, and takes its axis -1 for all axes.
 
     Args:
@@ -84,21 +85,19 @@ def weight_norm(
     values = input[:, None] if input.ndim == 1 else input
     axes = tuple(other for other in range(values.ndim) if other != kept)
     rows = tuple(size if index == kept else 1 for index, size in enumerate(input.shape))
-    norm = vector_norm(values, p=2, axes=axes)
-    length = None if g is None else _length(g, rows, dtype=norm.scaled.dtype, log_g=log_g)
-    factor = None if length is None else length.reshape(norm.scaled.shape)
-    output = norm.divide(values, factor=factor).reshape(input.shape)
-    result = WeightNormResult(output.to(input.dtype), norm.value.reshape(rows))
+    norm = Norm(2, axes)
+    length = None if g is None else _length(g, rows, dtype=accumulation_dtype(input.dtype), log_g=log_g)
+    factor = None if length is None else length.reshape(*rows, *[1] * (values.ndim - input.ndim))
+    output, norms = norm.divide(values, factor)
+    result = WeightNormResult(output.reshape(input.shape), norms.reshape(rows))
     if grad_output is None:
         return result
-    grad_unit = grad_output.to(output.dtype)
+    grad_input, grad_length = norm.gradients(grad_output.reshape(values.shape), values, factor)
     grad_g = None
-    if g is not None and length is not None:
-        grad_length = (grad_unit * norm.divide(values).reshape(input.shape)).sum_to_size(rows)
+    if g is not None and length is not None and grad_length is not None:
+        grad_length = grad_length.reshape(rows)
         grad_g = (grad_length * length if log_g else grad_length).reshape(g.shape).to(g.dtype)
-        grad_unit = grad_unit * length
-    grad_input = norm.gradient(grad_unit.reshape(values.shape), values, p=2, axes=axes).reshape(input.shape)
-    return replace(result, grad_input=grad_input.to(input.dtype), grad_g=grad_g)
+    return replace(result, grad_input=grad_input.reshape(input.shape), grad_g=grad_g)
 
 
 def _length(g: Tensor, rows: tuple[int, ...], *, dtype: torch.dtype, log_g: bool) -> Tensor:

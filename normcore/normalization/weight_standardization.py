@@ -56,7 +56,7 @@ def weight_standardization(
     gamma / sqrt(fan_in), times what is learned. The first publication divides by the unbiased standard deviation plus
     1e-5 instead.
 
-    Sums are accumulated in float32, in float64 where they would overflow (float64 inputs: always); the output is
+    Sums are accumulated as in batch norm; the output is
     rounded once to the input's datatype. No argument is changed. The output is differentiable in input and gain, to
     every order.
 

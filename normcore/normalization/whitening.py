@@ -104,6 +104,7 @@ def whitening(
     output = slab.restore(ungrouped(transform.output(), like=slab.values))
     with torch.no_grad():
         result = WhiteningResult.of(output, transform, mode, eps=eps, count=slab.count if training else None)
+        result = result.looked_at(input, running)
         if training and running is not None:
             updated = running.update(by, momentum=momentum, convention=convention)
             result = result.with_running(updated, running)

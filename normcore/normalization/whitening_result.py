@@ -1,15 +1,17 @@
 """What whitening gives, and what makes it questionable."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from normcore._precision import accumulation_dtype
 from normcore._slab import Slab
+from normcore.normalization.batch_findings import BatchFindings
 from normcore.normalization.group_transform import Gradients, GroupTransform, ungrouped
 from normcore.normalization.method import JSON
 from normcore.statistics.covariance import RunningCovariance
+from normcore.statistics.running import RunningStatistics
 
 _RESIDUAL_OF_PARTIAL = 0.01
 
@@ -32,6 +34,7 @@ class WhiteningResult:
         eps: what was added to the covariance's diagonal.
         count: values per channel, where the statistics are the batch's own.
         residual: the largest |W (covariance + eps I) W^T - I|, in mode iternorm.
+        findings: what diagnostics look at beside the groups.
     """
 
     output: Tensor
@@ -47,12 +50,13 @@ class WhiteningResult:
     eps: float = 0.0
     count: int | None = None
     residual: Tensor | None = None
+    findings: BatchFindings | None = field(default=None, repr=False)
 
     def diagnostics(self) -> dict[str, JSON]:
         """What makes the result questionable: too few values, numbers of groups or channels, or partial whitening."""
         if self.covariance is None or self.whitening_matrix is None:
             return {}
-        findings: dict[str, JSON] = {}
+        findings = {} if self.findings is None else self.findings.report()
         # The deviations of M values span M - 1 dimensions at most; eps alone fills the others.
         if self.count is not None and self.count <= self.covariance.shape[-1]:
             findings["few_values_per_group"] = self.count
@@ -84,6 +88,21 @@ class WhiteningResult:
         dtype = accumulation_dtype(output.dtype)
         mean, covariance, matrix = (value.to(dtype, copy=True) for value in (transform.by.mean, covariance, matrix))
         return cls(output, mean, covariance, matrix, eps=eps, count=count, residual=residual)
+
+    def looked_at(self, input: Tensor, running: RunningCovariance | None) -> "WhiteningResult":
+        """With what the channels, each by itself, say: their variances are the diagonal of the covariance."""
+        if self.mean is None or self.covariance is None:
+            return self
+        var = self.covariance.diagonal(dim1=1, dim2=2).flatten()
+        before = None
+        if running is not None:
+            before = RunningStatistics(running.mean, running.covariance.diagonal(dim1=1, dim2=2).flatten())
+        invstd = (var + self.eps).rsqrt()
+        output = self.output.detach()
+        findings = BatchFindings(
+            input.detach(), output, self.mean, var, invstd, self.eps, self.count, before, "propagate"
+        )
+        return replace(self, findings=findings)
 
     @classmethod
     def of_nothing(cls, input: Tensor, running: RunningCovariance | None, *, has_gradients: bool) -> "WhiteningResult":

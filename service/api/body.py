@@ -1,7 +1,7 @@
 """Receiving bodies: bounded in bytes and in silence, before and while they are read."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -64,6 +64,18 @@ class Received:
         return memoryview(body)[padding:]
 
 
+async def received_stream(receive: Receive, headers: Headers, services: Services) -> AsyncGenerator[bytes, None]:
+    """A tensor body in pieces, which nobody holds as a whole; at most NORMSERVE_MAX_STREAM_BYTES."""
+    settings = services.settings
+    _check_size(_declared_length(headers) or 0, settings.max_stream_bytes, "NORMSERVE_MAX_STREAM_BYTES")
+    _check_encoding(headers)
+    total = 0
+    async for chunk in Stream(receive, headers, timeout_s=settings.body_timeout_s):
+        total += len(chunk)
+        _check_size(total, settings.max_stream_bytes, "NORMSERVE_MAX_STREAM_BYTES")
+        yield chunk
+
+
 async def received_small(
     receive: Receive, headers: Headers, services: Services, *, limit_bytes: int | None = None
 ) -> bytes:
@@ -78,7 +90,7 @@ async def received_small(
 
 
 class Stream(AsyncIterator[bytes]):
-    """Chunks as they come. A sender must bring 16 KiB, or the end, in every `timeout_s` seconds.
+    """Chunks as they come. A sender must bring 16 KiB, or the end, in every `timeout_s` seconds that we wait for it.
 
     A class, not an async generator: the event loop keeps account of every generator, which costs a small request more
     than its body does.
@@ -88,7 +100,8 @@ class Stream(AsyncIterator[bytes]):
         self._receive = receive
         self._headers = headers
         self._timeout_s = timeout_s
-        self._limit = asyncio.get_running_loop().time() + timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._remaining_s = timeout_s
         self._total = self._fresh = 0
         self._is_complete = False
 
@@ -100,8 +113,9 @@ class Stream(AsyncIterator[bytes]):
         raise StopAsyncIteration
 
     async def _next(self) -> bytes:
+        asked = self._loop.time()
         try:
-            async with asyncio.timeout_at(self._limit):
+            async with asyncio.timeout_at(asked + self._remaining_s):
                 message = await self._receive()
         except TimeoutError:
             length = self._headers.get("content-length", "unknown")
@@ -115,8 +129,9 @@ class Stream(AsyncIterator[bytes]):
         self._is_complete = not message.get("more_body", False)
         self._total += len(chunk)
         self._fresh += len(chunk)
+        self._remaining_s -= self._loop.time() - asked
         if self._fresh >= _PROGRESS_BYTES:
-            self._fresh, self._limit = 0, asyncio.get_running_loop().time() + self._timeout_s
+            self._fresh, self._remaining_s = 0, self._timeout_s
         return chunk
 
 

@@ -8,11 +8,25 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
+from normcore.folding.checkpoint import verdict_of
 from service.api import body
 from service.api.dependencies import ServicesDep, document_schema, read_document
+from service.api.jobs import ASYNCHRONOUS, Answer, Prefer, answer_or_start
 from service.api.multipart import FileField
-from service.api.schemas import Checkpoint, CheckpointList, FoldAnswer, FoldPlan, FoldRequest
-from service.application.folding import FoldedFile, FoldOptions
+from service.api.reports import Certificate, FoldReport, Normalization, RecalibrationReport
+from service.api.schemas import (
+    Checkpoint,
+    CheckpointList,
+    FoldAnswer,
+    FoldPlan,
+    FoldQuery,
+    FoldRequest,
+    PlanQuery,
+    VerifyRequest,
+)
+from service.application.checkpoints import SUFFIXES
+from service.application.folding import FoldedFile
+from service.application.jobs import Report
 from service.errors import CheckpointNotFoundError, PayloadMalformedError
 from service.state import Services
 
@@ -39,7 +53,7 @@ _UPLOAD_BODY: dict[str, Any] = {
         },
     }
 }
-Freeze = Annotated[bool, Query(description="Treat initializers that are also graph inputs as constants.")]
+_MEDIA_TYPES = {"safetensors": "application/vnd.safetensors"}
 
 
 @router.post("/checkpoints", status_code=201, openapi_extra=_UPLOAD_BODY)
@@ -58,7 +72,7 @@ async def upload_checkpoint(
     services.health.refuse_while_draining()
     field, chunks = _upload(request, services)
     staged = await services.checkpoints.stage(chunks)
-    name = filename or (field.filename if field else "") or "checkpoint"
+    name = filename or (field.filename if field else "")
     record, is_new = await services.checkpoints.keep(staged, filename=name)
     response.status_code = 201 if is_new else 200
     response.headers["Location"] = f"/v1/checkpoints/{record.id}"
@@ -85,7 +99,7 @@ async def download_checkpoint(checkpoint_id: str, request: Request, services: Se
     if etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers={"ETag": etag})
     path = services.checkpoints.path(checkpoint_id)
-    return FileResponse(path, media_type="application/octet-stream", filename=record.filename, headers={"ETag": etag})
+    return FileResponse(path, media_type=_media_type(record.format), filename=record.filename, headers={"ETag": etag})
 
 
 @router.delete("/checkpoints/{checkpoint_id}", status_code=204)
@@ -95,47 +109,77 @@ async def delete_checkpoint(checkpoint_id: str, services: ServicesDep) -> None:
 
 
 @router.get("/checkpoints/{checkpoint_id}/plan")
-async def plan_fold(checkpoint_id: str, services: ServicesDep, freeze_initializers: Freeze = False) -> FoldPlan:
-    """See what a fold would do, without doing it."""
-    entries = await services.checkpoints.plan(checkpoint_id, freeze_initializers=freeze_initializers)
-    foldable = sum(entry["status"] == "foldable" for entry in entries)
-    return FoldPlan(checkpoint=checkpoint_id, foldable=foldable, normalizations=entries)
+async def plan_fold(checkpoint_id: str, query: Annotated[PlanQuery, Query()], services: ServicesDep) -> FoldPlan:
+    """See what a fold would do, without doing it.
+
+    Every normalization is listed with what it would fold into, or the reason why not; for named tensors with every
+    check that was made. Nothing is written.
+    """
+    plan = await services.checkpoints.plan(checkpoint_id, query.options())
+    entries = [Normalization(**entry) for entry in plan["normalizations"]]
+    foldable = sum(entry.status == "foldable" for entry in entries)
+    return FoldPlan(checkpoint=checkpoint_id, foldable=foldable, normalizations=entries, notes=plan["notes"])
 
 
 @router.post(
     "/checkpoints/{checkpoint_id}/fold",
     status_code=201,
-    openapi_extra=document_schema(FoldRequest, example={"probes": 6, "seed": 0}, is_required=False),
+    response_model=FoldAnswer,
+    responses=ASYNCHRONOUS,
+    openapi_extra=document_schema(FoldRequest, example={"verify": {"probes": 6, "seed": 0}}, is_required=False),
 )
-async def fold_checkpoint(
-    checkpoint_id: str, request: Request, response: Response, services: ServicesDep
-) -> FoldAnswer:
+async def fold_checkpoint(checkpoint_id: str, request: Request, services: ServicesDep, prefer: Prefer = ()) -> Response:
     """Fold a checkpoint into a new one, with a report and a certificate.
 
     Each fold is proven at its own output and the network on seeded probes, in float64 and in the checkpoint's own
     precision. A fold that fails its proof is withdrawn. When nothing folds the answer is 200 with the same checkpoint,
-    and the report says why.
+    and the report says why. With `Prefer: respond-async` the answer is 202 and a job.
     """
     services.health.refuse_while_draining()
     wanted = await read_document(request, FoldRequest)
-    options = FoldOptions(freeze_initializers=wanted.freeze_initializers, probes=wanted.probes, seed=wanted.seed)
-    outcome = await services.folding.fold(checkpoint_id, options)
-    response.status_code = 201 if outcome.is_new else 200
-    response.headers["Location"] = f"/v1/checkpoints/{outcome.checkpoint.id}"
-    return FoldAnswer(checkpoint=Checkpoint.of(outcome.checkpoint), report=outcome.report)
+    options = wanted.options()
+    await services.checkpoints.get(checkpoint_id)
+
+    async def fold(report: Report | None) -> Answer:
+        outcome = await services.folding.fold(checkpoint_id, options, progress=report)
+        content = FoldAnswer(checkpoint=Checkpoint.of(outcome.checkpoint), report=FoldReport(**outcome.report))
+        return Answer(content, location=f"/v1/checkpoints/{outcome.checkpoint.id}", is_new=outcome.is_new)
+
+    subject = f"/v1/checkpoints/{checkpoint_id}"
+    return await answer_or_start(services, prefer, fold, operation="fold", subject=subject)
 
 
 @router.get("/checkpoints/{checkpoint_id}/report")
-async def read_report(checkpoint_id: str, services: ServicesDep) -> dict[str, Any]:
-    """Read the report of the fold that made a checkpoint."""
+async def read_report(checkpoint_id: str, services: ServicesDep) -> FoldReport | RecalibrationReport:
+    """Read the report of the fold or recalibration that made a checkpoint."""
     record = await services.checkpoints.get(checkpoint_id)
     if record.report is None:
-        raise CheckpointNotFoundError(f"report: checkpoint {record.id} was uploaded, not folded here")
-    return record.report
+        raise CheckpointNotFoundError(f"report: checkpoint {record.id} was uploaded, not made here")
+    if "recalibrated" in record.report:
+        return RecalibrationReport(**record.report)
+    return FoldReport(**record.report)
+
+
+@router.post(
+    "/checkpoints/{checkpoint_id}/compare/{other_id}",
+    openapi_extra=document_schema(VerifyRequest, example={"probes": 6, "seed": 0}, is_required=False),
+)
+async def compare_checkpoints(
+    checkpoint_id: str, other_id: str, request: Request, services: ServicesDep
+) -> Certificate:
+    """Compare two checkpoints, whoever made the second: the certificate of a fold, for any two networks.
+
+    The first counts as right. The verdict is `equivalent` when the second is as close to float64 as the first on every
+    probe, `different` when it is not, and `inconclusive` when too few probes could tell. `regions` lists the parts
+    that differ between tensors that both have. Two checkpoints with other inputs or outputs are refused.
+    """
+    services.health.refuse_while_draining()
+    wanted = await read_document(request, VerifyRequest)
+    return Certificate(**await services.folding.compare(checkpoint_id, other_id, wanted.options()))
 
 
 @router.post("/fold", openapi_extra=_FILE_BODY, response_class=FileResponse)
-async def fold_file(request: Request, services: ServicesDep, freeze_initializers: Freeze = False) -> Response:
+async def fold_file(request: Request, query: Annotated[FoldQuery, Query()], services: ServicesDep) -> Response:
     """Fold a file in one call: checkpoint in, folded checkpoint out, nothing kept.
 
     The headers `Normserve-Verdict`, `Normserve-Folded` and `Normserve-Normalizations` carry the verdict and counts.
@@ -144,9 +188,7 @@ async def fold_file(request: Request, services: ServicesDep, freeze_initializers
     services.health.refuse_while_draining()
     chunks = _bounded(request, services)
     async with AsyncExitStack() as stack:
-        folded = await stack.enter_async_context(
-            services.folding.fold_once(chunks, FoldOptions(freeze_initializers=freeze_initializers))
-        )
+        folded = await stack.enter_async_context(services.folding.fold_once(chunks, query.fold()))
         return _FoldedResponse(folded, release=stack.pop_all().aclose)
 
 
@@ -154,13 +196,14 @@ class _FoldedResponse(FileResponse):
     """Sends a folded file and releases it, whether or not the client stays."""
 
     def __init__(self, folded: FoldedFile, *, release: Callable[[], Awaitable[None]]) -> None:
-        certificate = folded.report["certificate"]
         headers = {
-            "Normserve-Verdict": certificate["verdict"] if certificate else "unchanged",
+            "Normserve-Verdict": verdict_of(folded.report),
             "Normserve-Folded": str(folded.report["folded"]),
             "Normserve-Normalizations": str(folded.report["normalizations"]),
         }
-        super().__init__(folded.path, media_type="application/octet-stream", filename="folded.onnx", headers=headers)
+        media_type = _media_type(folded.format)
+        filename = f"folded{SUFFIXES[folded.format]}"
+        super().__init__(folded.path, media_type=media_type, filename=filename, headers=headers)
         self._release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -168,6 +211,10 @@ class _FoldedResponse(FileResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._release()
+
+
+def _media_type(file_format: str) -> str:
+    return _MEDIA_TYPES.get(file_format, "application/octet-stream")
 
 
 def _upload(request: Request, services: Services) -> tuple[FileField | None, AsyncIterator[bytes]]:

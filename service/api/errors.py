@@ -41,10 +41,13 @@ TABLE: dict[type[Exception], Row] = {
     own.ForbiddenError: Row(403, "forbidden"),
     own.ModelNotFoundError: Row(404, "model_not_found"),
     own.CheckpointNotFoundError: Row(404, "checkpoint_not_found"),
+    own.StatisticsNotFoundError: Row(404, "statistics_not_found"),
     own.MethodNotFoundError: Row(404, "method_not_found"),
+    own.JobNotFoundError: Row(404, "job_not_found"),
     own.NotAcceptableError: Row(406, "not_acceptable"),
     own.BodyTimeoutError: Row(408, "body_timeout"),
     own.ConflictError: Row(409, "conflict"),
+    own.PreconditionError: Row(412, "precondition_failed"),
     own.PayloadTooLargeError: Row(413, "payload_too_large"),
     own.MediaTypeError: Row(415, "media_type_unsupported"),
     numerical.ShapeError: Row(422, "shape_mismatch", v2_status=400),
@@ -63,6 +66,7 @@ TABLE: dict[type[Exception], Row] = {
     own.StorageFullError: Row(507, "storage_full"),
 }
 
+_INTERNAL = (500, "internal", "internal error; the log has the trace under this request id")
 Handler = Callable[[Request, Exception], Awaitable[Response]]
 
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
@@ -95,23 +99,36 @@ def envelope(
 
 def internal_error() -> Response:
     """The fixed text of a 500; the trace is in the log under the request id."""
-    return envelope(500, "internal", "internal error; the log has the trace under this request id")
+    return envelope(*_INTERNAL)
+
+
+def problem(error: Exception, *, request_id: str) -> dict[str, Any]:
+    """The envelope of an error that ended a job, as the request that started the job would have been answered."""
+    if not isinstance(error, numerical.NormcoreError | own.ServiceError):
+        return {"error": _INTERNAL[2], "code": _INTERNAL[1], "request_id": request_id, "details": {}}
+    return {"error": str(error), "code": _row(error).code, "request_id": request_id, "details": _details(error)}
 
 
 async def _answer(request: Request, error: Exception) -> Response:
-    row = next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
+    row = _row(error)
     status = row.v2_status if _is_v2(request) and row.v2_status else row.status
-    details: dict[str, Any] = {}
-    if isinstance(error, numerical.ArgumentError):
-        details = {"argument": error.argument, "expected": error.expected, "received": error.received}
-    elif isinstance(error, own.ServiceError):
-        details = error.details
     headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, own.OverloadedError) else {}
     if isinstance(error, own.ModelNotReadyError | own.ShuttingDownError):
         headers["Retry-After"] = "1"
-    if "accept_encoding" in details:
-        headers["Accept-Encoding"] = details["accept_encoding"]
-    return envelope(status, row.code, str(error), details=details, headers=headers)
+    found = _details(error)
+    if "accept_encoding" in found:
+        headers["Accept-Encoding"] = found["accept_encoding"]
+    return envelope(status, row.code, str(error), details=found, headers=headers)
+
+
+def _row(error: Exception) -> Row:
+    return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
+
+
+def _details(error: Exception) -> dict[str, Any]:
+    if isinstance(error, numerical.ArgumentError):
+        return {"argument": error.argument, "expected": error.expected, "received": error.received}
+    return error.details if isinstance(error, own.ServiceError) else {}
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:

@@ -43,3 +43,5 @@ NORMALIZATIONS: dict[str, dict[str, Any]] = {
         "training": True,
     },
 }
+
+BATCH: dict[str, Any] = {"input": [[1, 2], [3, 4], [5, 9]], "mask": [True, True, False]}

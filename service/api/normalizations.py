@@ -8,11 +8,12 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.types import Receive, Scope, Send
 
 from normcore.errors import ParameterError
-from normcore.normalization import METHODS, Method
+from normcore.normalization import Method
 from service.api.asgi import cancelled_when_client_leaves, send_tensors, services_of
 from service.api.body import Received
 from service.api.compression import response_coding
 from service.api.infer import check_json_size, run_codec
+from service.application.methods import METHODS
 from service.application.usage import Timing
 from service.codecs import json_v1, media
 from service.codecs.body import TensorBody

@@ -4,15 +4,23 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from normcore.normalization import METHODS, Method, Parameter
+from normcore.normalization import Method, Parameter
+from service.api import statistics_openapi
 from service.api.errors import TABLE
 from service.api.examples import NORMALIZATIONS
 from service.api.schemas import Problem
+from service.application.methods import METHODS
 from service.codecs.media import CODECS
 
-_OWN = ("infer", "normalize_")
+_OWN = ("infer", "normalize_", "post_batch")
 _BINARY = {"type": "string", "format": "binary"}
-_KINDS = {"bool": "boolean", "int": "integer", "float": "number", "str": "string"}
+_KINDS = {
+    "bool": ["boolean"],
+    "int": ["integer"],
+    "ints": ["string", "integer", "array"],
+    "float": ["number"],
+    "str": ["string"],
+}
 _PROBLEM = {"$ref": "#/components/schemas/Problem"}
 _JSON = "application/json"
 
@@ -38,6 +46,7 @@ def install(app: FastAPI) -> None:
                 schema["paths"].setdefault(path, {}).update(item)
             for item in schema["paths"].values():
                 for operation in item.values():
+                    schema["components"]["schemas"].update(_nested_schemas(operation))
                     _summarize(operation)
                     _describe_errors(operation)
             app.openapi_schema = schema
@@ -60,6 +69,7 @@ def _tensor_paths() -> dict[str, Any]:
     version = {"name": "version", "in": "path", "required": True, "schema": {"type": "integer"}, "example": 1}
     paths["/v2/models/{name}/infer"] = {"post": _infer("infer", [name])}
     paths["/v2/models/{name}/versions/{version}/infer"] = {"post": _infer("infer_version", [name, version])}
+    paths[statistics_openapi.PATH] = {"post": statistics_openapi.operation()}
     return paths
 
 
@@ -106,11 +116,13 @@ def _normalize(method: Method) -> dict[str, Any]:
 
 
 def _parameter_schema(parameter: Parameter) -> dict[str, Any]:
-    kind = _KINDS[parameter.kind]
+    kinds = _KINDS[parameter.kind] + ["null"] * parameter.is_nullable
     schema: dict[str, Any] = {
-        "type": [kind, "null"] if parameter.is_nullable else kind,
+        "type": kinds if len(kinds) > 1 else kinds[0],
         "description": parameter.description,
     }
+    if parameter.kind == "ints":
+        schema["items"] = {"type": "integer"}
     if parameter.default is not None:
         schema["default"] = parameter.default
     if parameter.choices:
@@ -151,6 +163,14 @@ def _infer(operation: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
             }
         },
     }
+
+
+def _nested_schemas(operation: dict[str, Any]) -> dict[str, Any]:
+    """The schemas inside a request document that its route declares by hand; they belong among the components."""
+    found: dict[str, Any] = {}
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        found |= content["schema"].pop("$defs", {})
+    return found
 
 
 def _summarize(operation: dict[str, Any]) -> None:

@@ -24,6 +24,8 @@ _LIMITS = (
     "sandbox_deadline_s",
     "max_graph_nodes",
     "max_tensor_bytes",
+    "max_running_jobs",
+    "max_finished_jobs",
 )
 
 

@@ -1,12 +1,17 @@
 """The JSON documents of our own API. Tensors never pass through here."""
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Json
 
 from normcore.execution import Optimization
+from normcore.folding.checkpoint import Options
+from normcore.folding.state_dict.options import Told
+from service.api.reports import FoldReport, Normalization
+from service.application.folding import FoldOptions, VerifyOptions
+from service.application.jobs import Job
 from service.application.models import Entry
 from service.engine.protocol import ModelOptions, TensorSpec
 from service.storage.metadata import CheckpointRecord
@@ -18,16 +23,88 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class FoldRequest(Request):
-    """How to fold."""
+class VerifyRequest(Request):
+    """How to prove."""
 
-    freeze_initializers: bool = Field(
-        False, description="Fold initializers that are also graph inputs, and remove those inputs."
-    )
     probes: int | None = Field(
         None, ge=4, le=64, description="Probes of the certificate; default NORMSERVE_VERIFY_PROBES."
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the probes.")
+
+    def options(self) -> VerifyOptions:
+        return VerifyOptions(probes=self.probes, seed=self.seed)
+
+
+class PairRequest(Request):
+    """A pairing that the caller vouches for."""
+
+    linear: str = Field(max_length=1000, description="Prefix of the operator's keys, such as layer1.0.conv1.")
+    eps: float | None = Field(None, ge=0, allow_inf_nan=False, description="Default: the eps of the request.")
+    kind: Literal["conv", "conv_transpose", "linear"] | None = Field(
+        None, description="Needed where the weight's shape fits several."
+    )
+
+
+Pairs = dict[str, PairRequest]
+
+
+class FoldFields(BaseModel):
+    """How to fold. The first five concern ONNX files, the others files of named tensors."""
+
+    freeze_initializers: bool = Field(
+        False, description="Fold initializers that are also graph inputs, and remove those inputs."
+    )
+    zero_padding: Literal["auto", "pad", "map", "offset", "refuse"] = Field(
+        "auto", description="How a norm goes forward into a convolution that pads with zeros."
+    )
+    cross_activations: bool = Field(False, description="Move positive scales forward through Relu and its kin.")
+    move_gains: bool = Field(False, description="Move gains of layer, RMS, group and instance norms forward.")
+    affine: bool = Field(False, description="Turn batch norms that cannot be folded into one Mul and one Add.")
+    form: Literal["deploy", "shape_preserving"] = Field(
+        "deploy", description="Batch norms gone and biases added, or a file that loads into the unchanged class."
+    )
+    eps: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="What every batch norm adds to its variance; no file says it."
+    )
+    accept_assumed: bool = Field(False, description="Fold what rests on evidence alone; needs eps.")
+    architecture: str | None = Field(None, max_length=200, description="Class, such as torchvision/resnet18.")
+    group: str | None = Field(None, max_length=1000, description="Which state_dict of a file with several.")
+    bake: bool = Field(False, description="Replace weight norm and spectral norm by the weights they compute.")
+
+    def fold_options(self, pairs: Pairs) -> Options:
+        told = {norm: Told(pair.linear, pair.eps, pair.kind) for norm, pair in pairs.items()}
+        return Options(**self.model_dump(include=set(FoldFields.model_fields)), pairs=told)
+
+
+class FoldRequest(FoldFields, Request):
+    """How to fold, and how to prove it."""
+
+    pairs: Pairs = Field({}, description="By prefix of a batch norm, what it folds into.")
+    verify: VerifyRequest = Field(default_factory=VerifyRequest, description="How to prove the fold.")
+
+    def options(self) -> FoldOptions:
+        return FoldOptions(fold=self.fold_options(self.pairs), verify=self.verify.options())
+
+
+class PlanQuery(FoldFields):
+    """The options of a fold as a query string."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pairs: Json[Pairs] = Field("{}", validate_default=True, description="JSON: as in the body of a fold.")
+
+    def options(self) -> Options:
+        return self.fold_options(self.pairs)
+
+
+class FoldQuery(PlanQuery):
+    """The options of a fold and its proof as a query string."""
+
+    probes: int | None = Field(None, ge=4, le=64, description="Probes of the certificate.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the probes.")
+
+    def fold(self) -> FoldOptions:
+        return FoldOptions(fold=self.options(), verify=VerifyOptions(probes=self.probes, seed=self.seed))
 
 
 class ModelRequest(Request):
@@ -81,7 +158,7 @@ class Checkpoint(BaseModel):
     created_at: str
     tensors: int = Field(description="Constant tensors in the file.")
     summary: dict[str, Any] = Field(description="Operators, inputs and outputs, as far as the format shows them.")
-    normalizations: list[dict[str, Any]] = Field(description="Each normalization: what it folds into, or why not.")
+    normalizations: list[Normalization] = Field(description="Each normalization: what it folds into, or why not.")
     folded_from: str | None = Field(description="Id of the checkpoint this one was folded from.")
 
     @classmethod
@@ -94,7 +171,7 @@ class Checkpoint(BaseModel):
             created_at=record.created_at,
             tensors=record.summary["tensors"],
             summary=record.summary,
-            normalizations=record.normalizations,
+            normalizations=[Normalization(**entry) for entry in record.normalizations],
             folded_from=record.folded_from,
         )
 
@@ -109,15 +186,16 @@ class FoldPlan(BaseModel):
     """What a fold would do."""
 
     checkpoint: str
-    foldable: int
-    normalizations: list[dict[str, Any]]
+    foldable: int = Field(description="How many normalizations would fold.")
+    normalizations: list[Normalization]
+    notes: list[str]
 
 
 class FoldAnswer(BaseModel):
     """A folded checkpoint and the report of its fold."""
 
     checkpoint: Checkpoint
-    report: dict[str, Any]
+    report: FoldReport
 
 
 class Tensor(BaseModel):
@@ -172,6 +250,52 @@ class ModelList(BaseModel):
     """All models, by name and version."""
 
     models: list[Model]
+
+
+class JobProgress(BaseModel):
+    """How far a job is, in its own words: a step may take longer than another, and a fold may go back a step."""
+
+    step: str = Field(description="What is being done.")
+    done: int = Field(description="Steps that are done.")
+    total: int = Field(description="Steps in all, as far as is known.")
+
+
+class JobSummary(BaseModel):
+    """A job, without its result."""
+
+    id: str
+    operation: str
+    subject: str = Field(description="Path of the resource it works on.")
+    state: Literal["waiting", "running", "succeeded", "failed", "cancelled"]
+    progress: JobProgress | None = Field(description="None while it waits for its turn.")
+    created_at: str
+    ended_at: str | None
+
+    @classmethod
+    def of(cls, job: Job) -> "JobSummary":
+        progress = job.progress
+        return cls(
+            id=job.id,
+            operation=job.operation,
+            subject=job.subject,
+            state=job.state,
+            progress=JobProgress(step=progress.step, done=progress.done, total=progress.total) if progress else None,
+            created_at=job.created_at,
+            ended_at=job.ended_at,
+        )
+
+
+class JobAnswer(JobSummary):
+    """A job with what it came to."""
+
+    result: dict[str, Any] | None = Field(description="What the call would have answered without the preference.")
+    error: "Problem | None" = Field(description="The error that the call would have been answered with.")
+
+
+class JobList(BaseModel):
+    """The known jobs, oldest first, without their results."""
+
+    jobs: list[JobSummary]
 
 
 class Problem(BaseModel):

@@ -1,21 +1,30 @@
 """Uploaded checkpoints: kept as files, inspected in a child process before anything else may touch them."""
 
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from normcore.folding.checkpoint import DEFAULTS, Options
 from service.errors import CheckpointNotFoundError, ConflictError
 from service.settings import Settings
 from service.storage.blobs import Blobs, StagedBlob
 from service.storage.metadata import CheckpointRecord, Metadata, now
 
+Progress = Callable[[str, int, int], None]
+
+# By format, how a file's name ends.
+SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch_zip": ".pt"}
+
 
 class GraphSandbox(Protocol):
     """Where an uploaded graph may be parsed, folded, proven and first loaded."""
 
-    async def run(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]: ...
+    async def run(
+        self, operation: str, arguments: Mapping[str, Any], *, progress: Progress | None = None
+    ) -> dict[str, Any]: ...
 
 
 class Checkpoints:
@@ -43,7 +52,7 @@ class Checkpoints:
             found = await self.inspect(staged.path)
             record = CheckpointRecord(
                 id=staged.id,
-                filename=filename,
+                filename=filename or f"checkpoint{SUFFIXES.get(found['format'], '')}",
                 format=found["format"],
                 bytes=staged.bytes,
                 created_at=now(),
@@ -58,19 +67,15 @@ class Checkpoints:
             await self._blobs.discard(staged.path)
         return (record, True) if is_new else (await self.get(record.id), False)
 
-    async def inspect(self, path: Path, *, freeze_initializers: bool = False) -> dict[str, Any]:
+    async def inspect(self, path: Path, options: Options = DEFAULTS) -> dict[str, Any]:
         """Format, summary and fold plan of a file, found in a child process."""
-        arguments = {"path": str(path), "limits": self.graph_limits(), "freeze_initializers": freeze_initializers}
+        arguments = {"path": str(path), "limits": self.limits(), "options": asdict(options)}
         return await self._sandbox.run("inspect", arguments)
 
-    async def plan(self, checkpoint_id: str, *, freeze_initializers: bool) -> list[dict[str, Any]]:
+    async def plan(self, checkpoint_id: str, options: Options) -> dict[str, Any]:
         """What a fold would do to every normalization; writes nothing."""
-        async with self.used(checkpoint_id) as record:
-            if not freeze_initializers:
-                return record.normalizations
-            found = await self.inspect(self.path(checkpoint_id), freeze_initializers=True)
-        entries: list[dict[str, Any]] = found["normalizations"]
-        return entries
+        async with self.used(checkpoint_id):
+            return await self.inspect(self.path(checkpoint_id), options)
 
     @asynccontextmanager
     async def used(self, checkpoint_id: str) -> AsyncIterator[CheckpointRecord]:
@@ -104,5 +109,14 @@ class Checkpoints:
     def path(self, checkpoint_id: str) -> Path:
         return self._blobs.path(checkpoint_id)
 
-    def graph_limits(self) -> dict[str, int]:
-        return {"max_nodes": self._settings.max_graph_nodes, "max_tensor_bytes": self._settings.max_tensor_bytes}
+    def limits(self) -> dict[str, dict[str, int]]:
+        """What a file may be, as the sandbox's operations take it."""
+        settings = self._settings
+        return {
+            "graph": {"max_nodes": settings.max_graph_nodes, "max_tensor_bytes": settings.max_tensor_bytes},
+            "tensors": {
+                "max_tensors": settings.max_tensors,
+                "max_header_bytes": settings.max_header_bytes,
+                "max_bytes": settings.max_state_bytes,
+            },
+        }

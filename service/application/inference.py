@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from normcore.errors import DtypeError, ParameterError, ShapeError
 from normcore.execution import ExecutionError
 from service import datatypes
+from service.application.methods import BATCH_NORM, STATISTICS_PARAMETERS, with_statistics
 from service.application.models import Entry
+from service.application.statistics import Statistics
 from service.application.usage import FailureReason
 from service.engine.protocol import InferResult, ModelSpec, Parameters, Tensor, Tensors, TensorSpec
 from service.errors import DeadlineExceededError, OverloadedError
@@ -29,7 +31,8 @@ RESERVED_PARAMETERS = frozenset(
 class Inference:
     """Runs loaded models under a deadline."""
 
-    def __init__(self, *, deadline_s: float) -> None:
+    def __init__(self, statistics: Statistics, *, deadline_s: float) -> None:
+        self._statistics = statistics
         self._deadline_s = deadline_s
 
     async def infer(
@@ -41,7 +44,9 @@ class Inference:
             engine = entry.engine()
             check_inputs(engine.spec, inputs)
             check_outputs(engine.spec, outputs)
-            custom = {key: value for key, value in parameters.items() if key not in RESERVED_PARAMETERS}
+            custom: Parameters = {key: value for key, value in parameters.items() if key not in RESERVED_PARAMETERS}
+            if entry.name == BATCH_NORM and not STATISTICS_PARAMETERS.isdisjoint(custom):
+                inputs, custom = await with_statistics(self._statistics, inputs, custom)
             return await engine.infer(
                 inputs,
                 outputs=outputs,

@@ -8,7 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from normcore.errors import ParameterError
+from normcore.checkpoints.formats import ADVICE
+from normcore.errors import CheckpointError, ParameterError
+from normcore.folding.checkpoint import TENSOR_FORMATS
 from service.application.checkpoints import Checkpoints, GraphSandbox
 from service.application.folding import Folding, FoldOptions
 from service.engine.protocol import ModelOptions
@@ -20,6 +22,7 @@ from service.storage.metadata import CheckpointRecord, ModelRecord, now
 # Rows of a batch where nobody says, for networks whose rows are independent.
 AUTOMATIC_BATCH_SIZE = 32
 
+_ADVICE: Mapping[str, str] = {str(kind): advice for kind, advice in ADVICE.items()}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,127}")
 
 
@@ -60,6 +63,8 @@ class Preparation:
         """
         self._check_warmup(options)
         async with self._checkpoints.used(checkpoint) as source:
+            if source.format in TENSOR_FORMATS:
+                raise CheckpointError(f"checkpoint: expected one with a graph; {_ADVICE[source.format]}")
             frozen = await self._freeze(source) if freeze_training else source.id
             served, outcome = await self._fold(frozen) if fold else (frozen, {"requested": False})
             async with self._checkpoints.used(served):
@@ -90,7 +95,7 @@ class Preparation:
             arguments = {
                 "source": str(self._checkpoints.path(source.id)),
                 "target": str(target),
-                "limits": self._checkpoints.graph_limits(),
+                "limits": self._checkpoints.limits(),
             }
             found = await self._sandbox.run("freeze", arguments)
             if not found["frozen"]:
@@ -103,7 +108,7 @@ class Preparation:
             await self._blobs.discard(target)
 
     async def _fold(self, checkpoint_id: str) -> tuple[str, dict[str, Any]]:
-        outcome = await self._folding.fold(checkpoint_id, FoldOptions())
+        outcome = await self._folding.fold_unless_kept(checkpoint_id, FoldOptions())
         certificate = outcome.report["certificate"]
         verdict = certificate["verdict"] if certificate else None
         summary = {"requested": True, "folded": outcome.report["folded"], "verdict": verdict}

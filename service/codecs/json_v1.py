@@ -9,7 +9,7 @@ from service.codecs import json_tensors
 from service.codecs.body import EncodedBody, TensorBody
 from service.codecs.buffers import Buffer, check_shape
 from service.codecs.json_text import describe, expect_list, expect_scalar, expect_string, parse_object, printable
-from service.datatypes import BYTES, FP32, Datatype
+from service.datatypes import BYTES, FP32, FP64, Datatype
 from service.engine.protocol import ParameterValue, Tensor, Tensors
 from service.errors import PayloadMalformedError
 
@@ -18,12 +18,18 @@ ONLY_OUTPUT: str | None = None
 
 
 def decode(
-    body: Buffer, /, *, tensor_names: Collection[str], query_parameters: Mapping[str, str] | None = None
+    body: Buffer,
+    /,
+    *,
+    tensor_names: Collection[str],
+    query_parameters: Mapping[str, str] | None = None,
+    exact_names: Collection[str] = (),
 ) -> TensorBody:
     """Decode an object whose fields are tensors, `outputs`, and else parameters; a tensor that is null is absent.
 
-    A plain list takes the datatype of `input`, FP32 if that is a plain list too; a list of booleans is BOOL.
-    A parameter that is a list of integers becomes the text it has in a query string: [2, 3] is "2,3".
+    A plain list takes the datatype of `input`, FP32 if that is a plain list too; a list of booleans is BOOL;
+    for the tensors named exact it is FP64. A parameter that is a list of integers becomes the text it has in a query
+    string: [2, 3] is "2,3".
     """
     for name in query_parameters or {}:
         raise PayloadMalformedError(f"query parameter {name[:60]!r}: expected as a field of the JSON body")
@@ -35,7 +41,7 @@ def decode(
     for name, value in document.items():
         if name in tensor_names:
             if value is not None:
-                tensors[name] = _tensor(value, default, field=name)
+                tensors[name] = _tensor(value, FP64 if name in exact_names else default, field=name)
         elif name == "outputs":
             outputs = _outputs(value)
         else:

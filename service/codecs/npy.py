@@ -14,6 +14,7 @@ from service import datatypes
 from service.codecs.body import EncodedBody, TensorBody, from_query
 from service.codecs.buffers import Buffer, check_shape, check_size, to_bytes, view
 from service.codecs.json_text import printable
+from service.codecs.layout import TensorLayout
 from service.datatypes import BYTES, DATATYPES, Datatype
 from service.engine.protocol import Tensor, Tensors
 from service.errors import NotAcceptableError, PayloadMalformedError, PayloadTooLargeError
@@ -22,6 +23,7 @@ MEDIA_TYPE = "application/x-npy"
 ONLY_OUTPUT: str | None = "output"
 DIAGNOSTICS_HEADER = "Normserve-Diagnostics"
 _MAGIC = b"\x93NUMPY"
+_VERSIONS = (b"\x01\x00", b"\x02\x00", b"\x03\x00")
 _MAX_HEADER_BYTES = 10_000  # numpy's own limit
 _ALIGNMENT = 64
 _QUOTED = r"(?:'([^'\"]*)'|\"([^'\"]*)\")"
@@ -60,7 +62,20 @@ def diagnostics_header(diagnostics: Mapping[str, object]) -> dict[str, str]:
 
 def read(data: Buffer, *, field: str) -> Tensor:
     """Return the array of a file of format 1, 2 or 3; a view where it is in C order and native byte order."""
-    header, offset = _header(data, field)
+    found = layout(data, field=field)
+    if found is None:
+        raise PayloadMalformedError(f"{field}: expected a .npy file with a whole header, received {len(data)} bytes")
+    check_size(len(data) - found.offset, found.datatype, found.shape, field=field)
+    array = _view(data, found, field=field)
+    return array.T.copy() if found.is_transposed else array
+
+
+def layout(head: Buffer, *, field: str) -> TensorLayout | None:
+    """Return where the data of a file lies, from its first bytes; None while the header is not all there."""
+    parsed = _header(head, field)
+    if parsed is None:
+        return None
+    header, offset = parsed
     parts = [pattern.findall(header) for pattern in (_DESCR, _FORTRAN_ORDER, _SHAPE)]
     for pattern in (_DESCR, _FORTRAN_ORDER, _SHAPE):
         header = pattern.sub("", header)
@@ -72,11 +87,14 @@ def read(data: Buffer, *, field: str) -> Tensor:
     (descr,), (fortran_order,), (sizes,) = parts
     order, datatype = _datatype("".join(descr), field)
     shape = check_shape([int(size) for size in sizes.split(",") if size.strip()], field=f"{field} shape")
-    check_size(len(data) - offset, datatype, shape, field=field)
     is_fortran = fortran_order == "True" and len(shape) > 1
-    stored = shape[::-1] if is_fortran else shape
-    array = _view(data, offset, datatype, stored, order=order, field=field)
-    return array.T.copy() if is_fortran else array
+    return TensorLayout(
+        datatype,
+        shape[::-1] if is_fortran else shape,
+        offset,
+        is_transposed=is_fortran,
+        is_swapped=order == ">" and datatype.itemsize > 1,
+    )
 
 
 def write(array: Tensor) -> list[bytes | memoryview]:
@@ -90,19 +108,22 @@ def write(array: Tensor) -> list[bytes | memoryview]:
     return [_MAGIC + b"\x01\x00" + len(text).to_bytes(2, "little") + text, to_bytes(array)]
 
 
-def _header(data: Buffer, field: str) -> tuple[str, int]:
+def _header(data: Buffer, field: str) -> tuple[str, int] | None:
     start = bytes(data[: len(_MAGIC) + 6])
     version = start[len(_MAGIC) : len(_MAGIC) + 2]
-    if not start.startswith(_MAGIC) or version not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
+    is_whole = len(version) == 2
+    if start[: len(_MAGIC)] != _MAGIC[: len(start)] or (is_whole and version not in _VERSIONS):
         raise PayloadMalformedError(f"{field}: expected a .npy file of format 1, 2 or 3, received {start[:8]!r}")
-    offset = len(_MAGIC) + 2 + (2 if version == b"\x01\x00" else 4)
+    offset = len(_MAGIC) + 2 + (2 if version == _VERSIONS[0] else 4)
+    if not is_whole or len(start) < offset:
+        return None
     length = int.from_bytes(start[len(_MAGIC) + 2 : offset], "little")
     if length > _MAX_HEADER_BYTES:
         raise PayloadTooLargeError(
             f"{field}: expected a .npy header up to {_MAX_HEADER_BYTES} bytes, received {length}"
         )
     if offset + length > len(data):
-        raise PayloadMalformedError(f"{field}: expected a .npy header of {length} bytes, received {len(data)} in all")
+        return None
     return bytes(data[offset : offset + length]).decode("latin-1"), offset + length
 
 
@@ -117,8 +138,8 @@ def _datatype(descr: str, field: str) -> tuple[str, Datatype]:
     return order, datatype
 
 
-def _view(data: Buffer, offset: int, datatype: Datatype, shape: tuple[int, ...], *, order: str, field: str) -> Tensor:
-    if order != ">" or datatype.itemsize == 1:
-        return view(data, offset, datatype, shape, field=field)
-    swapped = np.frombuffer(data, f">u{datatype.itemsize}", offset=offset)
-    return swapped.astype(f"=u{datatype.itemsize}").view(datatype.numpy).reshape(shape)
+def _view(data: Buffer, found: TensorLayout, *, field: str) -> Tensor:
+    if not found.is_swapped:
+        return view(data, found.offset, found.datatype, found.shape, field=field)
+    swapped = np.frombuffer(data, f">u{found.datatype.itemsize}", offset=found.offset)
+    return swapped.astype(f"=u{found.datatype.itemsize}").view(found.datatype.numpy).reshape(found.shape)

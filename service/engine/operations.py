@@ -7,17 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+import torch
 from onnx import ModelProto
 
 from normcore.checkpoints.onnx import GraphLimits, inspect_onnx, load_onnx
+from normcore.checkpoints.tensors import TensorLimits
 from normcore.errors import CheckpointError, DeadlineError, NormcoreError
 from normcore.execution import ExecutionError, describe, open_session, run
-from normcore.folding.fold import fold_checkpoint
-from normcore.folding.plan import plan_onnx
+from normcore.folding.checkpoint import Limits, Options, fold_file, plan_file
+from normcore.folding.compare import compare_checkpoints
 from normcore.folding.probes import Feeds, NoProbeError, Shapes, find_shapes
-from normcore.folding.verify import ProbeOptions, certify
+from normcore.folding.state_dict.options import Told
+from normcore.folding.verify import ProbeOptions
 from normcore.freezing import freeze_training_mode
 from normcore.independence import RowCheck, check_rows
+from normcore.recalibration.drift import measure_checkpoint_drift
+from normcore.recalibration.recalibrate import recalibrate_checkpoint
+from service.engine import staged_tensors
 from service.engine.zygote import Operation, Report
 
 Arguments = Mapping[str, Any]
@@ -27,39 +33,36 @@ _ALLOCATION_FAILURES = ("Failed to allocate memory", "bad_alloc", "bad allocatio
 
 
 def inspect(arguments: Arguments, _: Report) -> Result:
-    """`{path, limits, freeze_initializers}` -> `{format, summary, normalizations}`."""
-    model = load_onnx(Path(arguments["path"]), limits=_limits(arguments))
-    summary = inspect_onnx(model)
-    plan = plan_onnx(model, freeze_initializers=arguments["freeze_initializers"])
-    return {
-        "format": summary.format,
-        "summary": asdict(summary),
-        "normalizations": [asdict(entry) for entry in plan.entries],
-    }
+    """`{path, limits, options}` -> `{format, summary, normalizations, notes}`."""
+    return plan_file(Path(arguments["path"]), limits=_limits(arguments), options=_options(arguments))
 
 
 def fold(arguments: Arguments, report: Report) -> Result:
-    """`{source, target, limits, freeze_initializers, verify}` -> the fold's report; writes the file `target`."""
+    """`{source, target, limits, options, verify}` -> the fold's report; writes the file `target`."""
     verify = arguments["verify"]
-    return fold_checkpoint(
+    return fold_file(
         Path(arguments["source"]),
         Path(arguments["target"]),
         limits=_limits(arguments),
-        freeze_initializers=arguments["freeze_initializers"],
+        options=_options(arguments),
         verify=None if verify is None else ProbeOptions(**verify),
         progress=report,
-    ).to_dict()
+    )
 
 
 def compare(arguments: Arguments, _: Report) -> Result:
-    """`{original, folded, verify}` -> the certificate."""
-    options = ProbeOptions(**arguments["verify"])
-    return asdict(certify(Path(arguments["original"]), Path(arguments["folded"]), options))
+    """`{original, other, limits, verify}` -> the certificate."""
+    return compare_checkpoints(
+        Path(arguments["original"]),
+        Path(arguments["other"]),
+        limits=_limits(arguments).graph,
+        options=ProbeOptions(**arguments["verify"]),
+    ).to_dict()
 
 
 def freeze(arguments: Arguments, _: Report) -> Result:
     """`{source, target, limits}` -> `{frozen}`, the outputs of the nodes changed; writes the file `target`."""
-    model = load_onnx(Path(arguments["source"]), limits=_limits(arguments))
+    model = load_onnx(Path(arguments["source"]), limits=_limits(arguments).graph)
     frozen, changed = freeze_training_mode(model)
     Path(arguments["target"]).write_bytes(frozen.SerializeToString())
     return {"frozen": list(changed)}
@@ -91,17 +94,55 @@ def load(arguments: Arguments, _: Report) -> Result:
     return asdict(signature) | {"warm_up": None, "rows": asdict(rows)}
 
 
+def recalibrate(arguments: Arguments, report: Report) -> Result:
+    """`{source, target, freeze_initializers} + calibration's` -> the report; writes the file `target`."""
+    with _allocation_failures_as_memory_errors():
+        return recalibrate_checkpoint(
+            Path(arguments["source"]),
+            Path(arguments["target"]),
+            staged_tensors.read(Path(arguments["tensors"]), arguments["batches"]),
+            freeze_initializers=arguments["freeze_initializers"],
+            progress=report,
+            **_calibration(arguments),
+        ).to_dict()
+
+
+def drift(arguments: Arguments, report: Report) -> Result:
+    """`{source, threshold} + calibration's` -> the report."""
+    with _allocation_failures_as_memory_errors():
+        return measure_checkpoint_drift(
+            Path(arguments["source"]),
+            staged_tensors.read(Path(arguments["tensors"]), arguments["batches"]),
+            threshold=arguments["threshold"],
+            progress=report,
+            **_calibration(arguments),
+        ).to_dict()
+
+
 OPERATIONS: Mapping[str, Operation] = {
-    "inspect": inspect,
-    "fold": fold,
-    "compare": compare,
-    "freeze": freeze,
-    "load": load,
+    operation.__name__: operation for operation in (inspect, fold, compare, freeze, load, recalibrate, drift)
 }
 
 
-def _limits(arguments: Arguments) -> GraphLimits:
-    return GraphLimits(**arguments["limits"])
+def _calibration(arguments: Arguments) -> dict[str, Any]:
+    """`{tensors, batches, limits, threads, deadline_s}`: the first two are read by staged_tensors.py."""
+    torch.set_num_threads(arguments["threads"])
+    return {
+        "limits": _limits(arguments).graph,
+        "threads": arguments["threads"],
+        "deadline_s": arguments["deadline_s"],
+    }
+
+
+def _limits(arguments: Arguments) -> Limits:
+    limits = arguments["limits"]
+    return Limits(graph=GraphLimits(**limits["graph"]), tensors=TensorLimits(**limits["tensors"]))
+
+
+def _options(arguments: Arguments) -> Options:
+    options = dict(arguments["options"])
+    pairs = {norm: Told(**told) for norm, told in options.pop("pairs", {}).items()}
+    return Options(**options, pairs=pairs)
 
 
 def _warm_up(model: ModelProto, session: onnxruntime.InferenceSession, *, deadline_s: float) -> Shapes:

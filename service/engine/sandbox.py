@@ -149,7 +149,7 @@ class Sandbox:
         if OUT_OF_MEMORY in classes:
             raise self._memory_error("needs")
         if OUT_OF_DISK in classes:
-            raise StorageFullError("no room for the folded checkpoint")
+            raise StorageFullError("no room for the checkpoint that the operation wrote")
         for name in classes:
             if name in _ERRORS:
                 raise _rebuilt(_ERRORS[name], error)

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from normcore.errors import DtypeError
+from service.datatypes import Datatype
 from service.engine.protocol import Tensor
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -26,6 +27,11 @@ def to_torch(array: Tensor, *, argument: str = "tensor") -> torch.Tensor:
             received="BYTES" if array.dtype == object else str(array.dtype),
         )
     return torch.from_numpy(_shareable(array))
+
+
+def torch_datatype(datatype: Datatype) -> torch.dtype:
+    """Torch's name of a datatype of numbers or BOOL."""
+    return to_torch(np.empty(0, datatype.numpy)).dtype
 
 
 def from_torch(tensor: torch.Tensor) -> Tensor:

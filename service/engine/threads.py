@@ -1,7 +1,10 @@
 """The one thread budget of the process, shared by torch and onnxruntime."""
 
 import os
+import threading
 from pathlib import Path
+
+import torch
 
 
 def thread_budget(setting: int) -> int:
@@ -14,6 +17,18 @@ def thread_budget(setting: int) -> int:
     quota = cgroup_quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
     cpus = len(os.sched_getaffinity(0))
     return max(1, cpus if quota is None else min(cpus, int(quota)))
+
+
+def use_one_thread() -> None:
+    """Have torch compute in the calling thread alone from now on; other threads keep theirs.
+
+    Torch has one number for all threads, which each takes over at its first call and keeps (with OpenMP).
+    """
+    others = torch.get_num_threads()
+    torch.set_num_threads(1)
+    restoring = threading.Thread(target=torch.set_num_threads, args=(others,))
+    restoring.start()
+    restoring.join()
 
 
 def cgroup_quota(mount: Path, membership: Path) -> float | None:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -85,13 +85,19 @@ class Blobs:
         with _disk_errors():
             return await self._run(lambda: _adopt(path))
 
+    async def write_scratch(self, path: Path, chunks: Sequence[memoryview]) -> None:
+        """Write a file that another process reads and nobody keeps, so it need not reach the disk."""
+        with _disk_errors():
+            await self._run(lambda: _write(path, chunks))
+
     async def keep(self, staged: StagedBlob) -> None:
         """Rename a staged file into place; the same content kept twice is one file."""
         with _disk_errors():
             await self._run(lambda: _keep(staged.path, self._path(staged.id)))
 
     async def discard(self, path: Path) -> None:
-        await self._run(lambda: path.unlink(missing_ok=True))
+        """Drop a staged file, and what a process left of it that was killed while it wrote."""
+        await self._run(lambda: _discard(path))
 
     async def delete(self, blob_id: str) -> None:
         await self._run(lambda: self._path(blob_id).unlink(missing_ok=True))
@@ -132,10 +138,20 @@ def _finish(file: BinaryIO, digest: "hashlib._Hash", data: bytearray) -> None:
     file.close()
 
 
+def _discard(path: Path) -> None:
+    for leftover in (path, *path.parent.glob(f"{path.name}.*.part")):
+        leftover.unlink(missing_ok=True)
+
+
 def _drop(file: BinaryIO, path: Path) -> None:
     with suppress(OSError):  # closing writes what is buffered, and the disk may be full
         file.close()
     path.unlink(missing_ok=True)
+
+
+def _write(path: Path, chunks: Sequence[memoryview]) -> None:
+    with path.open("xb") as file:
+        file.writelines(chunks)
 
 
 def _adopt(path: Path) -> StagedBlob:

@@ -123,19 +123,23 @@ class Metadata:
         rows = await self._read(_checkpoints.select().order_by(_checkpoints.c.created_at, _checkpoints.c.id))
         return [CheckpointRecord(**row) for row in rows]
 
+    async def folds_of(self, checkpoint_id: str) -> list[CheckpointRecord]:
+        """The kept checkpoints that were folded from this one."""
+        rows = await self._read(_checkpoints.select().where(_checkpoints.c.folded_from == checkpoint_id))
+        return [CheckpointRecord(**row) for row in rows]
+
     async def delete_checkpoint(self, checkpoint_id: str) -> list[str]:
         """Delete it unless models use it; the answer names these."""
         is_user = sql.or_(_models.c.checkpoint == checkpoint_id, _models.c.served_checkpoint == checkpoint_id)
 
-        def delete() -> list[str]:
-            with self._engine.begin() as connection:
-                rows = connection.execute(_models.select().where(is_user).order_by(_models.c.name, _models.c.version))
-                users = [f"{row.name}/{row.version}" for row in rows]
-                if not users:
-                    connection.execute(_checkpoints.delete().where(_checkpoints.c.id == checkpoint_id))
-                return users
+        def delete(connection: sql.Connection) -> list[str]:
+            rows = connection.execute(_models.select().where(is_user).order_by(_models.c.name, _models.c.version))
+            users = [f"{row.name}/{row.version}" for row in rows]
+            if not users:
+                connection.execute(_checkpoints.delete().where(_checkpoints.c.id == checkpoint_id))
+            return users
 
-        return await self._run(delete)
+        return await self.transact(delete)
 
     async def add_model(self, record: ModelRecord) -> None:
         await self._write(_models.insert().values(**asdict(record)))
@@ -160,6 +164,15 @@ class Metadata:
     async def delete_model(self, name: str, version: int) -> None:
         await self._write(_models.delete().where(_is_model(name, version)))
 
+    async def transact(self, call: Callable[[sql.Connection], T]) -> T:
+        """What `call` returns; all it did is durable then, or none of it is done if it raises."""
+
+        def transact() -> T:
+            with self._engine.begin() as connection:
+                return call(connection)
+
+        return await self._run(transact)
+
     async def _read(self, statement: sql.Select[Any]) -> list[JsonObject]:
         def read() -> list[JsonObject]:
             with self._engine.connect() as connection:
@@ -168,11 +181,7 @@ class Metadata:
         return await self._run(read)
 
     async def _write(self, statement: sql.Executable) -> None:
-        def write() -> None:
-            with self._engine.begin() as connection:
-                connection.execute(statement)
-
-        await self._run(write)
+        await self.transact(lambda connection: connection.execute(statement))
 
     async def _run(self, call: Callable[[], T]) -> T:
         try:

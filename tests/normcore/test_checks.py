@@ -48,7 +48,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[ArgumentError], str]] = {
     "no integers": (
         lambda: checks.check_integers("axes", ""),
         ParameterError,
-        """axes: expected integers with commas between them, such as "2,3", received ''""",
+        """axes: expected an integer, or integers with commas between them, such as "2,3", received ''""",
     ),
     "empty list of integers": (lambda: checks.check_integers("axes", []), ParameterError, "axes"),
     "text that is no integer": (lambda: checks.check_integers("axes", "1,2.0"), ParameterError, "'1,2.0'"),

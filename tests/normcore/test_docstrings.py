@@ -20,9 +20,13 @@ MODULES = [
     "normcore.normalization.weight_norm",
     "normcore.normalization.weight_standardization",
     "normcore.normalization.whitening",
+    "normcore.statistics.conversion",
     "normcore.statistics.covariance",
+    "normcore.statistics.histogram",
     "normcore.statistics.moments",
+    "normcore.statistics.population",
     "normcore.statistics.running",
+    "normcore.statistics.stream",
 ]
 
 

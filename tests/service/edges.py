@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from normcore.normalization import METHODS
+from service.application.methods import METHODS
 
 
 def of(values: list[Any], *shape: int, datatype: str = "FP32") -> dict[str, Any]:

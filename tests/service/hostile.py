@@ -103,6 +103,16 @@ def endless_loop() -> bytes:
     return serialized(model(nodes, initializers=(count, _ALWAYS)))
 
 
+def endless_loop_before_norm() -> bytes:
+    """Conv -> BatchNormalization that folds at once, and whose proof would never end."""
+    built = onnx.load_from_string(small_conv())
+    built.graph.node[0].input[0] = "late"
+    built.graph.node.insert(0, helper.make_node("Loop", ["count", "always", "x"], ["late"], body=_sines(4)))
+    count = numpy_helper.from_array(np.array(2**62, np.int64), "count")
+    built.graph.initializer.extend((count, _ALWAYS))
+    return serialized(built)
+
+
 def counted_loop() -> bytes:
     """A Loop that runs as often as the largest element of its input says: legal, and as slow as the caller wants."""
     nodes = [
@@ -116,7 +126,7 @@ def counted_loop() -> bytes:
 _ALWAYS = numpy_helper.from_array(np.array(True), "always")
 
 
-def _sines() -> onnx.GraphProto:
+def _sines(rank: int = 2) -> onnx.GraphProto:
     return helper.make_graph(
         [
             helper.make_node("Identity", ["go"], ["go_on"]),
@@ -126,10 +136,10 @@ def _sines() -> onnx.GraphProto:
         [
             helper.make_tensor_value_info("step", TensorProto.INT64, []),
             helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("carried", TensorProto.FLOAT, [None, None]),
+            helper.make_tensor_value_info("carried", TensorProto.FLOAT, [None] * rank),
         ],
         [
             helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("carried_on", TensorProto.FLOAT, [None, None]),
+            helper.make_tensor_value_info("carried_on", TensorProto.FLOAT, [None] * rank),
         ],
     )

@@ -1,42 +1,71 @@
-"""Conv -> [Add] -> BatchNormalization, of any rank, grouped or not.
+"""Conv takes the map of its output channels, and that of its input channels where padding allows it.
 
     scale (W * x + b) + shift = (scale W) * x + (scale b + shift)
+    W * (scale x + shift) + b = (W scale) * x + (b + sum of W shift)
 
-W is (C_out, C_in / groups, k...): output channels lie on axis 0 whatever the groups, and padding adds zeros to x, so
-it is the same on both sides.
+W is (C_out, C_in / groups, k...). On the output side padding adds zeros to x in both forms. On the input side the
+padded zeros would have to be `scale 0 + shift`: with a shift, only an unpadded convolution is the same.
 """
 
 import numpy as np
 
-from normcore.folding.onnx.graph import Graph
-from normcore.folding.onnx.refusal import Refusal
-from normcore.folding.onnx.region import Region, Replacement, absorb, read_bias, read_map, read_weight
+from normcore.folding.filters import conv_response, scale_axis, scale_conv_inputs
+from normcore.folding.onnx.demand import Demand
+from normcore.folding.onnx.edit import Edit
+from normcore.folding.onnx.graph import Graph, label
+from normcore.folding.onnx.operands import attributes_of, read_bias, read_weight
+from normcore.folding.onnx.refusal import Refusal, ShiftRefusal
 from normcore.folding.onnx.rounding import store
 
 
 class ConvRule:
-    """Scales whole filters."""
+    """Scales whole filters, or what they read."""
 
-    operator = "Conv"
-    name = "conv"
-    formula = "W'[o] = scale[o] W[o]; b' = scale b + shift"
+    operators = frozenset({"Conv"})
 
-    def check(self, graph: Graph, region: Region) -> Replacement:
-        """Compute what would be written; changes nothing. Raises Refusal."""
-        weight = read_weight(graph, region)
+    def check_backward(self, graph: Graph, index: int, demand: Demand) -> Edit:
+        """Take a map of the output. Raises Refusal."""
+        weight = read_weight(graph, index)
         if weight.ndim < 3:
             raise Refusal(f"the convolution's weight has shape {weight.shape}, which is no filter")
         channels = weight.shape[0]
-        affine = read_map(graph, region, channels=channels, rank=weight.ndim)
-        exact = weight.astype(np.float64) * affine.scale.reshape(-1, *[1] * (weight.ndim - 1))
-        bias = affine.scale * read_bias(graph, region, channels=channels) + affine.shift
-        return Replacement(
-            weight=store(exact, weight.dtype, "weight", rows=exact.reshape(channels, -1)),
-            bias=store(bias, weight.dtype, "bias"),
-        )
+        affine = demand.on(1, channels, where=label(graph.node(index)))
+        exact = scale_axis(weight.astype(np.float64), affine.scale, axis=0)
+        bias = affine.scale * read_bias(graph, index, channels=channels) + affine.shift
+        operands = {
+            1: store(exact, weight.dtype, "weight", rows=exact.reshape(channels, -1)),
+            2: store(bias, weight.dtype, "bias"),
+        }
+        return Edit(index, "conv", "W'[o] = scale[o] W[o]; b' = scale b + shift", operands)
 
-    def rewrite(self, graph: Graph, region: Region, replacement: Replacement) -> None:
-        absorb(graph, region, replacement)
+    def check_forward(self, graph: Graph, index: int, slot: int, demand: Demand) -> Edit:
+        """Take a map of the input. Raises Refusal."""
+        node = graph.node(index)
+        if slot != 0:
+            raise Refusal(f"it is the weight of {label(node)}")
+        weight = read_weight(graph, index)
+        groups = int(attributes_of(node).get("group", 1))
+        if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
+            raise Refusal(f"the convolution's weight of shape {weight.shape} does not divide into {groups} groups")
+        affine = demand.on(1, weight.shape[1] * groups, where=label(node))
+        if affine.is_shifting and is_padded(graph, index):
+            raise ShiftRefusal(f"{label(node)} pads with zeros, which the shift would have to reach too")
+        exact = scale_conv_inputs(weight.astype(np.float64), affine.scale, groups=groups)
+        operands = {1: store(exact, weight.dtype, "weight", rows=exact.reshape(len(exact), -1))}
+        if affine.is_shifting:
+            response = conv_response(weight.astype(np.float64), affine.shift, groups=groups)
+            bias = read_bias(graph, index, channels=len(exact)) + response
+            operands[2] = store(bias, weight.dtype, "bias")
+        return Edit(index, "conv_input", "W'[:, i] = scale[i] W[:, i]; b' = b + sum over i, k of W shift", operands)
 
 
-__all__ = ["ConvRule"]
+def is_padded(graph: Graph, index: int) -> bool:
+    """Whether zeros may be put around a convolution's input."""
+    attributes = attributes_of(graph.node(index))
+    mode = attributes.get("auto_pad", b"NOTSET").decode()
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        return True  # a kernel of one tap needs none, and runtimes agree on that: not worth a case of its own
+    return mode != "VALID" and any(attributes.get("pads", ()))
+
+
+__all__ = ["ConvRule", "is_padded"]

@@ -1,53 +1,78 @@
-"""ConvTranspose -> [Add] -> BatchNormalization, of any rank, grouped or not.
+"""ConvTranspose takes the map of its output channels, and the scale of its input channels.
 
 W is (C_in, C_out / groups, k...), and output channel g * C_out / groups + j takes its filters from the input channels
 of group g only. Seen as (groups, C_in / groups, C_out / groups, k...), the scale of that channel multiplies [g, :, j]:
 
     W'[g, :, j] = scale[g, j] W[g, :, j]        b' = scale b + shift
+    W'[i] = scale[i] W[i]
 
+A shift of the input reaches each output position by other taps; only a kernel of one tap sums it up evenly.
 The number of groups comes from the node: a square weight fits several.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
-from normcore.folding.onnx.batch_norm import attributes_of
-from normcore.folding.onnx.graph import Graph
-from normcore.folding.onnx.refusal import Refusal
-from normcore.folding.onnx.region import Region, Replacement, absorb, read_bias, read_map, read_weight
+from normcore.folding.filters import point_response, scale_axis, scale_transposed_outputs, transposed_rows
+from normcore.folding.onnx.demand import Demand
+from normcore.folding.onnx.edit import Edit
+from normcore.folding.onnx.graph import Graph, label
+from normcore.folding.onnx.operands import attributes_of, read_bias, read_weight
+from normcore.folding.onnx.refusal import Refusal, ShiftRefusal
 from normcore.folding.onnx.rounding import store
 
 
 class ConvTransposeRule:
-    """Scales what each output channel takes from its group."""
+    """Scales what each output channel takes from its group, or what each input channel gives."""
 
-    operator = "ConvTranspose"
-    name = "conv_transpose"
-    formula = "W'[g, :, j] = scale[g, j] W[g, :, j]; b' = scale b + shift"
+    operators = frozenset({"ConvTranspose"})
 
-    def check(self, graph: Graph, region: Region) -> Replacement:
-        """Compute what would be written; changes nothing. Raises Refusal."""
-        weight = read_weight(graph, region)
-        groups = int(attributes_of(graph.node(region.linear)).get("group", 1))
-        if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
-            raise Refusal(f"the convolution's weight of shape {weight.shape} does not divide into {groups} groups")
-        per_group = weight.shape[1]
-        channels = groups * per_group
-        affine = read_map(graph, region, channels=channels, rank=weight.ndim)
-        grouped = weight.astype(np.float64).reshape(groups, -1, per_group, *weight.shape[2:])
-        exact = grouped * affine.scale.reshape(groups, 1, per_group, *[1] * (weight.ndim - 2))
-        bias = affine.scale * read_bias(graph, region, channels=channels) + affine.shift
-        return Replacement(
-            weight=store(
-                exact.reshape(weight.shape),
-                weight.dtype,
-                "weight",
-                rows=np.moveaxis(exact, 2, 1).reshape(channels, -1),
-            ),
-            bias=store(bias, weight.dtype, "bias"),
-        )
+    def check_backward(self, graph: Graph, index: int, demand: Demand) -> Edit:
+        """Take a map of the output. Raises Refusal."""
+        weight, groups = _read(graph, index)
+        channels = groups * weight.shape[1]
+        affine = demand.on(1, channels, where=label(graph.node(index)))
+        exact = scale_transposed_outputs(weight.astype(np.float64), affine.scale, groups=groups)
+        bias = affine.scale * read_bias(graph, index, channels=channels) + affine.shift
+        operands = {
+            1: store(exact, weight.dtype, "weight", rows=transposed_rows(exact, groups=groups)),
+            2: store(bias, weight.dtype, "bias"),
+        }
+        return Edit(index, "conv_transpose", "W'[g, :, j] = scale[g, j] W[g, :, j]; b' = scale b + shift", operands)
 
-    def rewrite(self, graph: Graph, region: Region, replacement: Replacement) -> None:
-        absorb(graph, region, replacement)
+    def check_forward(self, graph: Graph, index: int, slot: int, demand: Demand) -> Edit:
+        """Take a map of the input. Raises Refusal."""
+        node = graph.node(index)
+        if slot != 0:
+            raise Refusal(f"it is the weight of {label(node)}")
+        weight, groups = _read(graph, index)
+        affine = demand.on(1, weight.shape[0], where=label(node))
+        if affine.is_shifting and not _is_pointwise(graph, index, weight):
+            raise ShiftRefusal(f"{label(node)} spreads the shift unevenly over its output")
+        exact = scale_axis(weight.astype(np.float64), affine.scale, axis=0)
+        operands = {1: store(exact, weight.dtype, "weight", rows=transposed_rows(exact, groups=groups))}
+        if affine.is_shifting:
+            response = point_response(weight.astype(np.float64), affine.shift, groups=groups)
+            bias = read_bias(graph, index, channels=response.size) + response
+            operands[2] = store(bias, weight.dtype, "bias")
+        return Edit(index, "conv_transpose_input", "W'[i] = scale[i] W[i]; b' = b + sum over i of W shift", operands)
+
+
+def _read(graph: Graph, index: int) -> tuple[NDArray[np.floating], int]:
+    weight = read_weight(graph, index)
+    groups = int(attributes_of(graph.node(index)).get("group", 1))
+    if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
+        raise Refusal(f"the convolution's weight of shape {weight.shape} does not divide into {groups} groups")
+    return weight, groups
+
+
+def _is_pointwise(graph: Graph, index: int, weight: NDArray[np.floating]) -> bool:
+    """One tap, and every output position has it."""
+    attributes = attributes_of(graph.node(index))
+    is_dense = all(stride == 1 for stride in attributes.get("strides", ()))
+    is_bare = not any(attributes.get("pads", ())) and not any(attributes.get("output_padding", ()))
+    is_free = "output_shape" not in attributes and attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+    return is_dense and is_bare and is_free and all(size == 1 for size in weight.shape[2:])
 
 
 __all__ = ["ConvTransposeRule"]

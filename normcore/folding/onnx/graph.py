@@ -1,7 +1,7 @@
 """An index over the nodes of one graph: who makes a tensor, who uses it, and whether it is constant."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,75 +10,111 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from normcore.checkpoints.onnx import opset_of
-from normcore.checkpoints.onnx_constants import EVALUATED, Value, evaluate, tensor_value
+from normcore.checkpoints.onnx_constants import Value
 from normcore.checkpoints.onnx_shapes import infer_types
-from normcore.checkpoints.onnx_structure import bodies, walk_graphs
+from normcore.folding.onnx.constants import Constants, label
+from normcore.folding.onnx.names import all_names, used_names
+from normcore.folding.onnx.ordering import drop, write_nodes
 from normcore.folding.onnx.refusal import Refusal
 
-_MAX_ELEMENTS = 1 << 28
-_MAX_CHAIN = 64
 _FIRST_IR_WITH_PRIVATE_INITIALIZERS = 4
+_CAPTURED = -1
+_SHAPES = frozenset({"Shape", "Size"})
 
 
 class Graph:
     """The top graph of a model, which rules read and rewrite in place; `commit` ends the rewriting.
 
-    Nodes are known by their position, which stays valid until `commit`. Whatever a rewrite leaves without a use
-    (constants, the nodes that computed them) is dropped at once.
+    Nodes are known by their position, which stays valid until `commit`; new nodes come behind. Whatever a rewrite
+    leaves without a use (constants, the nodes that computed them) is dropped at once. A name means the same tensor
+    before and after: what gets another value gets another name.
     """
 
-    def __init__(self, model: ModelProto, *, freeze_initializers: bool = False) -> None:
+    def __init__(self, model: ModelProto, *, freeze_initializers: bool = False, locked: Collection[str] = ()) -> None:
         self._model = model
-        self._types = infer_types(model).top
+        self._types = dict(infer_types(model).top)
         self._nodes: dict[int, NodeProto] = dict(enumerate(model.graph.node))
+        self._next = len(self._nodes)
         self._producers: dict[str, int] = {}
         self._uses: defaultdict[str, list[int]] = defaultdict(list)
         self._initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
         self._outputs = {info.name for info in model.graph.output}
-        self._inputs = {info.name for info in model.graph.input}
-        self._overridable = set() if freeze_initializers else self._inputs & set(self._initializers)
-        self._frozen = self._inputs & set(self._initializers) if freeze_initializers else set()
+        listed = {info.name for info in model.graph.input} & set(self._initializers)
+        self._overridable = set() if freeze_initializers else listed
+        self._frozen = listed if freeze_initializers else set()
         self._new: dict[str, TensorProto] = {}
         self._gone: set[str] = set()
+        self._locked = frozenset(locked)
         self.opset = opset_of(model)
-        self._names = {name for name in self._all_names() if name}
+        self._names = {name for name in all_names(model.graph) if name}
         for index, node in self._nodes.items():
-            self._producers.update((name, index) for name in node.output if name)
-            for name in _used_names(node):
-                self._uses[name].append(index)
+            self._enter(index, node)
+        self._constants = Constants(self._initializers, self._overridable, self._types, self._producing)
 
     def nodes(self) -> Iterator[tuple[int, NodeProto]]:
-        """Positions and nodes, in the order of the graph."""
+        """Positions and nodes, in the order of the graph; new ones last."""
         yield from list(self._nodes.items())
 
     def node(self, index: int) -> NodeProto:
         return self._nodes[index]
 
+    def __contains__(self, index: int) -> bool:
+        return index in self._nodes
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
     def producer(self, name: str) -> int | None:
         """Position of the node that makes a tensor; None for inputs and initializers."""
         return self._producers.get(name)
+
+    def consumers(self, name: str, *, with_shapes: bool = False) -> list[tuple[int, int]]:
+        """Position and slot of every use; the slot is -1 where a subgraph reads the tensor.
+
+        Who asks for its shape alone does not count, as no fold changes that, unless `with_shapes`.
+        """
+        sites = []
+        for index in dict.fromkeys(self._uses[name] if with_shapes else self._readers(name)):
+            slots = [slot for slot, used in enumerate(self._nodes[index].input) if used == name]
+            captured = self._uses[name].count(index) > len(slots)
+            sites += [(index, slot) for slot in [*slots, *[_CAPTURED] * captured]]
+        return sites
+
+    def is_output(self, name: str) -> bool:
+        return name in self._outputs
+
+    def is_locked(self, index: int) -> bool:
+        """Whether the caller wants a node left as it is."""
+        return not self._locked.isdisjoint(self._nodes[index].output)
 
     def shape(self, name: str) -> tuple[int | None, ...] | None:
         """Shape as far as the file determines it; None where even the rank is free."""
         found = self._types.get(name)
         return None if found is None else found.shape
 
+    def rank(self, name: str) -> int | None:
+        shape = self.shape(name)
+        return None if shape is None else len(shape)
+
+    def dtype(self, name: str) -> np.dtype[Any] | None:
+        """Datatype; None where the file leaves it free."""
+        found = self._types.get(name)
+        if found is None or not found.data_type:
+            return None
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(found.data_type))
+
     def is_constant(self, name: str) -> bool:
-        try:
-            self.constant(name)
-        except Refusal:
-            return False
-        return True
+        return self._constants.knows(name)
 
     def constant(self, name: str) -> Value:
         """The value of a tensor that is the same in every run. Raises Refusal."""
-        return self._resolve(name, {}, 0)
+        return self._constants.resolve(name)
 
     def check_single_use(self, name: str, *, user: int) -> None:
         """Refuse a tensor that anyone but one input of one node can see. Raises Refusal."""
         if name in self._outputs:
             raise Refusal(f"{self.origin(name)} gives {name!r}, which is also an output of the graph")
-        uses = self._uses[name]
+        uses = self._readers(name)
         if uses != [user]:
             other = next((index for index in uses if index != user), user)
             raise Refusal(f"the output of {self.origin(name)} has a second consumer {label(self._nodes[other])}")
@@ -90,27 +126,92 @@ class Graph:
             return label(self._nodes[index])
         return f"initializer {name!r}" if name in self._initializers else f"graph input {name!r}"
 
-    def take_over(self, index: int, inputs: Sequence[str], *, output: str) -> None:
-        """Give a node new inputs and the name of a tensor that another node made until now."""
+    def set_inputs(self, index: int, inputs: Sequence[str]) -> None:
+        """Give a node other inputs."""
         node = self._nodes[index]
         former = list(node.input)
-        self._producers.pop(node.output[0])
-        self._gone.add(node.output[0])
-        node.output[0] = output
-        self._producers[output] = index
         node.input[:] = inputs
-        for name in inputs:
+        for name in filter(None, inputs):
             self._uses[name].append(index)
-        self._release(former, index)
+        self._release([name for name in former if name], index)
+
+    def insert(self, operator: str, inputs: Sequence[str], output: str, *, like: str, **attributes: Any) -> int:
+        """A new node, whose output is of the datatype and rank of another tensor."""
+        index, self._next = self._next, self._next + 1
+        name = self.fresh(f"{output}/{operator}")
+        node = onnx.helper.make_node(operator, list(inputs), [output], name=name, **attributes)
+        self._nodes[index] = node
+        self._enter(index, node)
+        if like in self._types:
+            self._types.setdefault(output, self._types[like])
+        return index
+
+    def rename(self, name: str, new: str) -> None:
+        """Another name for what a node makes, everywhere; a node that makes `new` already is about to go."""
+        producer = self._producers.pop(name)
+        outputs = self._nodes[producer].output
+        outputs[list(outputs).index(name)] = new
+        self._producers[new] = producer
+        self._gone.add(name)
+        if name in self._types:
+            self._types.setdefault(new, self._types[name])
+        self.replace_uses(name, new)
+
+    def rename_changed(self, name: str) -> str:
+        """A fresh name for a tensor whose value changes."""
+        new = self.fresh(f"{name}_folded")
+        self.rename(name, new)
+        return new
+
+    def replace_uses(self, name: str, new: str) -> None:
+        """Make every node that reads a tensor read another one."""
+        for index in self._uses.pop(name, []):
+            node = self._nodes[index]
+            node.input[:] = [new if used == name else used for used in node.input]
+            self._uses[new].append(index)
+
+    def bypass(self, index: int, slot: int) -> None:
+        """Drop a node that passes one input on: who read its output reads that input."""
+        node = self._nodes[index]
+        self.replace_uses(node.output[0], node.input[slot])
+        self.remove(index)
+
+    def replace(self, index: int, *, by: str) -> None:
+        """Drop a node; the tensor `by`, which another node makes, takes over the name of its output."""
+        self.rename(by, self._nodes[index].output[0])
+        self.remove(index)
+
+    def substitute(self, index: int, slot: int, chain: Sequence[tuple[str, str]]) -> list[int]:
+        """Put elementwise operators, each with its constant, in the place of a node; its output keeps its name."""
+        node = self._nodes[index]
+        output, source = node.output[0], node.input[slot]
+        former = self.rename_changed(output)
+        made = []
+        name = source
+        for step, (operator, constant) in enumerate(chain, start=1):
+            result = output if step == len(chain) else self.fresh(f"{output}/{operator.lower()}")
+            made.append(self.insert(operator, [name, constant], result, like=source))
+            name = result
+        self.replace_uses(former, output)
+        self.remove(index)
+        return made
+
+    def append_addition(self, index: int, constant: str) -> None:
+        """An Add of a constant behind a node, which takes over the name of the node's output."""
+        output = self._nodes[index].output[0]
+        summand = self.rename_changed(output)
+        self.replace_uses(summand, output)
+        self.insert("Add", [summand, constant], output, like=summand)
+        self._gone.discard(output)
 
     def remove(self, index: int) -> None:
         """Drop a node, and what only it used."""
         node = self._nodes.pop(index)
         for name in node.output:
-            if self._producers.get(name) == index:  # else another node has taken the name over
+            if name and self._producers.get(name) == index:  # else another node has taken the name over
                 del self._producers[name]
                 self._gone.add(name)
-        self._release(_used_names(node), index)
+        self._release(used_names(node), index)
 
     def store(self, array: NDArray[Any], *, instead_of: str, fallback: str) -> str:
         """Name of a new initializer: the old one's where nothing else can see that, else a fresh name.
@@ -123,69 +224,62 @@ class Graph:
             and instead_of not in self._outputs
             and instead_of not in self._overridable
         )
-        name = instead_of if is_private else self._fresh(fallback)
+        name = instead_of if is_private else self.fresh(fallback)
         tensor = numpy_helper.from_array(np.array(array, order="C"), name)
         self._initializers[name] = tensor
         self._new[name] = tensor
         return name
 
+    def bake(self, name: str, array: NDArray[Any]) -> None:
+        """Make a computed tensor an initializer of the same name."""
+        tensor = numpy_helper.from_array(np.array(array, order="C"), name)
+        producer = self._producers.pop(name)
+        self._initializers[name] = self._new[name] = tensor
+        node = self._nodes[producer]
+        if not self._is_used(node, but=name):
+            self.remove(producer)
+
+    def fresh(self, wanted: str) -> str:
+        """A name that nothing has."""
+        name = wanted
+        counter = 1
+        while name in self._names:
+            counter += 1
+            name = f"{wanted}_{counter}"
+        self._names.add(name)
+        return name
+
     def commit(self) -> None:
         """Write everything back into the model, after which the index is spent."""
         graph = self._model.graph
-        for index in reversed(range(len(graph.node))):
-            if index not in self._nodes:
-                del graph.node[index]
-        old = {tensor.name for tensor in graph.initializer}
-        _drop(graph.initializer, self._gone - set(self._new))
+        write_nodes(graph, self._nodes)
+        known = {tensor.name for tensor in graph.initializer}
+        unused = {name for name in known - self._outputs - self._overridable if not self._uses[name]}
+        drop(graph.initializer, (self._gone | unused) - set(self._new))
+        drop(graph.value_info, (self._gone | unused | set(self._new)) - set(self._producers))
+        drop(graph.input, self._frozen)
+        has_new = bool(self._new)
+        self._initializers.clear()  # each weight is let go as it is written: together they are as large as the file
         for tensor in graph.initializer:
             if tensor.name in self._new:
-                tensor.CopyFrom(self._new[tensor.name])
-        graph.initializer.extend(tensor for name, tensor in self._new.items() if name not in old)
-        stale = (self._gone | set(self._new)) - set(self._producers)
-        _drop(graph.value_info, stale)
-        _drop(graph.input, self._frozen)
-        if self._frozen or self._new:
+                tensor.CopyFrom(self._new.pop(tensor.name))
+        for name in list(self._new):
+            graph.initializer.append(self._new.pop(name))
+        if self._frozen or has_new:
             # Older files must list every initializer among the inputs.
             self._model.ir_version = max(self._model.ir_version, _FIRST_IR_WITH_PRIVATE_INITIALIZERS)
 
-    def _resolve(self, name: str, known: dict[str, Value], depth: int) -> Value:
-        if name not in known:
-            known[name] = self._initializer(name) if name in self._initializers else self._computed(name, known, depth)
-        return known[name]
+    def _enter(self, index: int, node: NodeProto) -> None:
+        self._producers.update((name, index) for name in node.output if name)
+        for name in used_names(node):
+            self._uses[name].append(index)
 
-    def _initializer(self, name: str) -> Value:
-        if name in self._overridable:
-            raise Refusal(
-                f"initializer {name!r} is also a graph input, which callers may override; "
-                "the option freeze_initializers removes such inputs"
-            )
-        value = tensor_value(self._initializers[name], max_elements=_MAX_ELEMENTS)
-        if value is None:
-            raise Refusal(f"initializer {name!r} is no numeric tensor of usable size")
-        return value
+    def _readers(self, name: str) -> list[int]:
+        return [index for index in self._uses[name] if self._nodes[index].op_type not in _SHAPES]
 
-    def _computed(self, name: str, known: dict[str, Value], depth: int) -> Value:
+    def _producing(self, name: str) -> NodeProto | None:
         index = self.producer(name)
-        if index is None:
-            raise Refusal(f"{name!r} is given by the caller")
-        node = self._nodes[index]
-        if depth == _MAX_CHAIN or node.op_type not in EVALUATED or len(node.output) != 1:
-            raise Refusal(f"{name!r} is computed at run time by {label(node)}")
-        operands = [self._operand(node, slot, known, depth) for slot in range(len(node.input))]
-        shape = self.shape(node.input[0]) if node.input else None
-        value = evaluate(node, operands, shape, max_elements=_MAX_ELEMENTS)
-        if value is None:
-            raise Refusal(f"{name!r} is computed at run time by {label(node)}")
-        return value
-
-    def _operand(self, node: NodeProto, slot: int, known: dict[str, Value], depth: int) -> Value | None:
-        name = node.input[slot]
-        if not name or node.op_type in ("Shape", "Size"):
-            return None
-        if node.op_type == "CastLike" and slot == 1:
-            found = self._types.get(name)
-            return None if found is None else np.empty(0, onnx.helper.tensor_dtype_to_np_dtype(found.data_type))
-        return self._resolve(name, known, depth + 1)
+        return None if index is None else self._nodes[index]
 
     def _release(self, names: Sequence[str], index: int) -> None:
         """Forget one use of each name; what has no use left goes, unless somebody outside can see it."""
@@ -202,49 +296,8 @@ class Graph:
             if producer is not None and not self._is_used(self._nodes[producer]):
                 self.remove(producer)
 
-    def _is_used(self, node: NodeProto) -> bool:
-        return any(self._uses[name] or name in self._outputs for name in node.output if name)
-
-    def _fresh(self, wanted: str) -> str:
-        name = wanted
-        counter = 1
-        while name in self._names:
-            counter += 1
-            name = f"{wanted}_{counter}"
-        self._names.add(name)
-        return name
-
-    def _all_names(self) -> Iterator[str]:
-        for graph, _ in walk_graphs(self._model.graph):
-            for node in graph.node:
-                yield from node.input
-                yield from node.output
-            for group in (graph.input, graph.output, graph.initializer, graph.value_info):
-                yield from (item.name for item in group)
-            yield from (sparse.values.name for sparse in graph.sparse_initializer)
-
-
-def label(node: NodeProto) -> str:
-    """Words for a node: its operator, and its name or the tensor it makes."""
-    name = node.name or next((output for output in node.output if output), "")
-    return f"{node.op_type} {name!r}"
-
-
-def _used_names(node: NodeProto) -> list[str]:
-    """Every name a node reads, once per input; whatever its subgraphs mention counts, as they see the names around."""
-    names = [name for name in node.input if name]
-    for body in bodies(node):
-        for graph, _ in walk_graphs(body):
-            names.extend(name for inner in graph.node for name in inner.input if name)
-            names.extend(info.name for info in graph.output)
-    return names
-
-
-def _drop(items: Any, names: set[str]) -> None:
-    """Delete the entries of a repeated field that have one of these names."""
-    for index in reversed(range(len(items))):
-        if items[index].name in names:
-            del items[index]
+    def _is_used(self, node: NodeProto, *, but: str = "") -> bool:
+        return any(self._uses[name] or name in self._outputs for name in node.output if name and name != but)
 
 
 __all__ = ["Graph", "label"]

@@ -5,4 +5,8 @@ class Refusal(Exception):  # noqa: N818  # an answer of a rule to the one who as
     """Why a normalization is kept, in words for the owner of the network."""
 
 
-__all__ = ["Refusal"]
+class ShiftRefusal(Refusal):
+    """A map whose multiplication could go on, and whose addition could not."""
+
+
+__all__ = ["Refusal", "ShiftRefusal"]

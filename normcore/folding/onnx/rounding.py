@@ -43,13 +43,19 @@ def store(exact: Exact, dtype: np.dtype[Any], role: str, *, rows: Exact | None =
     """
     with np.errstate(under="ignore", over="ignore"):
         array = exact.astype(dtype)
-    largest = float(np.abs(exact).max(initial=0.0))
-    if not np.isfinite(array.astype(np.float64)).all():
+    largest = _largest(exact)
+    written = array.astype(np.float64)
+    if not np.isfinite(_largest(written)):
         raise Refusal(f"the folded {role} reaches {largest:.6g}, more than {dtype} can hold")
     if dtype == np.float16 and rows is not None:
         _check_rows(rows, role)
-    error = float(np.abs(array.astype(np.float64) - exact).max(initial=0.0))
+    error = _largest(np.subtract(written, exact, out=written))
     return Stored(array, error / largest if largest else 0.0)
+
+
+def _largest(array: Exact) -> float:
+    """max|array|, without a copy of it; NaN where there is one."""
+    return float(np.maximum(array.max(initial=0.0), -array.min(initial=0.0)))
 
 
 def _check_rows(rows: Exact, role: str) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,12 @@ class Reference:
         self._nodes: list[OpRun] = evaluator.rt_nodes_
         self._outputs = [output.name for output in model.graph.output]
         self._implicit = [_outer_names(node) for node in model.graph.node]
+
+    def with_constants(self, values: Mapping[str, NDArray[Any]]) -> "Reference":
+        """The same graph with other values of some initializers, in double."""
+        other = copy(self)
+        other._constants = self._constants | dict(values)
+        return other
 
     def run(
         self,

@@ -3,7 +3,6 @@
 The class names are the operators' names: onnx.reference finds the attributes' defaults by them.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,11 @@ from onnx.reference.ops.op_resize import _interpolate_nd, _linear_coeffs, _neare
 from torch import Tensor
 from torch.nn import functional
 
-Array = NDArray[Any]
-Pads = list[tuple[int, int]]
+from normcore.folding.reference import pools, sampling
+from normcore.folding.reference.window import Window, convolve, flat, tensor_of
 
-_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+Array = NDArray[Any]
+
 _TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
 _MAX_POOLS = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
 _VALUE_AXIS_VERSION = 13  # before it, Softmax and its kin flattened their input at `axis`, 1 by default
@@ -27,13 +27,11 @@ _VALUE_AXIS_VERSION = 13  # before it, Softmax and its kin flattened their input
 
 class Conv(OpRun):
     def _run(self, x: Array, weight: Array, bias: Array | None = None, **attributes: Any) -> tuple[Array]:
-        window = _Window(x, weight.shape[2:], attributes)
-        padded = _pad(x, window.pads)
-        convolve = _CONVOLUTIONS[window.rank]
+        window = Window(x, weight.shape[2:], attributes)
         y = convolve(
-            padded,
-            _tensor(weight),
-            None if bias is None else _tensor(bias),
+            functional.pad(tensor_of(x), flat(window.pads)),
+            tensor_of(weight),
+            None if bias is None else tensor_of(bias),
             stride=window.strides,
             dilation=window.dilations,
             groups=attributes.get("group") or 1,
@@ -43,12 +41,12 @@ class Conv(OpRun):
 
 class ConvTranspose(OpRun):
     def _run(self, x: Array, weight: Array, bias: Array | None = None, **attributes: Any) -> tuple[Array]:
-        window = _Window(x, weight.shape[2:], attributes)
+        window = Window(x, weight.shape[2:], attributes)
         extra = list(attributes.get("output_padding") or [0] * window.rank)
         deconvolve = _TRANSPOSED[window.rank]
         y = deconvolve(
-            _tensor(x),
-            _tensor(weight),
+            tensor_of(x),
+            tensor_of(weight),
             stride=window.strides,
             dilation=window.dilations,
             groups=attributes.get("group") or 1,
@@ -58,9 +56,9 @@ class ConvTranspose(OpRun):
             (-begin, more - end)
             for more, (begin, end) in zip(extra, window.transposed_pads(sizes, attributes), strict=True)
         ]
-        y = functional.pad(y, _flat(crops))
+        y = functional.pad(y, flat(crops))
         if bias is not None:
-            y = y + _tensor(bias).reshape(-1, *[1] * window.rank)
+            y = y + tensor_of(bias).reshape(-1, *[1] * window.rank)
         return (y.numpy(),)
 
 
@@ -69,8 +67,8 @@ class MaxPool(OpRun):
         if len(self.output) > 1:  # with indices
             slow = SlowMaxPool(self.onnx_node, self.run_params)
             return tuple(slow.run(x))  # type: ignore[no-untyped-call]  # onnx leaves OpRun.run untyped
-        window = _Window(x, attributes["kernel_shape"], attributes)
-        padded = functional.pad(_tensor(x), _flat(window.pads_to_fill()), value=float("-inf"))
+        window = Window(x, attributes["kernel_shape"], attributes)
+        padded = functional.pad(tensor_of(x), flat(window.pads_to_fill()), value=float("-inf"))
         pool = _MAX_POOLS[window.rank]
         y = pool(padded, window.kernel, stride=window.strides, dilation=window.dilations)
         return (window.crop(y).numpy(),)
@@ -78,22 +76,21 @@ class MaxPool(OpRun):
 
 class AveragePool(OpRun):
     def _run(self, x: Array, **attributes: Any) -> tuple[Array]:
-        window = _Window(x, attributes["kernel_shape"], attributes)
+        window = Window(x, attributes["kernel_shape"], attributes)
         counted = torch.ones((1, 1, *x.shape[2:]), dtype=torch.float64)
         if attributes.get("count_include_pad"):
-            counted = functional.pad(counted, _flat(window.pads), value=1.0)
-            counted = functional.pad(counted, _flat(window.overhang()))
+            counted = functional.pad(counted, flat(window.pads), value=1.0)
+            counted = functional.pad(counted, flat(window.overhang()))
         else:
-            counted = functional.pad(counted, _flat(window.pads_to_fill()))
-        rows = functional.pad(_tensor(x), _flat(window.pads_to_fill()))
+            counted = functional.pad(counted, flat(window.pads_to_fill()))
+        rows = functional.pad(tensor_of(x), flat(window.pads_to_fill()))
         sums = self._sums(rows.reshape(-1, 1, *rows.shape[2:]), window)
         y = sums / self._sums(counted, window)
         return (window.crop(y.reshape(*x.shape[:2], *y.shape[2:])).numpy(),)
 
     @staticmethod
-    def _sums(rows: Tensor, window: "_Window") -> Tensor:
+    def _sums(rows: Tensor, window: Window) -> Tensor:
         ones = torch.ones((1, 1, *window.kernel), dtype=torch.float64)
-        convolve = _CONVOLUTIONS[window.rank]
         return convolve(rows, ones, stride=window.strides, dilation=window.dilations)
 
 
@@ -114,7 +111,7 @@ class BatchNormalization(OpRun):
 
 class Erf(OpRun):
     def _run(self, x: Array) -> tuple[Array]:
-        return (torch.special.erf(_tensor(x)).numpy(),)
+        return (torch.special.erf(tensor_of(x)).numpy(),)
 
 
 class Upsample(OpRun):
@@ -141,91 +138,17 @@ class _AlongAxis(OpRun):
 
 class Softmax(_AlongAxis):
     def _run(self, x: Array, **_: Any) -> tuple[Array]:
-        return self._along(x, lambda rows, axis: torch.softmax(_tensor(rows), axis).numpy())
+        return self._along(x, lambda rows, axis: torch.softmax(tensor_of(rows), axis).numpy())
 
 
 class LogSoftmax(_AlongAxis):
     def _run(self, x: Array, **_: Any) -> tuple[Array]:
-        return self._along(x, lambda rows, axis: torch.log_softmax(_tensor(rows), axis).numpy())
+        return self._along(x, lambda rows, axis: torch.log_softmax(tensor_of(rows), axis).numpy())
 
 
 class Hardmax(_AlongAxis):
     def _run(self, x: Array, **_: Any) -> tuple[Array]:
         return self._along(x, _hardmax)
-
-
-class _Window:
-    """The sliding window of a convolution or pool: kernel, strides, dilations and pads of every spatial axis."""
-
-    def __init__(self, x: Array, kernel: Sequence[int], attributes: dict[str, Any]) -> None:
-        self.rank = len(kernel)
-        self.kernel = list(kernel)
-        self.sizes = x.shape[2:]
-        self.strides = list(attributes.get("strides") or [1] * self.rank)
-        self.dilations = list(attributes.get("dilations") or [1] * self.rank)
-        self.auto_pad = attributes.get("auto_pad") or "NOTSET"
-        self.spans = [dilation * (size - 1) + 1 for dilation, size in zip(self.dilations, self.kernel, strict=True)]
-        self.pads = self._pads(attributes.get("pads") or [0] * 2 * self.rank)
-        self.ceil = bool(attributes.get("ceil_mode"))
-
-    def pads_to_fill(self) -> Pads:
-        """The pads, and behind them what the last window needs where the output's size is rounded up."""
-        return [(begin, end + more) for (begin, end), (_, more) in zip(self.pads, self.overhang(), strict=True)]
-
-    def overhang(self) -> Pads:
-        sizes = zip(self._outputs(), self.strides, self.spans, self.sizes, self.pads, strict=True)
-        return [(0, max(0, (out - 1) * stride + span - size - sum(pads))) for out, stride, span, size, pads in sizes]
-
-    def crop(self, y: Tensor) -> Tensor:
-        for axis, size in enumerate(self._outputs(), start=2):
-            y = y.narrow(axis, 0, size)
-        return y
-
-    def transposed_pads(self, sizes: list[int], attributes: dict[str, Any]) -> Pads:
-        """What a transposed convolution cuts off its full output of these sizes."""
-        wanted = attributes.get("output_shape")
-        if wanted is None and self.auto_pad.startswith("SAME"):
-            wanted = [size * stride for size, stride in zip(self.sizes, self.strides, strict=True)]
-        if wanted is None:
-            return self.pads
-        pads = []
-        for size, out in zip(sizes, wanted[-self.rank :], strict=True):
-            half, total = max(0, size - out) // 2, size - out
-            begin = half if self.auto_pad == "SAME_UPPER" else max(0, total) - half
-            pads.append((begin, total - begin))
-        return pads
-
-    def _pads(self, pads: Sequence[int]) -> Pads:
-        if not self.auto_pad.startswith("SAME"):
-            return list(zip(pads[: self.rank], pads[self.rank :], strict=True))
-        same = []
-        for size, stride, span in zip(self.sizes, self.strides, self.spans, strict=True):
-            total = max(0, (-(-size // stride) - 1) * stride + span - size)
-            half = total // 2
-            same.append((half, total - half) if self.auto_pad == "SAME_UPPER" else (total - half, half))
-        return same
-
-    def _outputs(self) -> list[int]:
-        outputs = []
-        for size, stride, span, (begin, end) in zip(self.sizes, self.strides, self.spans, self.pads, strict=True):
-            room = size + begin + end - span
-            out = (-(-room // stride) if self.ceil else room // stride) + 1
-            starts_behind_input = self.ceil and (out - 1) * stride >= size + begin
-            outputs.append(out - 1 if starts_behind_input else out)
-        return outputs
-
-
-def _tensor(array: Array) -> Tensor:
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
-
-
-def _flat(pads: Pads) -> list[int]:
-    """Pads in torch's order: the last axis first."""
-    return [amount for pair in reversed(pads) for amount in pair]
-
-
-def _pad(x: Array, pads: Pads) -> Tensor:
-    return functional.pad(_tensor(x), _flat(pads))
 
 
 def _floor_coefficients(ratio: float, _: float) -> Array:
@@ -249,4 +172,6 @@ OPERATORS: list[type[OpRun]] = [
     Softmax,
     LogSoftmax,
     Hardmax,
+    *pools.OPERATORS,
+    *sampling.OPERATORS,
 ]

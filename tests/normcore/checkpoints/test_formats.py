@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from normcore.checkpoints.formats import ADVICE, HEAD_BYTES, Format, sniff
+from normcore.checkpoints.formats import ADVICE, HEAD_BYTES, TENSOR_ADVICE, Format, sniff
 from tests.normcore.folding.builder import Net
 
 TENSORS = {"weight": torch.ones(2)}
@@ -48,6 +48,9 @@ def onnx_head() -> bytes:
         *(pytest.param(pickle.dumps({"a": [1]}, version), "pickle", id=f"pickle-{version}") for version in range(6)),
         pytest.param(pickle.dumps([1.5], 0), "pickle", id="pickle-0-list"),
         pytest.param(saved(zipped), "zip", id="zip"),
+        pytest.param((0x380).to_bytes(8, "little") + b'{"a":', "safetensors", id="safetensors-like-pickle"),
+        pytest.param((0x6428).to_bytes(8, "little") + b'{"a":', "safetensors", id="safetensors-like-pickle-0"),
+        pytest.param(b"a".ljust(257, b"\0") + b"ustar", "tar", id="tar"),
         pytest.param(b"", "unknown", id="empty"),
         pytest.param(b"<html>", "unknown", id="html"),
         pytest.param(b"PK\x03\x04", "zip", id="truncated-zip"),
@@ -62,4 +65,5 @@ def test_tells_exported_program() -> None:
 
 
 def test_advises_on_every_format_but_onnx() -> None:
+    assert {"safetensors", "torch_zip", *TENSOR_ADVICE} == {"onnx", *ADVICE}
     assert {"onnx", *ADVICE} == set(Format.__args__)  # type: ignore[attr-defined]  # typing.Literal keeps its names there

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from normcore.errors import StatisticsError
-from normcore.folding.affine import affine_of
+from normcore.folding.affine import Affine, affine_of, identity
 
 
 def test_equals_batch_norm() -> None:
@@ -27,11 +27,21 @@ def test_computes_in_float64(dtype: type) -> None:
     np.testing.assert_array_equal(affine.shift, exact - exact * scale)
 
 
-def test_adds_offset_before() -> None:
-    one = np.ones(2)
-    affine = affine_of(2 * one, one, one, 3 * one, eps=1.0).after(np.array([0.0, 4.0]))
-    np.testing.assert_array_equal(affine.scale, [1.0, 1.0])
-    np.testing.assert_array_equal(affine.shift, [0.0, 4.0])
+def test_composes_in_order() -> None:
+    first, second = Affine(np.array([2.0, 3.0]), np.array([1.0, 0.0])), Affine(np.array([5.0, 7.0]), np.ones(2))
+    x = np.array([1.5, -2.0])
+    both = second.after(first)
+    np.testing.assert_array_equal(
+        both.scale * x + both.shift, second.scale * (first.scale * x + first.shift) + second.shift
+    )
+    np.testing.assert_array_equal(second.after(identity(2)).shift, second.shift)
+
+
+def test_knows_uniform_and_unshifted_maps() -> None:
+    assert identity(3).is_uniform
+    assert not identity(3).is_shifting
+    assert not Affine(np.array([1.0, 2.0]), np.zeros(2)).is_uniform
+    assert Affine(np.ones(2), np.array([0.0, 1.0])).is_shifting
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 import hashlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,10 +12,11 @@ from normcore.checkpoints.onnx import GraphLimits, load_onnx
 from normcore.errors import CheckpointError
 from normcore.folding.fold import fold_checkpoint, fold_onnx
 from normcore.folding.onnx.conv_transpose import ConvTransposeRule
+from normcore.folding.onnx.demand import Demand
+from normcore.folding.onnx.edit import Edit
 from normcore.folding.onnx.graph import Graph
-from normcore.folding.onnx.region import Region, Replacement
 from normcore.folding.onnx.rounding import Stored
-from normcore.folding.onnx.rules import RULES
+from normcore.folding.onnx.sinks import SINKS
 from normcore.folding.plan import plan_onnx
 from normcore.folding.verify import ProbeOptions
 from tests.normcore.folding.builder import Net, fold_and_compare, noise, operators, refusal
@@ -57,7 +60,8 @@ def test_keeps_rest_of_chain_after_exclusion() -> None:
     assert folded == model
     assert [entry.reason for entry in entries] == [
         "excluded by the caller",
-        "its input is produced by BatchNormalization 'batchnormalization_1', which is kept itself",
+        "BatchNormalization 'batchnormalization_1' is excluded by the caller; "
+        f"forward: {entries[1].output!r} is an output of the graph",
     ]
 
 
@@ -74,16 +78,20 @@ def test_plan_is_pure_and_promises_nothing_measured() -> None:
     ("operator", "reason"),
     [
         ("Relu", "its input is produced by Relu 'relu_1', which is not linear"),
-        ("MaxPool", "its input is produced by MaxPool 'maxpool_1', which is not linear"),
-        ("Concat", "its input is produced by Concat 'concat_1', which joins several tensors"),
-        ("AveragePool", "its input is produced by AveragePool 'averagepool_1', through which no rule folds"),
+        ("Celu", "its input is produced by Celu 'celu_1', which is not linear"),
+        ("MaxPool", "MaxPool 'maxpool_1' takes the largest element"),
+        ("CumSum", "its input is produced by CumSum 'cumsum_1', through which no rule folds"),
+        ("Mul", "Mul 'mul_1' joins two computed tensors"),
     ],
 )
 def test_says_what_stands_between(operator: str, reason: str) -> None:
-    attributes = {"kernel_shape": [1, 1]} if "Pool" in operator else {"axis": 1} if operator == "Concat" else {}
     net = Net()
-    between = net.op(operator, net.op("Conv", "x", net.weight(4, 3, 1, 1)), **attributes)
-    assert refusal(net.model({"x": (2, 3, 9, 8)}, net.norm(between, 4))) == reason
+    attributes: dict[str, Any] = {"kernel_shape": [1, 1]} if "Pool" in operator else {}
+    convolved = net.op("Conv", "x", net.weight(4, 3, 1, 1))
+    other = {"CumSum": [net.constant(np.array(1))], "Mul": [net.op("Abs", convolved)]}.get(operator, [])
+    between = net.op(operator, convolved, *other, **attributes)
+    model = net.model({"x": (2, 3, 9, 8)}, net.norm(between, 4))
+    assert refusal(model).startswith(reason.replace("_1", f"_{len(model.graph.node) - 2}"))
 
 
 def test_says_that_nothing_stands_before() -> None:
@@ -170,16 +178,16 @@ def test_leaves_no_file_behind_a_refused_source(tmp_path: Path) -> None:
 class WrongRule(ConvTransposeRule):
     """A rule with a mistake: one channel of the bias is off."""
 
-    def check(self, graph: Graph, region: Region) -> Replacement:
-        right = super().check(graph, region)
-        bias = right.bias.array.copy()
+    def check_backward(self, graph: Graph, index: int, demand: Demand) -> Edit:
+        right = super().check_backward(graph, index, demand)
+        bias = right.operands[2].array.copy()
         bias[0] += np.abs(bias).max()
-        return Replacement(right.weight, Stored(bias, 0.0))
+        return replace(right, operands={**right.operands, 2: Stored(bias, 0.0)})
 
 
 def test_withdraws_only_the_fold_that_fails_its_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What follows the wrong fold differs too, but only because of it: every region is compared by itself."""
-    monkeypatch.setitem(RULES, "ConvTranspose", WrongRule())
+    monkeypatch.setitem(SINKS, "ConvTranspose", WrongRule())
     target = tmp_path / "folded.onnx"
     report = fold_checkpoint(write(two_layers(), tmp_path), target, limits=LIMITS, verify=VERIFY)
     assert [(entry.output, entry.status) for entry in report.entries] == [
@@ -197,15 +205,15 @@ def test_withdraws_only_the_fold_that_fails_its_proof(tmp_path: Path, monkeypatc
 class TamperingRule(ConvTransposeRule):
     """A rule that changes what is none of its business."""
 
-    def rewrite(self, graph: Graph, region: Region, replacement: Replacement) -> None:
-        super().rewrite(graph, region, replacement)
+    def check_backward(self, graph: Graph, index: int, demand: Demand) -> Edit:
         for _, node in graph.nodes():
             if node.op_type == "Relu":
                 node.op_type = "Abs"
+        return super().check_backward(graph, index, demand)
 
 
 def test_withdraws_all_when_the_difference_is_in_no_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RULES, "ConvTranspose", TamperingRule())
+    monkeypatch.setitem(SINKS, "ConvTranspose", TamperingRule())
     net = Net()
     normalized = net.norm(net.op("ConvTranspose", "x", net.weight(3, 4, 3)), 4)
     source, target = (
@@ -219,7 +227,7 @@ def test_withdraws_all_when_the_difference_is_in_no_fold(tmp_path: Path, monkeyp
 
 
 def test_returns_source_when_every_fold_is_withdrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RULES, "ConvTranspose", WrongRule())
+    monkeypatch.setitem(SINKS, "ConvTranspose", WrongRule())
     net = Net()
     model = net.model({"x": ("N", 3, 9)}, net.norm(net.op("ConvTranspose", "x", net.weight(3, 4, 3)), 4))
     source, target = write(model, tmp_path), tmp_path / "folded.onnx"

@@ -24,7 +24,8 @@ def with_outputs(model: ModelProto, names: list[str]) -> ModelProto:
 
 
 def worst_difference(model: ModelProto, folded: ModelProto, entries: tuple[PlanEntry, ...], x: np.ndarray) -> float:
-    names = [entry.output for entry in entries]
+    kept = {name for node in folded.graph.node for name in node.output}
+    names = [entry.output for entry in entries if entry.output in kept]
     feeds = {model.graph.input[0].name: x}
     pairs = zip(*(evaluate(with_outputs(each, names), **feeds) for each in (folded, model)), strict=True)
     return max(difference(result, expected) for result, expected in list(pairs)[1:])
@@ -74,15 +75,17 @@ def randomized(model: ModelProto) -> ModelProto:
 
 
 @pytest.mark.parametrize(
-    ("name", "folds", "kept"), [("densenet121", 59, 62), ("resnet50", 53, 0), ("shufflenet", 49, 0)]
+    ("name", "folds", "kept"),
+    [("densenet121", 59, 62), ("resnet50", 53, 0), ("shufflenet", 49, 0), ("inception_v2", 69, 0)],
 )
 def test_folds_known_architectures(name: str, folds: int, kept: int) -> None:
     model = randomized(load_onnx(LIGHT / f"light_{name}.onnx"))
     folded, entries = fold_onnx(model)
-    assert sum(entry.status == "folded" for entry in entries) == folds
+    norms = [entry for entry in entries if entry.operator == "BatchNormalization"]
+    assert sum(entry.status == "folded" for entry in norms) == folds
     left = [entry for entry in entries if entry.status == "kept"]
     assert len(left) == kept
-    assert all("which joins" in (entry.reason or "") or "Pool" in (entry.reason or "") for entry in left)
+    assert all("second consumer" in (entry.reason or "") or "Pool" in (entry.reason or "") for entry in left)
     assert worst_difference(model, folded, entries, noise(1, 3, 224, 224)) < 1e-4
 
 

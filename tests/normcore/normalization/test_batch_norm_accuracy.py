@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from normcore import _slab
+from normcore import _standardize
 from normcore.normalization import batch_norm
 from tests.normcore.normalization import oracle
 
@@ -120,7 +120,7 @@ def test_training_on_float64_beyond_its_squares_says_so(input: torch.Tensor) -> 
 
 
 def test_training_on_data_with_an_outlying_first_block_is_accurate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_slab, "_BLOCK_ELEMENTS", 16)
+    monkeypatch.setattr(_standardize, "_PART", 16)
     input = torch.randn(2000, 4, 4, generator=torch.Generator().manual_seed(1))
     input[0] += 1e4
     expected = oracle.batch_norm(input, eps=EPS)

@@ -190,6 +190,11 @@ def _call(**options: object) -> Callable[[], object]:
 
 
 REFUSALS: dict[str, tuple[Callable[[], object], type[ArgumentError], str]] = {
+    "no statistics": (
+        _call(running_mean=None, running_var=None),
+        StatisticsError,
+        "running_mean: expected running statistics, received none",
+    ),
     "rmax": (_call(rmax=0.9), ParameterError, "rmax: expected a number >= 1, received 0.9"),
     "rmax NaN": (_call(rmax=math.nan), ParameterError, "rmax"),
     "rmax of no number": (_call(rmax="3"), ParameterError, "rmax"),

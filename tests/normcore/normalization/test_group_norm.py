@@ -223,7 +223,7 @@ def test_non_finite_values_stay_in_their_group(poison: float) -> None:
     assert bool(result.output[1, 2:4].isnan().all())
     result.output[1, 2:4] = clean[1, 2:4]
     assert torch.allclose(result.output, clean, atol=5e-7)
-    assert result.diagnostics() == {"non_finite_groups": 1}
+    assert result.diagnostics() == {"non_finite_groups": 1, "non_finite_values": 1}
 
 
 def test_masked_positions_shape_no_statistics() -> None:

@@ -94,7 +94,8 @@ def test_one_value_gives_the_bias_and_a_diagnostic() -> None:
     input, bias = _randn(3, 1), torch.tensor([0.3])
     result = layer_norm(input, torch.tensor([2.0]), bias)
     assert torch.equal(result.output, bias.expand(3, 1))
-    assert result.diagnostics() == {"single_value_groups": 3, "constant_groups": 3, "eps_dominated_groups": 3}
+    counts = {"single_value_groups": 3, "constant_groups": 3, "eps_dominated_groups": 3}
+    assert result.diagnostics() == counts | {"few_values_per_group": 1}
     assert torch.allclose(rms_norm(input).output, input.sign(), atol=1e-5)
 
 
@@ -134,7 +135,7 @@ def test_rms_norm_of_the_smallest_numbers_is_that_of_others(eps: float) -> None:
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
 def test_non_finite_values_stay_in_their_sample(poison: float) -> None:
-    input = _randn(4, 6)
+    input = _randn(4, 8)
     clean, clean_root = layer_norm(input).output, rms_norm(input).output
     input[2, 1] = poison
     result, root = layer_norm(input), rms_norm(input)
@@ -143,12 +144,12 @@ def test_non_finite_values_stay_in_their_sample(poison: float) -> None:
     kept = torch.tensor([0, 1, 3])
     assert torch.allclose(result.output[kept], clean[kept], atol=5e-7)
     assert torch.allclose(root.output[kept], clean_root[kept], atol=5e-7)
-    assert result.diagnostics() == root.diagnostics() == {"non_finite_groups": 1}
+    assert result.diagnostics() == root.diagnostics() == {"non_finite_groups": 1, "non_finite_values": 1}
 
 
 def test_diagnostics_are_empty_for_good_data() -> None:
-    assert layer_norm(_randn(4, 6)).diagnostics() == {}
-    assert rms_norm(_randn(4, 6)).diagnostics() == {}
+    assert layer_norm(_randn(4, 8)).diagnostics() == {}
+    assert rms_norm(_randn(4, 8)).diagnostics() == {}
 
 
 @pytest.mark.parametrize("has_mean", [True, False], ids=["layer", "rms"])
@@ -238,7 +239,7 @@ def test_output_with_and_without_a_graph_is_the_same() -> None:
 def test_methods_take_parameters_as_text() -> None:
     for name in ("layer_norm", "rms_norm"):
         method = METHODS[name]
-        text = {parameter.name: parameter.parse("2,3") for parameter in method.parameters if parameter.kind == "str"}
+        text = {parameter.name: parameter.parse("2,3") for parameter in method.parameters if parameter.kind == "ints"}
         result = method({"input": _randn(4, 2, 3)}, text)
         assert result.outputs["output"].shape == (4, 2, 3)
         assert result.outputs["invstd"].shape == (4, 1, 1)
@@ -271,7 +272,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[ArgumentError], str]] = {
     "mask that does not broadcast": (
         lambda: rms_norm(INPUT, mask=torch.ones(3, 6, dtype=torch.bool)),
         ShapeError,
-        r"mask: expected a shape that broadcasts to the input's \(2, 6\), received shape \(3, 6\)",
+        r"mask: expected a shape that broadcasts to \(2, 6\), the input's, received shape \(3, 6\)",
     ),
     "mask that counts nothing": (
         lambda: layer_norm(INPUT, mask=torch.tensor([[True], [False]])),

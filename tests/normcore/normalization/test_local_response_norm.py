@@ -125,6 +125,26 @@ def test_float32_values_whose_squares_leave_float32(scale: float, k: float) -> N
     assert np.abs(exact(result.grad_input) - gradient).max() <= 1e-6 * np.abs(gradient).max()
 
 
+@pytest.mark.parametrize(
+    ("scale", "k"), [(1e155, 1.0), (1e300, 2.0), (1e160, 0.0), (1e-170, 0.0), (1e-290, 0.0), (1e-160, 1e-305)]
+)
+@pytest.mark.parametrize("beta", [0.75, 0.4])
+def test_float64_values_whose_squares_leave_float64(beta: float, scale: float, k: float) -> None:
+    options = {"size": 3, "alpha": 0.5, "beta": beta, "k": k}
+    scales = torch.tensor([scale, scale, 1.0, scale], dtype=torch.float64)[:, None, None]
+    input, grad_output = (_randn(4, 7, 3, dtype=torch.float64, seed=seed) for seed in (0, 1))
+    input = input * scales
+    result = local_response_norm(input, grad_output, **options)  # type: ignore[arg-type]  # mypy takes all options alike
+    expected = _oracle(input, window="torch", **options)  # type: ignore[arg-type]  # the same
+    gradient = _oracle(input, window="torch", grad_output=grad_output, **options)  # type: ignore[arg-type]  # the same
+    assert result.grad_input is not None
+    for own, other in ((result.output, expected), (result.grad_input, gradient)):
+        # Where the truth itself is within float64.
+        peak = np.abs(other).max((1, 2), keepdims=True)
+        errors = np.where((peak > 1e-290) & (peak < 1e300), np.abs(exact(own) - other) / peak, 0.0)
+        assert float(errors.max()) <= 1e-13
+
+
 def test_a_window_of_zeros_without_k_gives_zeros_with_gradient_zero() -> None:
     input = torch.tensor([[[0.0], [0.0], [0.0], [2.0]]], requires_grad=True)
     result = local_response_norm(input, torch.ones(1, 4, 1), size=3, alpha=3.0, beta=0.5, k=0.0)

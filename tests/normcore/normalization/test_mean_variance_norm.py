@@ -185,7 +185,8 @@ def test_diagnostics_count_groups() -> None:
     input = _randn(4, 3, 2)
     input[:, 0], input[:, 1], input[0, 2, 0] = 5.0, input[:, 1] * 1e-12, math.nan
     result = mean_variance_norm(input, axes="0,2")
-    assert result.diagnostics() == {"constant_groups": 1, "eps_dominated_groups": 1, "non_finite_groups": 1}
+    counts = {"constant_groups": 1, "eps_dominated_groups": 1, "non_finite_groups": 1}
+    assert result.diagnostics() == counts | {"non_finite_values": 1}
     assert result.output[:, :2].isfinite().all()
     assert result.output[:, 2].isnan().all()
 
@@ -193,7 +194,7 @@ def test_diagnostics_count_groups() -> None:
 def test_a_variance_beyond_float64_is_not_taken_for_an_output() -> None:
     result = mean_variance_norm(_randn(4, 3, dtype=torch.float64) * 1e200, axes="0")
     assert result.output.isnan().all()
-    assert result.diagnostics() == {"non_finite_groups": 3}
+    assert result.diagnostics() == {"non_finite_groups": 3, "few_values_per_group": 4}
 
 
 def test_no_argument_is_changed_or_shared() -> None:
@@ -216,7 +217,11 @@ _ONES = torch.ones(2, 3)
         (lambda: mean_variance_norm(torch.tensor(1.0), axes="0"), ShapeError, "input: expected at least 1 dimensions"),
         (lambda: mean_variance_norm(_ONES), ParameterError, "axes: expected an integer from -2 to 1 .* received 2"),
         (lambda: mean_variance_norm(_ONES, axes="0,-2"), ParameterError, "axes: expected different axes"),
-        (lambda: mean_variance_norm(_ONES, axes=""), ParameterError, "axes: expected integers with commas"),
+        (
+            lambda: mean_variance_norm(_ONES, axes=""),
+            ParameterError,
+            "axes: expected an integer, or integers with commas",
+        ),
         (lambda: mean_variance_norm(_ONES, axes="0", eps=-1e-9), ParameterError, "eps: expected a finite number >= 0"),
         (lambda: mean_variance_norm(_ONES, torch.ones(3), axes="0"), ShapeError, r"grad_output: .* \(2, 3\)"),
         (lambda: mean_variance_norm(_ONES, _ONES.int(), axes="0"), DtypeError, "grad_output"),

@@ -3,6 +3,8 @@
 import inspect
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ BATCH_NORM = METHODS["batch_norm"]
 PARAMETERS = {parameter.name: parameter for parameter in BATCH_NORM.parameters}
 ORDER = Parameter("p", "str", "2", "", choices=("1", "2", "inf"))
 WHOLE = Parameter("size", "int", 5, "", minimum=1, maximum=9)
+INTEGERS = Parameter("axes", "ints", "0,2", "", is_nullable=True)
 POSITIVE = Parameter("alpha", "float", 1.0, "", minimum=0.0, exclusive_minimum=True)
 
 
@@ -34,6 +37,8 @@ def _tensors() -> dict[str, torch.Tensor]:
         (PARAMETERS["convention"], "keras", "keras"),
         (PARAMETERS["channel_axis"], "-1", -1),
         (WHOLE, "9", 9),
+        (INTEGERS, "2, -3", "2,-3"),
+        (INTEGERS, "null", None),
         (POSITIVE, "1e-300", 1e-300),
     ],
 )
@@ -78,6 +83,10 @@ def test_parse_refuses(parameter: Parameter, text: str, message: str) -> None:
         (PARAMETERS["momentum"], None, None),
         (PARAMETERS["training"], True, True),
         (PARAMETERS["channel_axis"], -2, -2),
+        (INTEGERS, 5, "5"),
+        (INTEGERS, -1, "-1"),
+        (INTEGERS, "+2,3", "2,3"),
+        (INTEGERS, None, None),
         (ORDER, 2, "2"),
         (ORDER, 1.0, "1"),
         (ORDER, math.inf, "inf"),
@@ -97,6 +106,22 @@ def test_check_gives_the_value_in_its_own_type(
 def test_check_refuses_a_number_that_is_no_choice(value: ParameterValue) -> None:
     with pytest.raises(ParameterError, match="p: expected one of 1, 2, inf"):
         ORDER.check(value)
+
+
+@pytest.mark.parametrize(
+    "value", [5.0, True, "", "a", "2,", 10**18, pytest.param(10**5000, id="large"), "2;3", [], [1.5]]
+)
+def test_check_refuses_what_are_no_integers(value: ParameterValue) -> None:
+    with pytest.raises(ParameterError, match=r'axes: expected an integer, or integers .* such as "2,3", received '):
+        INTEGERS.check(value)
+
+
+@pytest.mark.parametrize("parameter", [PARAMETERS["eps"], PARAMETERS["convention"], WHOLE, INTEGERS])
+@pytest.mark.parametrize("value", ["x" * 10**6, 10**5000], ids=["text", "integer"])
+def test_a_message_shows_no_more_than_the_start_of_what_came(parameter: Parameter, value: ParameterValue) -> None:
+    with pytest.raises(ParameterError) as raised:
+        parameter.check(value)
+    assert len(str(raised.value)) < 300
 
 
 @pytest.mark.parametrize(
@@ -136,6 +161,28 @@ def test_call_returns_the_outputs_named_and_diagnostics() -> None:
     assert list(result.outputs) == ["output", "mean"]
     assert result.diagnostics == {"few_values_per_channel": 4}
     assert BATCH_NORM(tensors, {"training": True}, outputs=[]).outputs == {}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_call_computes_no_gradient_that_is_not_asked_for(name: str) -> None:
+    given: list[str] = []
+
+    def function(**arguments: object) -> SimpleNamespace:
+        given.extend(arguments)
+        outputs = dict.fromkeys(output.name for output in METHODS[name].outputs) | {"output": torch.ones(1)}
+        return SimpleNamespace(**outputs | {"grad_input": torch.ones(1)}, diagnostics=dict)
+
+    method = replace(METHODS[name], function=function)
+    tensors = {tensor.name: torch.ones(2, 3) for tensor in method.tensors}
+    assert list(method(tensors, {}, outputs=["output"]).outputs) == ["output"]
+    assert "grad_output" not in given
+    assert list(method(tensors, {}, outputs=["grad_input"]).outputs) == ["grad_input"]
+    assert "grad_output" in given
+
+
+def test_call_checks_a_gradient_that_is_not_needed() -> None:
+    with pytest.raises(ShapeError, match=r"grad_output: expected shape \(8, 3\)"):
+        BATCH_NORM(_tensors() | {"grad_output": torch.ones(3)}, {"training": True}, outputs=["output"])
 
 
 def test_call_leaves_a_momentum_not_given_to_the_convention() -> None:
@@ -186,7 +233,8 @@ def test_call_refuses_an_output_that_does_not_apply_and_says_when_it_does() -> N
 def test_description_is_json_and_names_what_the_function_takes(method: Method) -> None:
     description = method.describe()
     assert json.loads(json.dumps(description)) == description
-    keywords = inspect.signature(method.function).parameters
+    # What takes the output is for callers in the same process alone.
+    keywords = {name: own for name, own in inspect.signature(method.function).parameters.items() if name != "out"}
     described = [tensor.name for tensor in method.tensors] + [parameter.name for parameter in method.parameters]
     assert sorted(described) == sorted(keywords)
     for parameter in method.parameters:

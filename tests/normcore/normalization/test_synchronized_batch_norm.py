@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,8 +64,25 @@ def test_shards_give_what_their_concatenation_does(
 
 
 @sharded
-def test_derivatives_are_those_of_the_concatenation(sizes: list[int]) -> None:
-    leaves = tuple(term.requires_grad_() for term in (_randn(12, 3), _randn(3, seed=1), _randn(3, seed=2)))
+@pytest.mark.parametrize("has_weight", [True, False], ids=["weight", "bias alone"])
+@pytest.mark.parametrize("channel_axis", [1, 2])
+def test_parameters_of_each_sample_go_with_their_shard(channel_axis: int, has_weight: bool, sizes: list[int]) -> None:
+    input, grad_output = (_randn(12, 3, 5, seed=seed).transpose(1, channel_axis) for seed in (0, 1))
+    weight, bias = _randn(12, 3, seed=2) if has_weight else None, _randn(12, 3, seed=3)
+    given: dict[str, Any] = {"weight": weight, "bias": bias, "training": True, "channel_axis": channel_axis}
+    expected = batch_norm(input, **given, grad_output=grad_output)
+    grads = torch.split(grad_output, sizes)
+    result = synchronized_batch_norm(torch.split(input, sizes), **given, grad_outputs=grads)
+    assert result.grad_weight is not None
+    assert result.grad_weight.shape == (12, 3)
+    for name in ("output", "grad_input", "grad_weight", "grad_bias"):
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=0, atol=1e-12)
+
+
+@sharded
+@pytest.mark.parametrize("affine", [(3,), (12, 3)], ids=str)
+def test_derivatives_are_those_of_the_concatenation(affine: tuple[int, ...], sizes: list[int]) -> None:
+    leaves = tuple(term.requires_grad_() for term in (_randn(12, 3), _randn(*affine, seed=1), _randn(*affine, seed=2)))
 
     def output(*leaves: Tensor) -> Tensor:
         input, weight, bias = leaves
@@ -205,9 +223,9 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[ArgumentError], str]] = {
         "channel_axis",
     ),
     "weights of each sample": (
-        lambda: synchronized_batch_norm(SHARDS, None, None, torch.ones(5, 3), training=True),
+        lambda: synchronized_batch_norm(SHARDS, None, None, torch.ones(7, 3), training=True),
         ShapeError,
-        r"weight: expected shape \(3,\)",
+        r"weight: expected shape \(5, 3\)",
     ),
     "one value": (
         lambda: synchronized_batch_norm([_randn(1, 3), _randn(0, 3)], training=True),

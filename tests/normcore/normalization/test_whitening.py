@@ -177,14 +177,19 @@ def test_scale_of_the_values_does_not_matter(mode: str, scale: float) -> None:
 
 @pytest.mark.parametrize("mode", EXACT_MODES)
 def test_diagnostics_name_what_is_questionable(mode: str) -> None:
-    assert whitening(_correlated(5, 4), mode=mode, training=True).diagnostics() == {}
+    assert whitening(_correlated(8, 4), mode=mode, training=True).diagnostics() == {}
     for count in (3, 4):
         few = whitening(_correlated(count, 4), mode=mode, training=True).diagnostics()
-        assert few == {"few_values_per_group": count, "eps_dominated_directions": 5 - count}
+        assert few == {
+            "few_values_per_channel": count,
+            "few_values_per_group": count,
+            "eps_dominated_directions": 5 - count,
+        }
     constant = _correlated(20, 3)
     constant[:, 1] = 7.0
     result = whitening(constant, mode=mode, groups=3, training=True)
-    assert result.diagnostics() == {"eps_dominated_directions": 1}
+    names = ("constant_channels", "eps_dominated_channels", "eps_dominated_directions")
+    assert result.diagnostics() == dict.fromkeys(names, 1)
     assert bool((result.output[:, 1] == 0).all())
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from normcore.normalization import METHODS
 from service import datatypes
 from service.api.examples import NORMALIZATIONS
+from service.application.methods import METHODS
 
 in_session = pytest.mark.asyncio(loop_scope="session")
 

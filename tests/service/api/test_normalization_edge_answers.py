@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from normcore.normalization import METHODS
 from service import datatypes
+from service.application.methods import METHODS
 from tests.service.edges import VALID, of, post, ramp
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -321,6 +321,23 @@ async def test_without_eps_a_small_scale_loses_nothing(client: httpx.AsyncClient
     expected, _, _ = await answered(client, method, request)
     arrays, _, _ = await answered(client, method, request | {"input": scaled(tensor, 1e-22)})
     np.testing.assert_allclose(arrays["output"], expected["output"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameter", "alike"),
+    [
+        ("layer_norm", "normalized_shape", (3, "3", [3])),
+        ("rms_norm", "normalized_shape", (3, "3", [3])),
+        ("mean_variance_norm", "axes", (1, "1", [1], -1)),
+    ],
+)
+async def test_a_single_integer_stands_for_a_list_of_one(
+    client: httpx.AsyncClient, method: str, parameter: str, alike: tuple[Any, ...]
+) -> None:
+    request = {"input": ramp(4, 3), "outputs": ["output"]}
+    expected, *others = [(await answered(client, method, request | {parameter: value}))[0] for value in alike]
+    for arrays in others:
+        np.testing.assert_array_equal(arrays["output"], expected["output"])
 
 
 async def test_the_smallest_eps_is_answered(client: httpx.AsyncClient) -> None:

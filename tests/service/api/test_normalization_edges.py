@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 import pytest
 
-from normcore.normalization import METHODS
+from service.application.methods import METHODS
 from tests.service.api.test_refusals import refused
 from tests.service.edges import LEAST_RANK, VALID, of, post, ramp
 

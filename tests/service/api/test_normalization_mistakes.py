@@ -138,6 +138,10 @@ OF_OPTIONS = [
             ("3,", PARAMETER, ("normalized_shape",)),
             ("a", PARAMETER, ("normalized_shape", "'a'")),
             ("3.0", PARAMETER, ("normalized_shape",)),
+            (3.0, PARAMETER, ("normalized_shape", "an integer, or integers", "3.0")),
+            (True, PARAMETER, ("normalized_shape", "an integer, or integers", "True")),
+            (10**18, PARAMETER, ("normalized_shape", "an integer, or integers")),
+            (5, SHAPE, ("input", "(*, 5)", "(2, 4, 3)")),
             ("5", SHAPE, ("input", "(*, 5)", "(2, 4, 3)")),
             ("0", SHAPE, ("input", "(*, 0)")),
             ("-1", SHAPE, ("input", "-1")),
@@ -172,7 +176,7 @@ OF_OPTIONS = [
     bad("spectral_norm", "axis", PARAMETER, "axis", "-2 to 1", axis=9),
     *(
         bad("mean_variance_norm", f"axes-{text}", PARAMETER, "axes", axes=text)
-        for text in ("", "a", "0,0", "0,-4", "4", "-5", "0;1", "0,,1", "1" * 19)
+        for text in ("", "a", "0,0", "0,-4", "4", "-5", "0;1", "0,,1", "1" * 19, 4, -5, 1.0, False)
     ),
     bad("weight_standardization", "fan-in-1", STATISTICS, "input", "fan_in", "(4, 1)", input=ramp(4, 1)),
     bad("weight_standardization", "fan-in-0", STATISTICS, "input", "fan_in", "(4, 0)", input=ramp(4, 0)),

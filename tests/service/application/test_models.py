@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from normcore.errors import ParameterError
-from service.application.checkpoints import Checkpoints
+from service.application.checkpoints import Checkpoints, Progress
 from service.application.folding import Folding
 from service.application.models import Entry, Models
 from service.application.preparation import Preparation
@@ -29,7 +29,9 @@ class FakeSandbox:
         self.gate, self.entered = asyncio.Event(), asyncio.Event()
         self.gate.set()
 
-    async def run(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    async def run(
+        self, operation: str, arguments: Mapping[str, Any], *, progress: Progress | None = None
+    ) -> dict[str, Any]:
         if operation == "load":
             self.entered.set()
             await self.gate.wait()

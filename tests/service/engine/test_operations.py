@@ -16,7 +16,10 @@ from service.engine.operations import OPERATIONS
 from service.engine.sandbox import Sandbox
 from tests.service.engine import graphs
 
-LIMITS = {"max_nodes": 1000, "max_tensor_bytes": 2**24}
+LIMITS = {
+    "graph": {"max_nodes": 1000, "max_tensor_bytes": 2**24},
+    "tensors": {"max_tensors": 1000, "max_header_bytes": 2**20, "max_bytes": 2**30},
+}
 VERIFY = {"count": 6, "seed": 0, "deadline_s": 20.0, "threads": 1}
 
 
@@ -37,7 +40,7 @@ def network(tmp_path: Path) -> Path:
 
 
 def test_inspect_tells_what_the_file_is_and_what_folds(network: Path) -> None:
-    found = _run("inspect", path=str(network), limits=LIMITS, freeze_initializers=False)
+    found = _run("inspect", path=str(network), limits=LIMITS, options={})
 
     assert found["format"] == "onnx"
     assert found["summary"]["operators"] == {"BatchNormalization": 1, "Conv": 1}
@@ -48,16 +51,14 @@ def test_inspect_tells_what_the_file_is_and_what_folds(network: Path) -> None:
 
 def test_inspect_holds_the_limits_it_is_given(network: Path) -> None:
     with pytest.raises(CheckpointError, match="1"):
-        _run("inspect", path=str(network), limits=LIMITS | {"max_nodes": 1}, freeze_initializers=False)
+        _run("inspect", path=str(network), limits=LIMITS | {"graph": LIMITS["graph"] | {"max_nodes": 1}}, options={})
 
 
 def test_fold_writes_the_folded_file_and_compare_agrees(network: Path, tmp_path: Path) -> None:
     target = tmp_path / "folded.onnx"
 
-    report = _run(
-        "fold", source=str(network), target=str(target), limits=LIMITS, freeze_initializers=False, verify=VERIFY
-    )
-    certificate = _run("compare", original=str(network), folded=str(target), verify=VERIFY)
+    report = _run("fold", source=str(network), target=str(target), limits=LIMITS, options={}, verify=VERIFY)
+    certificate = _run("compare", original=str(network), other=str(target), limits=LIMITS, verify=VERIFY)
 
     assert report["folded"] == 1
     assert report["certificate"]["verdict"] == certificate["verdict"] == "equivalent"
@@ -66,9 +67,7 @@ def test_fold_writes_the_folded_file_and_compare_agrees(network: Path, tmp_path:
 
 def test_fold_without_verification_has_no_certificate(network: Path, tmp_path: Path) -> None:
     target = tmp_path / "folded.onnx"
-    report = _run(
-        "fold", source=str(network), target=str(target), limits=LIMITS, freeze_initializers=False, verify=None
-    )
+    report = _run("fold", source=str(network), target=str(target), limits=LIMITS, options={}, verify=None)
     assert (report["folded"], report["certificate"]) == (1, None)
 
 
@@ -136,7 +135,7 @@ async def test_child_folds_and_reports_its_steps(sandbox: Sandbox, network: Path
         "source": str(network),
         "target": str(tmp_path / "folded.onnx"),
         "limits": LIMITS,
-        "freeze_initializers": False,
+        "options": {},
         "verify": VERIFY,
     }
     report = await sandbox.run("fold", arguments, progress=lambda *step: steps.append(step))

@@ -1,9 +1,11 @@
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from service.engine.threads import cgroup_quota, thread_budget
+from service.engine.threads import cgroup_quota, thread_budget, use_one_thread
 
 
 def _files(mount: Path, files: dict[str, str]) -> None:
@@ -67,3 +69,20 @@ def test_budget_is_the_setting_if_there_is_one() -> None:
 
 def test_budget_is_at_least_one_and_within_the_affinity() -> None:
     assert 1 <= thread_budget(0) <= len(os.sched_getaffinity(0))
+
+
+def test_one_thread_for_the_caller_leaves_the_others_theirs() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(1) as alone, ThreadPoolExecutor(1) as other:
+            assert [pool.submit(torch.get_num_threads).result() for pool in (alone, other)] == [2, 2]
+            alone.submit(use_one_thread).result()
+            assert [pool.submit(torch.get_num_threads).result() for pool in (alone, other)] == [1, 2]
+            alone.submit(torch.ones(2**20).sum).result()  # which would start the others
+            assert alone.submit(torch.get_num_threads).result() == 1
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -91,6 +91,22 @@ async def test_a_file_that_another_process_wrote_is_adopted(blobs: Blobs) -> Non
     assert (staged.id, staged.bytes) == (hashlib.sha256(b"folded").hexdigest(), 6)
 
 
+async def test_what_a_killed_process_left_half_written_goes_with_the_file_it_was_for(
+    blobs: Blobs, tmp_path: Path
+) -> None:
+    """Normcore writes to a sibling of the target first; a child may be killed between that and its renaming."""
+    path, other = blobs.stage_path(), blobs.stage_path()
+    for leftover in (path, path.with_name(f"{path.name}.123.part"), other):
+        leftover.write_bytes(b"half")
+    await blobs.discard(path)
+    assert files(tmp_path) == [other]
+
+
+async def test_a_full_disk_is_named_for_scratch_files_too(blobs: Blobs) -> None:
+    with _largest_file(100_000), pytest.raises(StorageFullError, match="no room"):
+        await blobs.write_scratch(blobs.stage_path(), [memoryview(bytes(300_000))])
+
+
 @contextmanager
 def _largest_file(size_bytes: int) -> Iterator[None]:
     """The nearest to a full disk that needs no privilege."""

@@ -1,0 +1,144 @@
+"""A dense tensor seen as a box (B, R, G, K, S) in memory order, so that a few kernels serve every layout and method.
+
+Statistics are over R, K and S, one per group (b, g). Weight and bias are (Q, G, K), each of the Q for as many of the
+B * R rows. Batch norm of images is a box of R, G and S, channels last of R and G; layer norm one of B and K; group norm
+B, G, K and S, channels last B, R, G and K.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """How tensors of one shape and strides are seen, for axes that are reduced and axes that parameters vary along.
+
+    Attributes:
+        order: the tensor's axes in memory order.
+        sizes: (B, R, G, K, S).
+        per: rows of the B * R that share weight and bias.
+        kept: the axes that statistics are one for each of, in memory order.
+        affine: the same for weight and bias.
+        shape: the tensor's.
+    """
+
+    order: tuple[int, ...]
+    sizes: tuple[int, int, int, int, int]
+    per: int
+    kept: tuple[int, ...]
+    affine: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.sizes[0] * self.sizes[1]
+
+    @property
+    def width(self) -> int:
+        """Channels of all groups."""
+        return self.sizes[2] * self.sizes[3]
+
+    def statistics(self, tensor: Tensor) -> Tensor:
+        """One per group: what broadcasts against the tensor as (B * G,), float64."""
+        return self._flat(tensor, self.kept).to(torch.float64)
+
+    def parameters(self, tensor: Tensor) -> Tensor:
+        """Weight or bias that broadcasts against the tensor as (Q * G * K,)."""
+        return self._flat(tensor, self.affine)
+
+    def restore_statistics(self, values: Tensor) -> Tensor:
+        """(*, B * G) in a shape that broadcasts against the tensor, behind other axes."""
+        return self._restored(values, self.kept)
+
+    def restore_parameters(self, values: Tensor) -> Tensor:
+        """(*, Q * G * K) in a shape that broadcasts against the tensor, behind other axes."""
+        return self._restored(values, self.affine)
+
+    def _flat(self, tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+        if tensor.numel() == math.prod([self.shape[axis] for axis in axes]) and _is_ascending(axes):
+            return tensor.reshape(-1)
+        missing = len(self.shape) - tensor.ndim
+        tensor = tensor[(None,) * missing] if missing else tensor
+        sizes = [self.shape[axis] if axis in axes else 1 for axis in self.order]
+        return tensor.permute(self.order).expand(sizes).reshape(-1)
+
+    def _restored(self, values: Tensor, axes: tuple[int, ...]) -> Tensor:
+        others = values.shape[:-1]
+        if _is_ascending(axes):
+            return values.view(*others, *[size if axis in axes else 1 for axis, size in enumerate(self.shape)])
+        wide = values.view(*others, *[self.shape[axis] if axis in axes else 1 for axis in self.order])
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return wide.permute(*range(len(others)), *[len(others) + axis for axis in inverse])
+
+
+def box_of(tensor: Tensor, reduced: Sequence[int], *parameters: Tensor | tuple[int, ...] | None) -> Box | None:
+    """The box of a dense tensor for statistics over `reduced` axes, and these parameters or shapes of them.
+
+    None where there is none: strides with gaps, or axes in more turns than a box has.
+    """
+    rank = tensor.ndim
+    varying = 0
+    for parameter in parameters:
+        if parameter is not None:
+            shape = parameter if isinstance(parameter, tuple) else parameter.shape
+            for axis, size in enumerate(reversed(shape)):
+                if size != 1:
+                    varying |= 1 << (rank - 1 - axis)
+    return _box(tuple(tensor.shape), tensor.stride(), tuple(reduced), varying)
+
+
+@lru_cache(1024)
+def _box(shape: tuple[int, ...], strides: tuple[int, ...], reduced: tuple[int, ...], varying: int) -> Box | None:
+    order = tuple(sorted(range(len(shape)), key=lambda axis: (shape[axis] == 1, -strides[axis])))
+    expected = 1
+    for axis in reversed(order):
+        if shape[axis] != 1 and strides[axis] != expected:
+            return None
+        expected *= shape[axis]
+    turns = [(axis, axis in reduced, bool(varying >> axis & 1)) for axis in order if shape[axis] != 1]
+    return _parse(shape, order, turns)
+
+
+def _parse(shape: tuple[int, ...], order: tuple[int, ...], turns: list[tuple[int, bool, bool]]) -> Box | None:
+    """Take the axes from the last on, as S, K, G, R and B."""
+
+    def take(is_reduced: bool, affine: Sequence[bool]) -> list[int]:
+        taken: list[int] = []
+        while turns and turns[-1][1] is is_reduced and turns[-1][2] in affine:
+            taken.append(turns.pop()[0])
+        return taken
+
+    positions = take(True, [False])
+    channels = take(True, [True])
+    groups = take(False, [True])
+    if not groups and ((not positions and not channels) or any(is_reduced for _, is_reduced, _ in turns)):
+        groups = take(False, [False])
+    rows = [(axis, is_affine) for axis, _, is_affine in turns]
+    reduced, kept = take(True, [True, False]), take(False, [True, False])
+    # Weight and bias are those of the first axes of a row, or of none.
+    flags = [is_affine for _, is_affine in rows]
+    if turns or flags != sorted(flags, reverse=True):
+        return None
+    sizes = [
+        torch.Size([shape[axis] for axis in part]).numel() for part in (kept, reduced, groups, channels, positions)
+    ]
+    per = math.prod([shape[axis] for axis, is_affine in rows if not is_affine])
+    affine = [axis for axis, is_affine in rows if is_affine] + [*reversed(groups), *reversed(channels)]
+    return Box(
+        order,
+        (sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]),
+        per,
+        (*reversed(kept), *reversed(groups)),
+        tuple(affine),
+        shape,
+    )
+
+
+def _is_ascending(axes: tuple[int, ...]) -> bool:
+    return all(first < second for first, second in pairwise(axes))

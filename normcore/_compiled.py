@@ -1,0 +1,198 @@
+"""What compiled kernels share: how they are compiled, read and write values, and divide their work among threads.
+
+Kernels see a tensor as a flat array in memory order. Half precision has no type there that numba knows, so its bits
+stand for it: float16 as int16, bfloat16 as uint16. `load` reads a value as what is computed in, float32 for half
+precision and else float64; `as_computed` brings a parameter there; `store` rounds a result to nearest even. All of them
+turn into a few vector instructions within a loop.
+
+This module imports numba, which takes its time: import it, and modules of kernels, where a kernel is called.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import torch
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Below so many elements a second thread costs more than it gains.
+_LEAST_ELEMENTS = 2**17
+# Typed as a class, of which it makes none.
+_intrinsic: Any = intrinsic
+_BITS = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
+# Without such instructions a conversion would call a function that is not there.
+_HAS_HALF = bool(binding.get_host_cpu_features().get("f16c"))
+# Sums in any order, so that they are made in vectors; NaN and infinity stay what they are.
+ANY_ORDER = frozenset({"reassoc", "nsz", "contract"})
+
+
+def compiled(function: Function) -> Function:
+    """Compile at the first call per datatype, without the GIL; kept on disk where a directory for it is writable."""
+    return _compile(function, fastmath=False)
+
+
+def compiled_sum(function: Function) -> Function:
+    """The same for loops that add up: the compiler chooses the order, the same one for every call."""
+    return _compile(function, fastmath=set(ANY_ORDER))
+
+
+def flat(tensor: Tensor) -> Any:
+    """The values of a dense tensor as a flat array in memory order, which shares its memory."""
+    bits = _BITS.get(tensor.dtype)
+    values = tensor.detach() if bits is None else tensor.detach().view(bits)
+    return torch.as_strided(values, (values.numel(),), (1,)).numpy()
+
+
+def divide(kernel: Callable[..., None], units: int, elements: int, *arguments: Any) -> None:
+    """Call `kernel(*arguments, start, stop)` over all units of work, on torch's number of threads where that pays.
+
+    What a unit computes must not depend on other units: then results do not depend on the number of threads.
+    """
+    threads = min(torch.get_num_threads(), units, elements // _LEAST_ELEMENTS)
+    if threads <= 1:
+        kernel(*arguments, 0, units)
+        return
+    bounds = [units * index // threads for index in range(threads + 1)]
+    pool = _pool(os.getpid(), threads - 1)
+    others = [pool.submit(kernel, *arguments, start, stop) for start, stop in pairwise(bounds[1:])]
+    try:
+        kernel(*arguments, 0, bounds[1])
+    finally:
+        # Before the arrays go: no thread may still write into them.
+        for other in others:
+            other.exception()
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(_process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process; a forked child has its own."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="normcore")
+
+
+def fused(function: Function) -> Function:
+    """The same for loops of a * b + c, which become single instructions where the processor has them."""
+    return _compile(function, fastmath={"contract"})
+
+
+def _compile(function: Function, *, fastmath: bool | set[str]) -> Function:
+    compiler: Any = numba.njit
+    try:
+        found: Function = compiler(nogil=True, error_model="numpy", fastmath=fastmath, cache=True)(function)
+    except RuntimeError:  # no directory to keep it in is writable
+        found = compiler(nogil=True, error_model="numpy", fastmath=fastmath)(function)
+    return found
+
+
+def load(array: Any, index: Any) -> Any:
+    """The element as float32 in half precision, else as float64; only in compiled functions."""
+    raise NotImplementedError
+
+
+def as_computed(array: Any, value: Any) -> Any:
+    """A number in the datatype that `load` gives for the array; only in compiled functions."""
+    raise NotImplementedError
+
+
+def store(array: Any, index: Any, value: Any) -> None:
+    """Round a number into an array; only in compiled functions."""
+    raise NotImplementedError
+
+
+@overload(load, strict=False)
+def _load(array: Any, index: Any) -> Callable[[Any, Any], Any]:
+    if array.dtype == types.int16:
+        from_half = _half_to_float if _HAS_HALF else _from_half
+        return lambda array, index: from_half(array[index])
+    if array.dtype == types.uint16:
+        return lambda array, index: _float_of(np.uint32(np.uint32(array[index]) << 16))
+    return lambda array, index: np.float64(array[index])
+
+
+@overload(as_computed, strict=False)
+def _as_computed(array: Any, value: Any) -> Callable[[Any, Any], Any]:
+    if array.dtype in (types.int16, types.uint16):
+        return lambda array, value: np.float32(value)
+    return lambda array, value: np.float64(value)
+
+
+@overload(store, strict=False)
+def _store(array: Any, index: Any, value: Any) -> Callable[[Any, Any, Any], None]:
+    to_half = _float_to_half if _HAS_HALF else _to_half
+
+    def store_half(array: Any, index: Any, value: Any) -> None:
+        array[index] = to_half(np.float32(value))
+
+    def store_brain(array: Any, index: Any, value: Any) -> None:
+        array[index] = _to_brain(np.float32(value))
+
+    def store_wide(array: Any, index: Any, value: Any) -> None:
+        array[index] = value
+
+    return {types.int16: store_half, types.uint16: store_brain}.get(array.dtype, store_wide)
+
+
+def _instruction(source: Any, to: Any, generate: Callable[[Any, Any], Any]) -> Any:
+    """A function of one value that is what `generate` gives in the compiler's own language."""
+
+    def typed(_context: Any, _value: Any) -> Any:
+        return to(source), lambda _context, builder, _signature, arguments: generate(builder, arguments[0])
+
+    return _intrinsic(typed)
+
+
+_HALF, _FLOAT, _WORD, _SHORT = ir.HalfType(), ir.FloatType(), ir.IntType(32), ir.IntType(16)
+_bits_of = _instruction(types.float32, types.uint32, lambda builder, value: builder.bitcast(value, _WORD))
+_float_of = _instruction(types.uint32, types.float32, lambda builder, value: builder.bitcast(value, _FLOAT))
+_half_to_float = _instruction(
+    types.int16, types.float32, lambda builder, value: builder.fpext(builder.bitcast(value, _HALF), _FLOAT)
+)
+_float_to_half = _instruction(
+    types.float32, types.int16, lambda builder, value: builder.bitcast(builder.fptrunc(value, _HALF), _SHORT)
+)
+
+
+# numba makes 64 bits of every integer operation; the casts back are what lets the compiler do it in 32.
+@compiled
+def _from_half(half: Any) -> Any:
+    """Float32 of a float16, where the processor has no such instruction; the exponent's bias is multiplied away."""
+    magnitude = np.uint32(half & 0x7FFF)
+    shifted = np.uint32(magnitude << 13)
+    wide = _bits_of(_float_of(shifted) * np.float32(2.0**112))
+    if magnitude >= 0x7C00:
+        wide = np.uint32(shifted | 0x7F800000)
+    return _float_of(np.uint32(wide | np.uint32((half & 0x8000) << 16)))
+
+
+@compiled
+def _to_half(value: Any) -> Any:
+    """The float16 nearest to a float32."""
+    bits = _bits_of(value)
+    magnitude = np.uint32(bits & 0x7FFFFFFF)
+    odd = np.uint32(magnitude >> 13) & 1
+    half = np.uint32(np.uint32(magnitude - 0x38000000 + 0xFFF + odd) >> 13)
+    # Subnormal: units of 2^-24, which is what a sum with 0.5 is rounded to.
+    least = np.uint32(_bits_of(_float_of(magnitude) + np.float32(0.5)) - 0x3F000000)
+    half = least if magnitude < 0x38800000 else half
+    half = np.uint32(0x7C00) if magnitude >= 0x47800000 else half
+    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
+    return np.int16(half | np.uint32(np.uint32(bits >> 16) & 0x8000))
+
+
+@compiled
+def _to_brain(value: Any) -> Any:
+    """The bfloat16 nearest to a float32."""
+    bits = _bits_of(value)
+    rounded = np.uint32(np.uint32(bits + 0x7FFF + (np.uint32(bits >> 16) & 1)) >> 16)
+    return np.uint16(0x7FC0) if np.uint32(bits & 0x7FFFFFFF) > 0x7F800000 else np.uint16(rounded)

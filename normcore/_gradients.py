@@ -1,0 +1,107 @@
+"""The compiled backward on tensors of the CPU that are not empty; sums are made as in `_standardize`."""
+
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from normcore._standardize import Columns, Operand, compiled
+
+# Slots of samples that sum gradients of weight and bias.
+_SLOTS = 32
+
+
+def gradients(values: Operand, grad: Operand, out: Tensor, weight: Tensor | None, by: Any, *, has_mean: bool) -> Any:
+    """Write the gradient of the input; returns the sums (2, Q * G * K) of dy and dy * xh."""
+    samples, _, groups, _, _ = values.box.sizes
+    if _has_vectors(values):
+        gamma, means = values.parameter(weight, 1.0), np.empty((2, samples * groups))
+        return _vectors(values, grad, compiled().flat(out), gamma, by, means, has_sums=True, has_mean=has_mean)
+    totals, sums = gradient_sums(values, grad, weight, by)
+    means = totals / values.count
+    if not has_mean:
+        means[0] = 0.0
+    input_gradient(values, grad, out, weight, by, means)
+    return sums
+
+
+def gradient_sums(values: Operand, grad: Operand, weight: Tensor | None, by: Any) -> tuple[Any, Any]:
+    """Sums (2, B * G) of a and a * xh, a = weight * dy, and (2, Q * G * K) of dy and dy * xh."""
+    samples, _, groups, channels, _ = values.box.sizes
+    gamma = values.parameter(weight, 1.0)
+    if _has_vectors(values):
+        means = np.empty((2, samples * groups))
+        sums = _vectors(values, grad, values.array[:0], gamma, by, means, has_sums=True)
+        return means * values.count, sums
+    if values.has_columns:
+        sums = _sum_columns(values, grad, by)
+    else:
+        sums = np.empty((2, values.box.rows, values.box.width))
+        arguments = values.array, grad.array, by, sums.reshape(2, -1), values.box.sizes
+        values.divide(_sweeps().sum_cells, values.box.rows, *arguments)
+    count, own = sums.shape[1], gamma.reshape(-1, 1, values.box.width)
+    sums = sums.reshape(2, len(own), -1, values.box.width)
+    weighted = (sums * own).reshape(2, samples, count // samples, groups, channels)
+    return weighted.sum((2, 4)).reshape(2, -1), sums.sum(2).reshape(2, -1)
+
+
+def input_gradient(values: Operand, grad: Operand, out: Tensor, weight: Tensor | None, by: Any, means: Any) -> None:
+    """Write the gradient of the input, corrected by means (2, B * G) of a and a * xh."""
+    gamma, target = values.parameter(weight, 1.0), compiled().flat(out)
+    if values.has_columns:
+        columns = Columns.of(values)
+        terms = columns.terms(4)
+        _sweeps().fill_columns(gamma, by, means, terms, values.box.sizes, columns.segment, values.box.per)
+        columns.apply(_sweeps().gradient_of_columns, grad.array, target, terms=terms)
+    elif _has_vectors(values):
+        _vectors(values, grad, target, gamma, by, means, has_means=True)
+    else:
+        arguments = values.array, grad.array, target, gamma, by, means, values.box.sizes, values.box.per
+        values.divide(_sweeps().gradient_of_cells, values.box.rows, *arguments)
+
+
+def _has_vectors(values: Operand) -> bool:
+    """Whether a group has one position per channel, all side by side."""
+    return values.box.sizes[4] == 1 and not values.has_columns
+
+
+def _sum_columns(values: Operand, grad: Operand, by: Any) -> Any:
+    columns = Columns.of(values)
+    samples, _, groups, channels, _ = values.box.sizes
+    wide = by.reshape(4, samples, groups).repeat(channels, 2).repeat(columns.count // samples, 1)
+    center, offset, _, invstd = wide
+    total, dot = columns.sums(_sweeps().sum_gradient_columns, center, grad.array)
+    with np.errstate(all="ignore"):
+        return np.stack([total, (dot - offset * total) * invstd])
+
+
+def _vectors(
+    values: Operand,
+    grad: Operand,
+    out: Any,
+    gamma: Any,
+    by: Any,
+    means: Any,
+    *,
+    has_mean: bool = True,
+    has_means: bool = False,
+    has_sums: bool = False,
+) -> Any:
+    samples, rows, _, _, _ = values.box.sizes
+    own = gamma.size // values.box.width
+    height = values.box.per // rows if own > 1 else -(-samples // _SLOTS)
+    slots = -(-samples // height)
+    sums = np.empty((2, slots if has_sums else 0, values.box.width), values.dtype)
+    steps = height, values.box.per, has_mean, has_means, out.size > 0
+    arguments = values.array, grad.array, out, gamma, by, means, sums, values.box.sizes, steps
+    values.divide(_sweeps().gradient_of_vectors, slots, *arguments)
+    return sums.reshape(2, own, -1, values.box.width).sum(2, dtype=float).reshape(2, -1) if has_sums else None
+
+
+@cache
+def _sweeps() -> ModuleType:
+    from normcore import _gradient_sweeps
+
+    return _gradient_sweeps

@@ -1,0 +1,222 @@
+"""The compiled kernels on tensors of the CPU that are not empty: statistics, standardize and its backward.
+
+Every sum is made in blocks that depend on shapes alone and joined in one order: results do not depend on the number of
+threads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from normcore._box import Box, box_of
+
+# Channels of a group side by side are a vector from here on, else columns of their own.
+_LEAST_VECTOR = 16
+# Columns are repeated up to about so many bytes of a term, for loops that are worth their start.
+_WIDE_BYTES = 4096
+# Elements summed as one part.
+_PART = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A dense tensor, its flat array and its box."""
+
+    tensor: Tensor
+    array: Any
+    box: Box
+
+    @classmethod
+    def of(cls, tensor: Tensor, box: Box) -> "Operand":
+        return cls(tensor, compiled().flat(tensor), box)
+
+    @property
+    def dtype(self) -> Any:
+        """What is computed in."""
+        return np.float32 if self.array.itemsize == 2 else np.float64
+
+    @property
+    def count(self) -> int:
+        """Values of a group."""
+        samples, _, groups, _, _ = self.box.sizes
+        return int(self.array.size) // (samples * groups)
+
+    @property
+    def has_columns(self) -> bool:
+        _, rows, _, channels, positions = self.box.sizes
+        return positions == 1 and channels < _LEAST_VECTOR and rows > 1
+
+    def parameter(self, tensor: Tensor | None, value: float) -> Any:
+        """Weight or bias as (Q * G * K,), in the datatype computed in; the value where there is none."""
+        if tensor is None:
+            return np.full(self.box.rows // self.box.per * self.box.width, value, self.dtype)
+        dtype = torch.float32 if self.array.itemsize == 2 else torch.float64
+        return self.box.parameters(tensor).to(dtype).numpy()
+
+    def divide(self, kernel: Any, units: int, *arguments: Any) -> None:
+        compiled().divide(kernel, units, self.array.size, *arguments)
+
+
+def operand_of(input: Tensor, reduced: Sequence[int], *parameters: Tensor | tuple[int, ...] | None) -> Operand | None:
+    """The input for the compiled kernels, as a dense copy where it has gaps; None where they do not serve."""
+    if input.device.type != "cpu" or not input.numel():
+        return None
+    box = box_of(input, reduced, *parameters)
+    if box is not None:
+        return Operand.of(input, box)
+    dense = torch.empty_like(input)
+    box = None if dense.stride() == input.stride() else box_of(dense, reduced, *parameters)
+    return None if box is None else Operand.of(dense.copy_(input), box)
+
+
+def measure(values: Operand, *, eps: float, has_mean: bool = True, mask: Tensor | None = None) -> tuple[Any, Any]:
+    """Statistics (4, B * G) as `_sweeps` has them, and the count behind each."""
+    samples, _, groups, _, _ = values.box.sizes
+    by = np.empty((4, samples * groups))
+    if mask is not None:
+        return by, _measure_counted(values, by, compiled().flat(mask), eps=eps, has_mean=has_mean)
+    if values.has_columns:
+        _measure_columns(values, by, eps=eps, has_mean=has_mean)
+    else:
+        nothing = np.empty(0, values.dtype)
+        _measure_groups(values, values.array[:0], nothing, nothing, by, eps=eps, has_mean=has_mean)
+    return by, values.count
+
+
+def standardize_own(
+    values: Operand, out: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, has_mean: bool
+) -> tuple[Any, int]:
+    """Statistics as `measure` gives them, and the output by them."""
+    samples, rows, groups, _, _ = values.box.sizes
+    if rows > 1 or values.array.size // samples > _PART:
+        by, count = measure(values, eps=eps, has_mean=has_mean)
+        standardize(values, out, weight, bias, by)
+        return by, count
+    by = np.empty((4, samples * groups))
+    affine = values.parameter(weight, 1.0), values.parameter(bias, 0.0)
+    _measure_groups(values, compiled().flat(out), *affine, by, eps=eps, has_mean=has_mean)
+    return by, values.count
+
+
+def standardize(values: Operand, out: Tensor, weight: Tensor | None, bias: Tensor | None, by: Any) -> None:
+    """The output by statistics (4, B * G)."""
+    scale, shift, target = values.parameter(weight, 1.0), values.parameter(bias, 0.0), compiled().flat(out)
+    if not values.has_columns:
+        kernel = sweeps().standardize_cells
+        values.divide(kernel, values.box.rows, values.array, target, scale, shift, by, values.box.sizes, values.box.per)
+        return
+    columns = Columns.of(values)
+    terms = columns.terms(3)
+    column_sweeps().fill_columns(scale, shift, by, terms, values.box.sizes, columns.segment, values.box.per)
+    columns.apply(column_sweeps().standardize_columns, target, terms=terms)
+
+
+def _measure_groups(values: Operand, out: Any, weight: Any, bias: Any, by: Any, *, eps: float, has_mean: bool) -> None:
+    samples, _, groups, _, _ = values.box.sizes
+    arguments = values.array, out, weight, bias, by, values.box.sizes, values.box.per, eps, has_mean
+    values.divide(sweeps().standardize_groups, samples * groups, *arguments)
+
+
+def _measure_columns(values: Operand, by: Any, *, eps: float, has_mean: bool) -> None:
+    samples, rows, groups, channels, _ = values.box.sizes
+    columns = Columns.of(values, segment=rows)
+    center = np.zeros((samples, groups * channels))
+    if has_mean:
+        column_sweeps().find_centers(values.array, center, rows)
+    kernel = column_sweeps().sum_columns
+    sums = columns.sums(kernel, center)
+    if has_mean and column_sweeps().correct_centers(values.array, center, sums, rows):
+        sums = columns.sums(kernel, center)
+    if not column_sweeps().has_digits(values.array, sums[1], rows):
+        sums = columns.sums(kernel, center, dtype=np.float64)
+    column_sweeps().settle_columns(values.array, by, center, sums, values.box.sizes, eps, has_mean)
+
+
+def _measure_counted(values: Operand, by: Any, mask: Any, *, eps: float, has_mean: bool) -> Any:
+    samples = values.box.sizes[0]
+    center = np.full(by.shape[1], np.nan if has_mean else 0.0)
+    sums = np.empty((3, by.shape[1]))
+    for is_last in (False, True):
+        sums[:] = 0.0
+        values.divide(sweeps().sum_counted, samples, values.array, mask, center, sums, values.box.sizes)
+        if is_last or not has_mean or values.array.itemsize < 8:
+            break
+        center = center + sums[1] / sums[0]
+    sweeps().settle_counted(values.array, by, center, sums, eps, has_mean)
+    return sums[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Rows of columns, one position per channel: a row of parameters for every segment of rows.
+
+    Attributes:
+        segment: rows that share statistics, weight and bias.
+        repeats: rows that are seen as one, to make it wide.
+    """
+
+    values: Operand
+    segment: int
+    repeats: int
+
+    @classmethod
+    def of(cls, values: Operand, *, segment: int | None = None) -> "Columns":
+        segment = min(values.box.per, values.box.sizes[1]) if segment is None else segment
+        return cls(
+            values, segment, max(1, min(_WIDE_BYTES // np.dtype(values.dtype).itemsize // values.box.width, segment))
+        )
+
+    @property
+    def count(self) -> int:
+        return self.values.box.rows // self.segment
+
+    def terms(self, count: int) -> Any:
+        """Room for terms (count, segments, W), the columns repeated."""
+        return np.empty((count, self.count, self.repeats * self.values.box.width), self.values.dtype)
+
+    def sums(self, kernel: Any, center: Any, *others: Any, dtype: Any = None) -> Any:
+        """Two sums (2, segments, W) around centers (segments, W), made in a datatype."""
+        width = self.values.box.width
+        wide = np.tile(center.astype(dtype or self.values.dtype), (1, self.repeats))
+        elements = self.segment * width
+        size = max(1, _PART // wide.shape[1]) * wide.shape[1]
+        blocks = -(-elements // size)
+        units = self.count * blocks
+        found = np.empty((units, 2, wide.shape[1]))
+        self.values.divide(kernel, units, self.values.array, *others, wide, found, (blocks, size, elements))
+        joined = found.reshape(self.count, blocks, 2, self.repeats, width).sum((1, 3))
+        # One layout, of which kernels are compiled for each.
+        return np.ascontiguousarray(joined.transpose(1, 0, 2))
+
+    def apply(self, kernel: Any, *arrays: Any, terms: Any) -> None:
+        """Call a kernel of the values, arrays like them and terms, filled in."""
+        elements = self.segment * self.values.box.width
+        units = self.count * -(-elements // terms.shape[2])
+        self.values.divide(kernel, units, self.values.array, *arrays, terms, elements)
+
+
+@cache
+def compiled() -> ModuleType:
+    from normcore import _compiled
+
+    return _compiled
+
+
+@cache
+def sweeps() -> ModuleType:
+    from normcore import _sweeps
+
+    return _sweeps
+
+
+@cache
+def column_sweeps() -> ModuleType:
+    from normcore import _column_sweeps
+
+    return _column_sweeps

@@ -1,0 +1,183 @@
+"""Compiled sweeps over a box of values: sums of deviations, and y = (x - mean) * invstd * weight + bias.
+
+A box is (B, R, G, K, S) in memory order. Statistics are over R, K and S, one per group (b, g). Weight and bias are
+(Q, G, K): one for every `per` rows of the B * R. A cell is the K * S values of a group that lie together.
+
+`by` is (4, B * G), float64: center, offset, var and invstd. center + offset is the mean; center has the datatype
+computed in, and offset what that leaves. Sums are made around a value near the mean, in float64, or for half precision
+in float32 within a block and in float64 over blocks; so one sweep finds mean and variance. For float64 values, and
+where the value proves to have been far from the mean, a second one sums around the mean that the first has found.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from normcore._compiled import as_computed, compiled, compiled_sum, fused, load, store
+
+_BLOCK = 1024
+_NEAR = 64
+# float32 sums of squares per value beyond these, which bfloat16 reaches, are made in float64.
+LEAST, MOST = 1e-25, 1e33
+CENTER, OFFSET, VAR, INVSTD = range(4)
+
+
+@compiled
+def standardize_groups(
+    x: Any,
+    y: Any,
+    weight: Any,
+    bias: Any,
+    by: Any,
+    sizes: Any,
+    per: int,
+    eps: float,
+    has_mean: bool,
+    start: int,
+    stop: int,
+) -> None:
+    """Find the statistics of each group, and standardize it while it is in the cache; no output for an empty `y`."""
+    _, rows, groups, channels, positions = sizes
+    for group in range(start, stop):
+        first = group // groups * rows * groups + group % groups
+        _measure(x, by, group, first, rows, groups, channels * positions, eps, has_mean)
+        if y.size:
+            for row in range(rows):
+                cell = first + row * groups
+                affine = cell // groups // per * groups + cell % groups
+                _standardize_cell(x, y, weight, bias, by, group, cell, affine, sizes)
+
+
+@compiled
+def standardize_cells(
+    x: Any, y: Any, weight: Any, bias: Any, by: Any, sizes: Any, per: int, start: int, stop: int
+) -> None:
+    """The same by given statistics, in memory order: from row to row of the B * R."""
+    _, rows, groups, _, _ = sizes
+    for row in range(start, stop):
+        group, affine = row // rows * groups, row // per * groups
+        for index in range(groups):
+            _standardize_cell(x, y, weight, bias, by, group + index, row * groups + index, affine + index, sizes)
+
+
+@compiled
+def sum_counted(x: Any, mask: Any, center: Any, sums: Any, sizes: Any, start: int, stop: int) -> None:
+    """Count, sum and squares of deviations of counted values around the first of each group, into `sums` (3, B * G).
+
+    Only around given centers where they are not NaN.
+    """
+    _, rows, groups, channels, positions = sizes
+    length = channels * positions
+    for cell in range(start * rows * groups, stop * rows * groups):
+        group = cell // (rows * groups) * groups + cell % groups
+        for index in range(cell * length, (cell + 1) * length):
+            if mask[index]:
+                value = np.float64(load(x, index))
+                if sums[0, group] == 0.0 and np.isnan(center[group]):
+                    center[group] = value
+                deviation = value - center[group]
+                sums[0, group] += 1.0
+                sums[1, group] += deviation
+                sums[2, group] += deviation * deviation
+
+
+@compiled
+def settle_counted(x: Any, by: Any, center: Any, sums: Any, eps: float, has_mean: bool) -> None:
+    """Statistics from what `sum_counted` has found."""
+    for group in range(center.size):
+        count, total, squares = sums[0, group], sums[1, group], sums[2, group]
+        offset = total / count if has_mean else 0.0
+        settle(x, by, group, center[group], offset, squares / count - offset * offset, eps)
+
+
+@compiled
+def settle(x: Any, by: Any, group: int, center: float, offset: float, var: float, eps: float) -> None:
+    """Write statistics; NaN for a variance beyond float64, which would make every output the bias without a trace."""
+    var = 0.0 if var < 0.0 else var
+    rounded = np.float64(as_computed(x, center + offset))
+    by[CENTER, group] = rounded
+    by[OFFSET, group] = (center - rounded) + offset
+    by[VAR, group] = var
+    by[INVSTD, group] = 1.0 / np.sqrt(var + eps) if var < np.inf else np.nan
+
+
+@compiled
+def _measure(
+    x: Any, by: Any, group: int, first: int, rows: int, groups: int, length: int, eps: float, has_mean: bool
+) -> None:
+    count = rows * length
+    center = 0.0
+    if has_mean:
+        origin = load(x, first * length)
+        near = min(length, _NEAR)
+        center = np.float64(as_computed(x, origin + _block_sums(x, np.uintp(first * length), near, origin)[0] / near))
+    total, squares = _group_sums(x, first, rows, groups, length, as_computed(x, center))
+    if has_mean and (x.itemsize == 8 or 2.0 * total * total > squares * count):
+        center = np.float64(as_computed(x, center + total / count))
+        total, squares = _group_sums(x, first, rows, groups, length, as_computed(x, center))
+    if x.itemsize == 2 and not LEAST * count < squares < MOST * count:  # zeros may be of squares too small
+        total, squares = _group_sums(x, first, rows, groups, length, np.float64(center))
+    offset = total / count if has_mean else 0.0
+    settle(x, by, group, center, offset, squares / count - offset * offset, eps)
+
+
+@compiled
+def _group_sums(x: Any, first: int, rows: int, groups: int, length: int, center: Any) -> Any:
+    total, squares = 0.0, 0.0
+    for row in range(rows):
+        start = (first + row * groups) * length
+        for block in range(0, length, _BLOCK):
+            sums = _block_sums(x, np.uintp(start + block), min(_BLOCK, length - block), center)
+            total += np.float64(sums[0])
+            squares += np.float64(sums[1])
+    return total, squares
+
+
+# Unsigned indices count from the front alone: a choice between front and back would keep loops from being vectors.
+@compiled_sum
+def _block_sums(x: Any, start: Any, length: int, center: Any) -> Any:
+    total, squares = 0.0 * center, 0.0 * center
+    quarter = np.uintp(length // 4)
+    # Four at a time: one sum would wait for itself.
+    for index in range(start, start + quarter):
+        a, b = load(x, index) - center, load(x, index + quarter) - center
+        c, d = load(x, index + quarter + quarter) - center, load(x, index + quarter + quarter + quarter) - center
+        total += (a + b) + (c + d)
+        squares += (a * a + b * b) + (c * c + d * d)
+    for index in range(start + quarter + quarter + quarter + quarter, start + np.uintp(length)):
+        a = load(x, index) - center
+        total += a
+        squares += a * a
+    return total, squares
+
+
+@compiled
+def _standardize_cell(
+    x: Any, y: Any, weight: Any, bias: Any, by: Any, group: int, cell: int, affine: int, sizes: Any
+) -> None:
+    _, _, _, channels, positions = sizes
+    affine *= channels
+    center, offset, invstd = by[CENTER, group], by[OFFSET, group], by[INVSTD, group]
+    start = np.uintp(cell * channels * positions)
+    if positions == 1:
+        terms = as_computed(x, center), as_computed(x, invstd), as_computed(x, -offset * invstd)
+        _scale_vector(x, y, start, weight[affine : affine + channels], bias[affine : affine + channels], *terms)
+        return
+    for channel in range(channels):
+        scale = invstd * weight[affine + channel]
+        shift = bias[affine + channel] - offset * scale
+        _scale(x, y, start, positions, as_computed(x, center), as_computed(x, scale), as_computed(x, shift))
+        start += np.uintp(positions)
+
+
+@fused
+def _scale(x: Any, y: Any, start: Any, length: int, center: Any, scale: Any, shift: Any) -> None:
+    for index in range(np.uintp(length)):
+        store(y, start + index, (load(x, start + index) - center) * scale + shift)
+
+
+@fused
+def _scale_vector(x: Any, y: Any, start: Any, weight: Any, bias: Any, center: Any, invstd: Any, shift: Any) -> None:
+    for channel in range(np.uintp(weight.size)):
+        value = (load(x, start + channel) - center) * invstd + shift
+        store(y, start + channel, value * weight[channel] + bias[channel])

@@ -1,0 +1,50 @@
+"""Nodes back into a graph, each behind what it reads."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from onnx import GraphProto, NodeProto
+
+from normcore.folding.onnx.names import used_names
+
+
+def write_nodes(graph: GraphProto, nodes: Mapping[int, NodeProto]) -> None:
+    """Leave these nodes in the graph: the old ones in their order, new ones before the first that reads them."""
+    ordered = _sort(nodes)
+    if ordered == sorted(nodes) and max(nodes, default=-1) < len(graph.node):
+        for index in reversed(range(len(graph.node))):
+            if index not in nodes:
+                del graph.node[index]
+        return
+    copies = [NodeProto.FromString(nodes[index].SerializeToString()) for index in ordered]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def drop(items: Any, names: set[str]) -> None:
+    """Delete the entries of a repeated field that have one of these names."""
+    for index in reversed(range(len(items))):
+        if items[index].name in names:
+            del items[index]
+
+
+def _sort(nodes: Mapping[int, NodeProto]) -> list[int]:
+    """Positions, stably: each node where it was, unless it has to wait for one behind it."""
+    producers = {name: index for index, node in nodes.items() for name in node.output if name}
+    ordered: list[int] = []
+    done: set[int] = set()
+    for first in sorted(nodes):
+        pending = [first]
+        while pending:
+            index = pending[-1]
+            needed = {producers[name] for name in used_names(nodes[index]) if name in producers} - done - {index}
+            if index in done or not needed:
+                pending.pop()
+                ordered += [] if index in done else [index]
+                done.add(index)
+            else:
+                pending.extend(sorted(needed))
+    return ordered
+
+
+__all__ = ["drop", "write_nodes"]

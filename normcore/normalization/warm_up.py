@@ -1,0 +1,27 @@
+"""Compilation ahead of the first call."""
+
+import torch
+
+from normcore.normalization.batch_norm import batch_norm
+from normcore.normalization.group_norm import group_norm
+from normcore.normalization.layer_norm import layer_norm
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def warm_up() -> None:
+    """Compile the kernels that the standardize family uses on the CPU, for every datatype and layout.
+
+    A first call compiles what it needs, and keeps it on disk where it can: this is for a service that would rather wait
+    before its first request. It takes tens of seconds where nothing is kept, else about one; other threads of the
+    process make slow progress meanwhile.
+    """
+    for dtype in _DTYPES:
+        images = torch.arange(96, dtype=torch.float32).view(2, 4, 3, 4).to(dtype)
+        mask = torch.ones(images.shape, dtype=torch.bool)
+        for input in (images, images.to(memory_format=torch.channels_last)):
+            batch_norm(input, torch.zeros(4), torch.ones(4))
+            batch_norm(input, grad_output=input, training=True)
+            group_norm(input, grad_output=input, num_groups=2)
+            group_norm(input, mask=mask, num_groups=2)
+        layer_norm(images, grad_output=images)

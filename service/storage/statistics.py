@@ -1,0 +1,210 @@
+"""Statistics resources: one row of totals each, and one row per idempotency key, written in the same transaction."""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+import sqlalchemy as sql
+
+from service.errors import ConflictError, StatisticsNotFoundError
+from service.storage.metadata import Metadata
+
+T = TypeVar("T")
+
+# A schema of its own: opening the store adds these tables to a database that was made before there were any.
+_schema = sql.MetaData()
+
+_statistics = sql.Table(
+    "statistics",
+    _schema,
+    sql.Column("id", sql.String(64), primary_key=True),
+    sql.Column("name", sql.Text),
+    sql.Column("num_features", sql.Integer, nullable=False),
+    sql.Column("channel_axis", sql.Integer, nullable=False),
+    sql.Column("momentum", sql.Float),
+    sql.Column("convention", sql.String(16), nullable=False),
+    sql.Column("created_at", sql.String(32), nullable=False),
+    sql.Column("sequence", sql.BigInteger, nullable=False),
+    sql.Column("batches", sql.BigInteger, nullable=False),
+    sql.Column("content_hash", sql.String(64)),
+    sql.Column("sources", sql.JSON, nullable=False),
+    sql.Column("state", sql.LargeBinary, nullable=False),
+)
+
+_keys = sql.Table(
+    "statistics_keys",
+    _schema,
+    sql.Column("statistics", sql.String(64), primary_key=True),
+    sql.Column("key", sql.Text, primary_key=True),
+    sql.Column("digest", sql.String(64), nullable=False),
+    sql.Column("answer", sql.JSON, nullable=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsRecord:
+    """A statistics resource without its totals.
+
+    Attributes:
+        momentum: in the convention's sense; None averages over batches.
+        sequence: how many posts it has accepted; it tells one state of the resource from the next.
+        batches: those of them that held values.
+        content_hash: of the totals, where they are frozen.
+        sources: ids of the resources that it was frozen or merged from.
+    """
+
+    id: str
+    name: str | None
+    num_features: int
+    channel_axis: int
+    momentum: float | None
+    convention: str
+    created_at: str
+    sequence: int = 0
+    batches: int = 0
+    content_hash: str | None = None
+    sources: tuple[str, ...] = ()
+
+    @property
+    def is_frozen(self) -> bool:
+        return self.content_hash is not None
+
+    @property
+    def version(self) -> str:
+        """Another one for every state of the resource."""
+        return self.content_hash or str(self.sequence)
+
+
+Check = Callable[[StatisticsRecord], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A resource with its totals, in the form the library writes them."""
+
+    record: StatisticsRecord
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """One change of a resource: what it becomes and what is answered, or an error that leaves it as it was.
+
+    Attributes:
+        key: the caller's idempotency key, None without one.
+        digest: of everything the caller sent.
+        check: refuses the resource as it is.
+        change: the resource after the post, and the answer.
+    """
+
+    key: str | None
+    digest: str
+    check: Check
+    change: Callable[[Stored], tuple[Stored, dict[str, Any]]]
+
+
+_RECORD_COLUMNS = [_statistics.c[field.name] for field in fields(StatisticsRecord)]
+
+
+class StatisticsStore:
+    """Every method is one transaction, durable when it returns."""
+
+    def __init__(self, metadata: Metadata, *, limit: int) -> None:
+        self._metadata = metadata
+        self._limit = limit
+
+    async def open(self) -> None:
+        await self._metadata.transact(_schema.create_all)
+
+    async def read(self, statistics_id: str, view: Callable[[Stored], T]) -> T:
+        """What `view`, run off the event loop, makes of a resource. Raises StatisticsNotFoundError."""
+        return await self._metadata.transact(lambda connection: view(_read(connection, statistics_id)))
+
+    async def records(self) -> list[StatisticsRecord]:
+        """All resources, oldest first."""
+        statement = sql.select(*_RECORD_COLUMNS).order_by(_statistics.c.created_at, _statistics.c.id)
+        return await self._metadata.transact(
+            lambda connection: [_record(row) for row in connection.execute(statement).mappings()]
+        )
+
+    async def derive(
+        self, sources: Collection[str], make: Callable[[Iterator[Stored]], Stored], view: Callable[[Stored], T]
+    ) -> T:
+        """Add what `make` makes of the sources, all in one transaction. Raises ConflictError if full."""
+
+        def derive(connection: sql.Connection) -> T:
+            made = make(_read(connection, source) for source in sources)
+            count = connection.execute(sql.select(sql.func.count()).select_from(_statistics)).scalar_one()
+            if count >= self._limit:
+                raise ConflictError(
+                    f"statistics: {count} resources are kept, which is the limit (NORMSERVE_MAX_STATISTICS); "
+                    "delete those no longer needed"
+                )
+            connection.execute(_statistics.insert().values(_row(made)))
+            return view(made)
+
+        return await self._metadata.transact(derive)
+
+    async def post(self, statistics_id: str, post: Post) -> tuple[dict[str, Any], bool]:
+        """The answer to a post, and whether it was given before: a key that was seen counts once.
+
+        Raises:
+            StatisticsNotFoundError: no such resource.
+            ConflictError: the key was used with something else.
+        """
+
+        def apply(connection: sql.Connection) -> tuple[dict[str, Any], bool]:
+            stored = _read(connection, statistics_id, is_changing=True)
+            known = _answer(connection, statistics_id, post)
+            if known is not None:
+                return known, True
+            post.check(stored.record)
+            changed, answer = post.change(stored)
+            statement = _statistics.update().where(_statistics.c.id == statistics_id)
+            connection.execute(statement.values(_row(changed)))
+            if post.key is not None:
+                row = {"statistics": statistics_id, "key": post.key, "digest": post.digest, "answer": answer}
+                connection.execute(_keys.insert().values(row))
+            return answer, False
+
+        return await self._metadata.transact(apply)
+
+    async def delete(self, statistics_id: str, check: Check) -> None:
+        """Forget a resource, and its keys, unless `check` refuses."""
+
+        def delete(connection: sql.Connection) -> None:
+            check(_read(connection, statistics_id, is_changing=True).record)
+            connection.execute(_keys.delete().where(_keys.c.statistics == statistics_id))
+            connection.execute(_statistics.delete().where(_statistics.c.id == statistics_id))
+
+        await self._metadata.transact(delete)
+
+
+def _read(connection: sql.Connection, statistics_id: str, *, is_changing: bool = False) -> Stored:
+    statement = _statistics.select().where(_statistics.c.id == statistics_id)
+    if is_changing:  # the lock matters where services share a server's database; SQLite has one writer and ignores it
+        statement = statement.with_for_update()
+    row = connection.execute(statement).mappings().first()
+    if row is None:
+        raise StatisticsNotFoundError(f"statistics: no statistics with the id {statistics_id[:80]!r}")
+    return Stored(_record(row), row["state"])
+
+
+def _answer(connection: sql.Connection, statistics_id: str, post: Post) -> dict[str, Any] | None:
+    statement = _keys.select().where(_keys.c.statistics == statistics_id, _keys.c.key == post.key)
+    row = connection.execute(statement).mappings().first() if post.key is not None else None
+    if row is None:
+        return None
+    if row["digest"] != post.digest:
+        raise ConflictError("Idempotency-Key: expected a new key, received one that came before with another request")
+    answer: dict[str, Any] = row["answer"]
+    return answer
+
+
+def _record(row: Any) -> StatisticsRecord:
+    values = {field.name: row[field.name] for field in fields(StatisticsRecord)}
+    return StatisticsRecord(**(values | {"sources": tuple(row["sources"])}))
+
+
+def _row(stored: Stored) -> dict[str, Any]:
+    return asdict(stored.record) | {"sources": list(stored.record.sources), "state": stored.state}

@@ -1,0 +1,163 @@
+"""What compiled kernels share: conversions of half precision, threads, and places to keep them."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from normcore import _compiled
+from normcore._compiled import compiled, divide, flat, load, store
+
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+@compiled
+def _widen(values: Any, wide: Any) -> None:
+    for index in range(values.size):
+        wide[index] = load(values, index)
+
+
+@compiled
+def _narrow(wide: Any, values: Any) -> None:
+    for index in range(wide.size):
+        store(values, index, wide[index])
+
+
+@compiled
+def _soft_there_and_back(values: Any, wide: Any, output: Any) -> None:
+    for index in range(values.size):
+        wide[index] = _compiled._from_half(values[index])
+        output[index] = _compiled._to_half(np.float32(wide[index]))
+
+
+def _all_of(dtype: torch.dtype) -> Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def _between(values: Tensor) -> Tensor:
+    """Every number, what lies half-way to the next, and a little to both sides of that."""
+    finite = values[values.isfinite()].float().sort().values
+    finite = finite[torch.cat([finite.diff() > 0, torch.tensor([True])])]
+    halves = (finite[:-1].double() + finite.diff().double() / 2).float()
+    near = [torch.nextafter(halves, torch.full_like(halves, end)) for end in (-torch.inf, torch.inf)]
+    ends = torch.tensor([torch.inf, -torch.inf, torch.nan, 65519.0, 65520.0, 3.4e38, -3.4e38, 1e-45])
+    return torch.cat([finite, halves, *near, ends])
+
+
+@HALVES
+def test_every_value_is_read_as_torch_reads_it(dtype: torch.dtype) -> None:
+    values, wide = _all_of(dtype), torch.empty(2**16, dtype=torch.float64)
+    _widen(flat(values), flat(wide))
+    assert torch.equal(
+        wide.nan_to_num(nan=-7.0, posinf=1e300, neginf=-1e300), values.double().nan_to_num(-7.0, 1e300, -1e300)
+    )
+
+
+@HALVES
+def test_every_rounding_is_torch_s(dtype: torch.dtype) -> None:
+    wide = _between(_all_of(dtype))
+    output = torch.empty(len(wide), dtype=dtype)
+    _narrow(flat(wide.double()), flat(output))
+    assert torch.equal(
+        output.float().nan_to_num(-7.0, 1e39, -1e39), wide.to(dtype).float().nan_to_num(-7.0, 1e39, -1e39)
+    )
+
+
+def test_float16_without_instructions_for_it_is_the_same() -> None:
+    values = _all_of(torch.float16)
+    wide, output = torch.empty(2**16, dtype=torch.float64), torch.empty_like(values)
+    _soft_there_and_back(flat(values), flat(wide), flat(output))
+    is_nan = values.isnan()
+    assert torch.equal(wide[~is_nan], values.double()[~is_nan])
+    assert bool(wide[is_nan].isnan().all())
+    assert torch.equal(output[~is_nan].view(torch.int16), values[~is_nan].view(torch.int16))
+    between = _between(values)
+    rounded = torch.tensor(
+        [_compiled._to_half(np.float32(value)) for value in between[::5].tolist()], dtype=torch.int16
+    )
+    expected = between[::5].to(torch.float16)
+    assert torch.equal(rounded.view(torch.float16).nan_to_num(-7.0), expected.nan_to_num(-7.0))
+
+
+@pytest.fixture
+def _two_threads() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_large_work_is_divided_among_threads() -> None:
+    found = []
+
+    def kernel(name: str, start: int, stop: int) -> None:
+        found.append((name, start, stop, threading.get_ident()))
+
+    divide(kernel, 7, 2**20, "x")
+    assert sorted(part[:3] for part in found) == [("x", 0, 3), ("x", 3, 7)]
+    assert len({part[3] for part in found}) == 2
+    found.clear()
+    divide(kernel, 7, 2**10, "x")
+    assert [part[:3] for part in found] == [("x", 0, 7)]
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("failing", [0, 3], ids=["own part", "other part"])
+def test_an_error_of_a_part_is_raised_when_all_have_ended(failing: int) -> None:
+    ended = []
+
+    def kernel(start: int, _stop: int) -> None:
+        if start == failing:
+            raise MemoryError
+        ended.append(start)
+
+    with pytest.raises(MemoryError):
+        divide(kernel, 7, 2**20)
+    assert ended == [3 - failing]
+
+
+def _child() -> None:
+    torch.set_num_threads(2)
+    divide(lambda start, stop: None, 8, 2**20)
+    os._exit(7)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    divide(lambda start, stop: None, 8, 2**20)
+    child = multiprocessing.get_context("fork").Process(target=_child)
+    child.start()
+    child.join(20)
+    assert child.exitcode == 7
+
+
+def _run(program: str, **environment: str) -> str:
+    command = [sys.executable, "-W", "error", "-c", program]
+    found = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=100)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_without_a_writable_directory_kernels_compile_all_the_same(tmp_path: Path) -> None:
+    program = (
+        "import torch\n"
+        "from numba.core import caching\n"
+        "caching.CacheImpl._locator_classes = []\n"  # as where no directory is writable
+        "from normcore.normalization import lp_norm, layer_norm\n"
+        "print(layer_norm(torch.tensor([[1.0, 3.0]]), eps=1e-12).output.tolist())"
+    )
+    assert _run(program, HOME=str(tmp_path)).strip() == "[[-1.0, 1.0]]"
+
+
+def test_the_library_is_imported_without_the_compiler() -> None:
+    program = "import sys, normcore.normalization, normcore.statistics.moments; print('numba' in sys.modules)"
+    assert _run(program).strip() == "False"
