@@ -33,6 +33,7 @@ from service.application.inference import Inference
 from service.application.models import Models
 from service.application.preparation import Preparation
 from service.engine.admission import ReceiveBudget
+from service.engine.devices import torch_device
 from service.engine.normalization import NormalizationEngine
 from service.engine.onnx_runtime import OnnxEngine
 from service.engine.protocol import Engine, ModelOptions
@@ -220,7 +221,8 @@ async def _open_models(
     )
     stack.push_async_callback(models.close)
     worker = Worker("normalization", settings.queue_size)
+    device = torch_device(settings.device)
     for method in METHODS.values():
-        models.add_builtin(NormalizationEngine(method, worker))
+        models.add_builtin(NormalizationEngine(method, worker, device))
     await models.open()
     return models

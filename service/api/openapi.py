@@ -15,6 +15,7 @@ _BINARY = {"type": "string", "format": "binary"}
 _KINDS = {"bool": "boolean", "int": "integer", "float": "number", "str": "string"}
 _PROBLEM = {"$ref": "#/components/schemas/Problem"}
 _JSON = "application/json"
+_DEVICE = {"type": "string", "description": "auto, cpu or cuda:N; NORMSERVE_DEVICE where not given."}
 
 INFER_EXAMPLE: dict[str, Any] = {
     "id": "1",
@@ -70,11 +71,12 @@ def _normalize(method: Method) -> dict[str, Any]:
         "properties": {tensor.name: {"description": f"{tensor.role} {tensor.shape}"} for tensor in method.tensors}
         | {parameter.name: _parameter_schema(parameter) for parameter in method.parameters}
         | {
+            "device": _DEVICE,
             "outputs": {
                 "type": "array",
                 "description": "Which outputs to compute; all that apply if omitted.",
                 "items": {"type": "string", "enum": [output.name for output in method.outputs]},
-            }
+            },
         },
     }
     content: dict[str, Any] = {media: {"schema": _BINARY} for media in CODECS if media != _JSON}
@@ -94,7 +96,8 @@ def _normalize(method: Method) -> dict[str, Any]:
                 "schema": _parameter_schema(parameter),
             }
             for parameter in method.parameters
-        ],
+        ]
+        + [{"name": "device", "in": "query", "required": False, "schema": _DEVICE}],
         "requestBody": {"required": True, "content": {_JSON: json_content} | content},
         "responses": {
             "200": {
