@@ -54,6 +54,10 @@ async def upload_checkpoint(
     The body is the file itself, or a multipart form with the field `file`. The format is found from the content.
     The answer lists every normalization with what it would fold into, or the reason why not. The same bytes again
     answer 200 with the same id.
+
+    ```sh
+    curl -s --data-binary @model.onnx 'http://127.0.0.1:8000/v1/checkpoints?filename=model.onnx'
+    ```
     """
     services.health.refuse_while_draining()
     field, chunks = _upload(request, services)
@@ -79,7 +83,12 @@ async def read_checkpoint(checkpoint_id: str, services: ServicesDep) -> Checkpoi
 
 @router.get("/checkpoints/{checkpoint_id}/content", response_class=FileResponse)
 async def download_checkpoint(checkpoint_id: str, request: Request, services: ServicesDep) -> Response:
-    """Download the file. Its ETag is its id."""
+    """Download the file. Its ETag is its id.
+
+    ```sh
+    curl -s http://127.0.0.1:8000/v1/checkpoints/$ID/content -o model.onnx
+    ```
+    """
     record = await services.checkpoints.get(checkpoint_id)
     etag = f'"{record.id}"'
     if etag in request.headers.get("if-none-match", ""):
@@ -139,7 +148,10 @@ async def fold_file(request: Request, services: ServicesDep, freeze_initializers
     """Fold a file in one call: checkpoint in, folded checkpoint out, nothing kept.
 
     The headers `Normserve-Verdict`, `Normserve-Folded` and `Normserve-Normalizations` carry the verdict and counts.
-    Example: `curl --data-binary @model.onnx http://127.0.0.1:8000/v1/fold -o folded.onnx`.
+
+    ```sh
+    curl -s --data-binary @model.onnx http://127.0.0.1:8000/v1/fold -o folded.onnx -D -
+    ```
     """
     services.health.refuse_while_draining()
     chunks = _bounded(request, services)

@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from normcore.normalization import METHODS, Method, Parameter
+from service.api import curl
 from service.api.errors import TABLE
 from service.api.examples import NORMALIZATIONS
 from service.api.schemas import Problem
@@ -86,7 +87,9 @@ def _normalize(method: Method) -> dict[str, Any]:
         "operationId": f"normalize_{method.name}",
         "summary": method.summary,
         "description": f"`{method.formula}`\n\nSource: {method.source}\n\nA tensor is nested lists (FP32) or "
-        '`{"shape", "datatype", "data"}`. In the binary encodings the parameters travel in the query string.',
+        '`{"shape", "datatype", "data"}`. In the binary encodings the parameters travel in the query '
+        "string, here with numpy:"
+        f"{curl.block(curl.method_npz_lines(method.name))}",
         "parameters": [
             {
                 "name": parameter.name,
@@ -127,12 +130,15 @@ def _parameter_schema(parameter: Parameter) -> dict[str, Any]:
 
 def _infer(operation: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
     binary = {"application/octet-stream": {"schema": _BINARY}}
+    path = "/v2/models/normcore.layer_norm" + ("/versions/1" if operation == "infer_version" else "") + "/infer"
+    lines = curl.method_infer_lines("layer_norm", f"{curl.LOCAL}{path}")["binary"]
     return {
         "tags": ["open inference protocol"],
         "operationId": operation,
         "summary": "Infer: tensors in, tensors out",
         "description": "The body is JSON, or JSON followed by raw tensors, with the length of the JSON in the header "
-        "`Inference-Header-Content-Length`. The Content-Type is not looked at.",
+        "`Inference-Header-Content-Length`. The Content-Type is not looked at. `GET /v1/models/{name}` "
+        f"gives such a request for every model, here a built-in one, binary:{curl.block(lines)}",
         "parameters": [
             *parameters,
             {
