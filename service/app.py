@@ -73,6 +73,7 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
         version=__version__,
         summary="Compute normalization, fold it with proof, serve with frozen statistics.",
         redirect_slashes=False,
+        generate_unique_id_function=openapi.operation_id,
         lifespan=lifespan,
         middleware=[
             Middleware(RequestContext, tracing=tracing),

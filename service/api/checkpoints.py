@@ -42,7 +42,12 @@ _UPLOAD_BODY: dict[str, Any] = {
 Freeze = Annotated[bool, Query(description="Treat initializers that are also graph inputs as constants.")]
 
 
-@router.post("/checkpoints", status_code=201, openapi_extra=_UPLOAD_BODY)
+@router.post(
+    "/checkpoints",
+    status_code=201,
+    responses={200: {"model": Checkpoint, "description": "The same bytes are kept already."}},
+    openapi_extra=_UPLOAD_BODY,
+)
 async def upload_checkpoint(
     request: Request,
     response: Response,
@@ -114,6 +119,7 @@ async def plan_fold(checkpoint_id: str, services: ServicesDep, freeze_initialize
 @router.post(
     "/checkpoints/{checkpoint_id}/fold",
     status_code=201,
+    responses={200: {"model": FoldAnswer, "description": "Nothing new: nothing folds, or this fold is kept already."}},
     openapi_extra=document_schema(FoldRequest, example={"probes": 6, "seed": 0}, is_required=False),
 )
 async def fold_checkpoint(

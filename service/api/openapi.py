@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from normcore.normalization import METHODS, Method, Parameter
 from service.api import curl
@@ -40,12 +41,18 @@ def install(app: FastAPI) -> None:
                 schema["paths"].setdefault(path, {}).update(item)
             for item in schema["paths"].values():
                 for operation in item.values():
+                    _require_path_parameters(operation)
                     _summarize(operation)
                     _describe_errors(operation)
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # the framework documents this way to extend its document
+
+
+def operation_id(route: APIRoute) -> str:
+    """The function's name, which generated clients take for their own; a route with two paths has two names."""
+    return f"{route.name}_version" if "{version}" in route.path else route.name
 
 
 def _tensor_paths() -> dict[str, Any]:
@@ -96,7 +103,7 @@ def _normalize(method: Method) -> dict[str, Any]:
                 "in": "query",
                 "required": False,
                 "description": f"{parameter.description} (binary encodings only)",
-                "schema": _parameter_schema(parameter),
+                "schema": _query_schema(parameter),
             }
             for parameter in method.parameters
         ]
@@ -126,6 +133,11 @@ def _parameter_schema(parameter: Parameter) -> dict[str, Any]:
     if parameter.maximum is not None:
         schema["maximum"] = parameter.maximum
     return schema
+
+
+def _query_schema(parameter: Parameter) -> dict[str, Any]:
+    """Without the default, which generated clients would send along with a JSON body."""
+    return {key: value for key, value in _parameter_schema(parameter).items() if key != "default"}
 
 
 def _infer(operation: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
@@ -160,6 +172,13 @@ def _infer(operation: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
             }
         },
     }
+
+
+def _require_path_parameters(operation: dict[str, Any]) -> None:
+    """A route with two paths may declare what only one of them has as optional; in a path nothing is null."""
+    for parameter in operation.get("parameters", ()):
+        if parameter["in"] == "path" and "anyOf" in parameter["schema"]:
+            (parameter["schema"],) = [one for one in parameter["schema"]["anyOf"] if one != {"type": "null"}]
 
 
 def _summarize(operation: dict[str, Any]) -> None:
