@@ -125,7 +125,7 @@ def test_every_datatype_and_name_gives_requests_that_work(server: Server, folder
 
 
 def test_a_host_header_cannot_smuggle_commands_into_the_requests(server: Server, folder: Path) -> None:
-    headers = {"Host": "x;touch${IFS}smuggled;"}
+    headers = {"Host": "x$(touch$IFS'smuggled')"}
     (page,) = httpx.get(f"{server.url}/v1/models/normcore.lp_norm", headers=headers).json()["models"]
     for line in page["requests"].values():
         subprocess.run(["sh", "-c", line], cwd=folder, capture_output=True, timeout=60, check=False)

@@ -71,4 +71,5 @@ async def test_info_names_versions_and_limits(client: httpx.AsyncClient) -> None
     assert info["name"] == "normserve"
     assert set(info["libraries"]) == {"torch", "onnx", "onnxruntime"}
     assert info["threads"] >= 1
+    assert info["normalization_device"] == "cpu"
     assert info["limits"]["max_body_bytes"] == 1_000_000
