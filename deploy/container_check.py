@@ -21,6 +21,7 @@ IMAGES = np.random.default_rng(0).random((2, 3, 48, 192), np.float32)
 
 
 def main(address: str) -> None:
+    docker("compose", "--profile", "gpu", "--profile", "monitoring", "config", "-q")
     container = docker("ps", "-q", "--filter", f"publish={address.rpartition(':')[2]}").strip()
     check_hardening(container)
     serve(address)
@@ -58,6 +59,10 @@ def check_hardening(container: str) -> None:
     tools = docker("exec", container, "sh", "-c", "command -v cc gcc make; ls /opt/normserve/bin/pip* 2>&1 || true")
     assert "cannot access" in tools, tools
     assert not tools.startswith("/"), tools
+    written = (
+        "touch /opt/x 2>/dev/null && echo root; mkdir -p $NUMBA_CACHE_DIR && touch $NUMBA_CACHE_DIR/x /tmp/x"
+    )
+    assert docker("exec", container, "sh", "-c", written) == "", "the root can be written"
     labels = json.loads(docker("inspect", "-f", "{{json .Config.Labels}}", container))
     assert labels["org.opencontainers.image.title"] == "normserve", labels
 

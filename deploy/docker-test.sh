@@ -15,7 +15,6 @@ docker exec "$name" python -m service.probe
 [ "$(docker exec "$name" id -u)" != 0 ]
 docker stop -t 20 "$name" >/dev/null
 [ "$(docker inspect -f '{{.State.ExitCode}}' "$name")" = 0 ]
-docker compose -p "$name" --profile gpu --profile monitoring config -q
 docker compose -p "$name" up -d --build --wait --wait-timeout 120
 if [ "${1:-}" = -- ]; then shift; "$@"; fi
 echo "docker-test: ok"
