@@ -59,9 +59,7 @@ def check_hardening(container: str) -> None:
     tools = docker("exec", container, "sh", "-c", "command -v cc gcc make; ls /opt/normserve/bin/pip* 2>&1 || true")
     assert "cannot access" in tools, tools
     assert not tools.startswith("/"), tools
-    written = (
-        "touch /opt/x 2>/dev/null && echo root; mkdir -p $NUMBA_CACHE_DIR && touch $NUMBA_CACHE_DIR/x /tmp/x"
-    )
+    written = "touch /opt/x 2>/dev/null && echo root; mkdir -p $NUMBA_CACHE_DIR && touch $NUMBA_CACHE_DIR/x /tmp/x"
     assert docker("exec", container, "sh", "-c", written) == "", "the root can be written"
     labels = json.loads(docker("inspect", "-f", "{{json .Config.Labels}}", container))
     assert labels["org.opencontainers.image.title"] == "normserve", labels
