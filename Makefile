@@ -33,4 +33,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.statistics
 
 docker-test: $(VENV)/.installed
-	$(or $(DOCKER_SMOKE),./deploy/docker-test.sh) -- $(BIN)/python -m deploy.container_check 127.0.0.1:8000
+	$(or $(DOCKER_SMOKE),./deploy/docker-test.sh) -- $(BIN)/python -m deploy.container_check 127.0.0.1:$(or $(NORMSERVE_PUBLISH),8000)

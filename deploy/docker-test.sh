@@ -4,9 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 docker info >/dev/null || { echo "docker-test: no container engine; start one or set DOCKER_SMOKE" >&2; exit 1; }
-docker build -q -t normserve:test .
+docker build -q -t normserve:test ${TORCH_INDEX_URL:+--build-arg "TORCH_INDEX_URL=$TORCH_INDEX_URL"} \
+  ${WHEELS_DIR:+--build-context "wheels=$WHEELS_DIR"} .
 name=normserve-test-$$
-trap 'docker rm -f "$name" >/dev/null 2>&1 || true; docker compose -p "$name" down -v >/dev/null 2>&1 || true' EXIT
+trap 'docker rm -f -v "$name" >/dev/null 2>&1 || true; docker compose -p "$name" down -v >/dev/null 2>&1 || true' EXIT
 docker run -d --name "$name" --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
   -v /data normserve:test >/dev/null
 for _ in $(seq 120); do docker exec "$name" python -m service.probe 2>/dev/null && break; sleep .5; done

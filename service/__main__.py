@@ -1,4 +1,7 @@
-"""`python -m service`: run the service until it is told to stop."""
+"""`python -m service`: run the service until it is told to stop; `python -m service selftest`: check what is installed.
+
+The settings are environment variables with the prefix NORMSERVE_, listed in README.md.
+"""
 
 import asyncio
 import logging
@@ -10,13 +13,32 @@ from pydantic import ValidationError
 from service.app import serve
 from service.errors import StartError
 from service.preflight import check_start, unknown_variables
+from service.selftest import selftest
 from service.settings import Settings
 from service.telemetry import configure_logging
 
 log = logging.getLogger(__name__)
 
+_USAGE = """\
+usage: python -m service            run the service; SIGTERM ends it
+       python -m service selftest   check every normalization, a fold and an inference on every device of this host
+Settings are environment variables with the prefix NORMSERVE_, such as NORMSERVE_PORT (8000).
+"""
 
-def main() -> int:
+
+def main(arguments: list[str]) -> int:
+    if arguments == ["selftest"]:
+        return selftest()
+    if arguments in (["--help"], ["-h"]):
+        sys.stdout.write(_USAGE)
+        return 0
+    if arguments:
+        sys.stderr.write(_USAGE)
+        return 2
+    return _run()
+
+
+def _run() -> int:
     try:
         settings = Settings()
     except ValidationError as error:
@@ -36,4 +58,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

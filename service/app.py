@@ -52,6 +52,7 @@ from service.application.models import Models
 from service.application.preparation import Preparation
 from service.application.statistics import Statistics
 from service.engine.admission import ReceiveBudget
+from service.engine.devices import torch_device
 from service.engine.normalization import NormalizationEngine
 from service.engine.onnx_runtime import OnnxEngine
 from service.engine.protocol import Engine, ModelOptions
@@ -92,6 +93,7 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
         version=__version__,
         summary="Compute normalization, fold it with proof, serve with frozen statistics.",
         redirect_slashes=False,
+        generate_unique_id_function=openapi.operation_id,
         lifespan=lifespan,
         middleware=[
             Middleware(RequestContext, tracing=tracing),
@@ -271,7 +273,8 @@ async def _open_models(
     )
     stack.push_async_callback(models.close)
     worker = Worker("normalization", settings.queue_size)
+    device = torch_device(settings.device)
     for method in METHODS.values():
-        models.add_builtin(NormalizationEngine(method, worker))
+        models.add_builtin(NormalizationEngine(method, worker, device))
     await models.open()
     return models

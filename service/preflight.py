@@ -1,6 +1,7 @@
 """What must hold before the service starts, so that a wrong setting is one line and not a trace."""
 
 import difflib
+import logging
 import os
 import secrets
 import socket
@@ -9,16 +10,21 @@ from pathlib import Path
 
 import sqlalchemy as sql
 
+from normcore.errors import ParameterError
+from service.engine.devices import torch_device
 from service.errors import SchemaTooNewError, StartError
 from service.settings import Settings
 from service.storage.metadata import Metadata, database_url
 from service.tracing import Tracing
 
+log = logging.getLogger(__name__)
+
 _PREFIX = "NORMSERVE_"
 
 
 async def check_start(settings: Settings) -> None:
-    """Try the data directory, the database, the address and the collector of traces. Raises StartError."""
+    """Try the device, the data directory, the database, the address and the collector of traces. Raises StartError."""
+    _check_device(settings.device)
     _check_data_dir(settings.data_dir)
     await _check_database(settings)
     _check_address(settings.host, settings.port)
@@ -35,6 +41,15 @@ def unknown_variables(names: Iterable[str]) -> list[str]:
             near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)
             found.append(f"{name}: no such setting" + (f", did you mean {near[0]}?" if near else ""))
     return found
+
+
+def _check_device(device: str) -> None:
+    try:
+        found = torch_device(device)
+    except ParameterError as error:
+        raise StartError("NORMSERVE_DEVICE", f"expected {error.expected}, received {error.received}") from error
+    if device == "auto" and found.type == "cpu":
+        log.warning("NORMSERVE_DEVICE: auto, but torch finds no GPU: normalization is computed on the CPU")
 
 
 def _check_data_dir(folder: Path) -> None:

@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     )
 
     threads: int = Field(0, ge=0, description="Compute threads of the process; 0 takes the cgroup's CPU quota.")
+    device: str = Field(
+        "cpu", description="Where normalization is computed: cpu, cuda:N, or auto, a GPU if there is one."
+    )
     queue_size: int = Field(128, gt=0, description="Requests that may wait for one model; beyond it requests get 429.")
     max_batch_bytes: int = Field(
         64 * MIB, gt=0, description="Bytes of the inputs of requests that are run together, at most."

@@ -56,7 +56,12 @@ _UPLOAD_BODY: dict[str, Any] = {
 _MEDIA_TYPES = {"safetensors": "application/vnd.safetensors"}
 
 
-@router.post("/checkpoints", status_code=201, openapi_extra=_UPLOAD_BODY)
+@router.post(
+    "/checkpoints",
+    status_code=201,
+    responses={200: {"model": Checkpoint, "description": "The same bytes are kept already."}},
+    openapi_extra=_UPLOAD_BODY,
+)
 async def upload_checkpoint(
     request: Request,
     response: Response,
@@ -68,6 +73,10 @@ async def upload_checkpoint(
     The body is the file itself, or a multipart form with the field `file`. The format is found from the content.
     The answer lists every normalization with what it would fold into, or the reason why not. The same bytes again
     answer 200 with the same id.
+
+    ```sh
+    curl -s --data-binary @model.onnx 'http://127.0.0.1:8000/v1/checkpoints?filename=model.onnx'
+    ```
     """
     services.health.refuse_while_draining()
     field, chunks = _upload(request, services)
@@ -93,7 +102,12 @@ async def read_checkpoint(checkpoint_id: str, services: ServicesDep) -> Checkpoi
 
 @router.get("/checkpoints/{checkpoint_id}/content", response_class=FileResponse)
 async def download_checkpoint(checkpoint_id: str, request: Request, services: ServicesDep) -> Response:
-    """Download the file. Its ETag is its id."""
+    """Download the file. Its ETag is its id.
+
+    ```sh
+    curl -s http://127.0.0.1:8000/v1/checkpoints/$ID/content -o model.onnx
+    ```
+    """
     record = await services.checkpoints.get(checkpoint_id)
     etag = f'"{record.id}"'
     if etag in request.headers.get("if-none-match", ""):
@@ -125,7 +139,8 @@ async def plan_fold(checkpoint_id: str, query: Annotated[PlanQuery, Query()], se
     "/checkpoints/{checkpoint_id}/fold",
     status_code=201,
     response_model=FoldAnswer,
-    responses=ASYNCHRONOUS,
+    responses=ASYNCHRONOUS
+    | {200: {"model": FoldAnswer, "description": "Nothing new: nothing folds, or this fold is kept already."}},
     openapi_extra=document_schema(FoldRequest, example={"verify": {"probes": 6, "seed": 0}}, is_required=False),
 )
 async def fold_checkpoint(checkpoint_id: str, request: Request, services: ServicesDep, prefer: Prefer = ()) -> Response:
@@ -183,7 +198,10 @@ async def fold_file(request: Request, query: Annotated[FoldQuery, Query()], serv
     """Fold a file in one call: checkpoint in, folded checkpoint out, nothing kept.
 
     The headers `Normserve-Verdict`, `Normserve-Folded` and `Normserve-Normalizations` carry the verdict and counts.
-    Example: `curl --data-binary @model.onnx http://127.0.0.1:8000/v1/fold -o folded.onnx`.
+
+    ```sh
+    curl -s --data-binary @model.onnx http://127.0.0.1:8000/v1/fold -o folded.onnx -D -
+    ```
     """
     services.health.refuse_while_draining()
     chunks = _bounded(request, services)

@@ -4,8 +4,9 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 
+from service.api.curl import infer_lines
 from service.api.dependencies import ServicesDep, document_schema, read_document
-from service.api.schemas import Model, ModelList, ModelRequest
+from service.api.schemas import Model, ModelList, ModelRequest, ServedModel, ServedModelList
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -41,10 +42,17 @@ async def list_models(services: ServicesDep) -> ModelList:
 
 
 @router.get("/{name}")
-async def read_model(name: str, services: ServicesDep) -> ModelList:
-    """Read the versions of one model."""
+async def read_model(name: str, request: Request, services: ServicesDep) -> ServedModelList:
+    """Read the versions of one model: inputs, outputs, and infer requests to copy, in JSON and binary."""
     services.models.find(name)
-    return ModelList(models=[Model.of(entry) for entry in services.models.entries() if entry.name == name])
+    base = str(request.base_url)
+    return ServedModelList(
+        models=[
+            ServedModel(**Model.of(entry).model_dump(), requests=infer_lines(entry, base) if entry.loaded else {})
+            for entry in services.models.entries()
+            if entry.name == name
+        ]
+    )
 
 
 @router.delete("/{name}/versions/{version}", status_code=204)

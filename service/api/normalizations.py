@@ -17,6 +17,7 @@ from service.application.methods import METHODS
 from service.application.usage import Timing
 from service.codecs import json_v1, media
 from service.codecs.body import TensorBody
+from service.engine.normalization import DEVICE
 from service.engine.protocol import ParameterValue
 from service.errors import MethodNotFoundError
 
@@ -83,7 +84,10 @@ def _parameters(method: Method, request: TensorBody, *, is_text: bool) -> dict[s
     known = {parameter.name: parameter for parameter in method.parameters}
     parsed: dict[str, ParameterValue] = {}
     for name, text in request.parameters.items():
-        if name not in known:
+        if name == DEVICE:
+            parsed[name] = text
+        elif name not in known:
             raise ParameterError(name, expected=f"one of {', '.join(known)}", received="an unknown parameter")
-        parsed[name] = known[name].parse(str(text))
+        else:
+            parsed[name] = known[name].parse(str(text))
     return parsed

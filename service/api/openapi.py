@@ -3,9 +3,10 @@
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from normcore.normalization import Method, Parameter
-from service.api import statistics_openapi
+from service.api import curl, statistics_openapi
 from service.api.errors import TABLE
 from service.api.examples import NORMALIZATIONS
 from service.api.schemas import Problem
@@ -23,6 +24,7 @@ _KINDS = {
 }
 _PROBLEM = {"$ref": "#/components/schemas/Problem"}
 _JSON = "application/json"
+_DEVICE = {"type": "string", "description": "auto, cpu or cuda:N; NORMSERVE_DEVICE where not given."}
 
 INFER_EXAMPLE: dict[str, Any] = {
     "id": "1",
@@ -47,12 +49,18 @@ def install(app: FastAPI) -> None:
             for item in schema["paths"].values():
                 for operation in item.values():
                     schema["components"]["schemas"].update(_nested_schemas(operation))
+                    _require_path_parameters(operation)
                     _summarize(operation)
                     _describe_errors(operation)
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # the framework documents this way to extend its document
+
+
+def operation_id(route: APIRoute) -> str:
+    """The function's name, which generated clients take for their own; a route with two paths has two names."""
+    return f"{route.name}_version" if "{version}" in route.path else route.name
 
 
 def _tensor_paths() -> dict[str, Any]:
@@ -80,11 +88,12 @@ def _normalize(method: Method) -> dict[str, Any]:
         "properties": {tensor.name: {"description": f"{tensor.role} {tensor.shape}"} for tensor in method.tensors}
         | {parameter.name: _parameter_schema(parameter) for parameter in method.parameters}
         | {
+            "device": _DEVICE,
             "outputs": {
                 "type": "array",
                 "description": "Which outputs to compute; all that apply if omitted.",
                 "items": {"type": "string", "enum": [output.name for output in method.outputs]},
-            }
+            },
         },
     }
     content: dict[str, Any] = {media: {"schema": _BINARY} for media in CODECS if media != _JSON}
@@ -94,17 +103,20 @@ def _normalize(method: Method) -> dict[str, Any]:
         "operationId": f"normalize_{method.name}",
         "summary": method.summary,
         "description": f"`{method.formula}`\n\nSource: {method.source}\n\nA tensor is nested lists (FP32) or "
-        '`{"shape", "datatype", "data"}`. In the binary encodings the parameters travel in the query string.',
+        '`{"shape", "datatype", "data"}`. In the binary encodings the parameters travel in the query '
+        "string, here with numpy:"
+        f"{curl.block(curl.method_npz_lines(method.name))}",
         "parameters": [
             {
                 "name": parameter.name,
                 "in": "query",
                 "required": False,
                 "description": f"{parameter.description} (binary encodings only)",
-                "schema": _parameter_schema(parameter),
+                "schema": _query_schema(parameter),
             }
             for parameter in method.parameters
-        ],
+        ]
+        + [{"name": "device", "in": "query", "required": False, "schema": _DEVICE}],
         "requestBody": {"required": True, "content": {_JSON: json_content} | content},
         "responses": {
             "200": {
@@ -134,14 +146,22 @@ def _parameter_schema(parameter: Parameter) -> dict[str, Any]:
     return schema
 
 
+def _query_schema(parameter: Parameter) -> dict[str, Any]:
+    """Without the default, which generated clients would send along with a JSON body."""
+    return {key: value for key, value in _parameter_schema(parameter).items() if key != "default"}
+
+
 def _infer(operation: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
     binary = {"application/octet-stream": {"schema": _BINARY}}
+    path = "/v2/models/normcore.layer_norm" + ("/versions/1" if operation == "infer_version" else "") + "/infer"
+    lines = curl.method_infer_lines("layer_norm", f"{curl.LOCAL}{path}")["binary"]
     return {
         "tags": ["open inference protocol"],
         "operationId": operation,
         "summary": "Infer: tensors in, tensors out",
         "description": "The body is JSON, or JSON followed by raw tensors, with the length of the JSON in the header "
-        "`Inference-Header-Content-Length`. The Content-Type is not looked at.",
+        "`Inference-Header-Content-Length`. The Content-Type is not looked at. `GET /v1/models/{name}` "
+        f"gives such a request for every model, here a built-in one, binary:{curl.block(lines)}",
         "parameters": [
             *parameters,
             {
@@ -171,6 +191,13 @@ def _nested_schemas(operation: dict[str, Any]) -> dict[str, Any]:
     for content in operation.get("requestBody", {}).get("content", {}).values():
         found |= content["schema"].pop("$defs", {})
     return found
+
+
+def _require_path_parameters(operation: dict[str, Any]) -> None:
+    """A route with two paths may declare what only one of them has as optional; in a path nothing is null."""
+    for parameter in operation.get("parameters", ()):
+        if parameter["in"] == "path" and "anyOf" in parameter["schema"]:
+            (parameter["schema"],) = [one for one in parameter["schema"]["anyOf"] if one != {"type": "null"}]
 
 
 def _summarize(operation: dict[str, Any]) -> None:

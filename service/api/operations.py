@@ -9,6 +9,7 @@ from fastapi import APIRouter
 
 from service import __version__
 from service.api.dependencies import ServicesDep
+from service.engine.devices import torch_device
 
 router = APIRouter(prefix="/v1", tags=["operations"])
 
@@ -38,6 +39,8 @@ async def read_info(services: ServicesDep) -> dict[str, Any]:
         "version": __version__,
         "libraries": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
         "devices": onnxruntime.get_available_providers(),
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "normalization_device": str(torch_device(services.settings.device)),
         "threads": services.threads,
         "limits": {name: settings[name] for name in _LIMITS},
     }

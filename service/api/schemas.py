@@ -246,6 +246,21 @@ class Model(BaseModel):
         )
 
 
+class ServedModel(Model):
+    """A version of a model, with requests that a shell can run as they stand."""
+
+    requests: dict[str, str] = Field(
+        description="Infer requests in `json` and `binary`: a method's example, or zeros of a shape that the network "
+        "takes (a free axis is 1 where none is known). Empty while the version is not ready."
+    )
+
+
+class ServedModelList(BaseModel):
+    """The versions of a model."""
+
+    models: list[ServedModel]
+
+
 class ModelList(BaseModel):
     """All models, by name and version."""
 

@@ -68,7 +68,7 @@ class Preparation:
             frozen = await self._freeze(source) if freeze_training else source.id
             served, outcome = await self._fold(frozen) if fold else (frozen, {"requested": False})
             async with self._checkpoints.used(served):
-                rows = await self._first_load(served, options)
+                found = await self._first_load(served, options)
                 yield ModelRecord(
                     name=name,
                     version=version,
@@ -77,7 +77,8 @@ class Preparation:
                     fold=outcome,
                     is_loaded=True,
                     created_at=now(),
-                    options=asdict(_batched(options, rows, is_automatic=is_batch_size_automatic)),
+                    options=asdict(_batched(options, found["rows"], is_automatic=is_batch_size_automatic)),
+                    shapes=found["shapes"],
                 )
 
     def _check_warmup(self, options: ModelOptions) -> None:
@@ -119,15 +120,14 @@ class Preparation:
         return outcome.checkpoint.id, summary | {"reason": certificate["sentence"]}
 
     async def _first_load(self, checkpoint_id: str, options: ModelOptions) -> dict[str, Any]:
-        """What the sandbox found of the rows of a batch."""
+        """What the sandbox found: shapes that the graph takes, and whether the rows of a batch are independent."""
         arguments = {
             "path": str(self._checkpoints.path(checkpoint_id)),
             "threads": 1,
             "deadline_s": self._settings.infer_deadline_s,
             "optimization": options.optimization,
         }
-        found: dict[str, Any] = (await self._sandbox.run("load", arguments))["rows"]
-        return found
+        return await self._sandbox.run("load", arguments)
 
 
 def check_name(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Where a model runs: the execution providers behind `auto`, `cpu` and `cuda:N`."""
+"""Where work runs: what `auto`, `cpu` and `cuda:N` mean to onnxruntime and to torch."""
 
 import logging
 import re
@@ -32,21 +32,52 @@ def providers_for(device: str, *, available: Sequence[str] | None = None, gpus: 
     """
     providers = onnxruntime.get_available_providers() if available is None else available
     count = torch.cuda.device_count() if gpus is None else gpus
-    if device == "cpu":
-        return (_CPU,)
     if device == "auto":
         if count and _CUDA not in providers:
             log.warning("a GPU is there, but this onnxruntime cannot use it: models run on the CPU")
         return _cuda(0) if count and _CUDA in providers else (_CPU,)
-    found = re.fullmatch(r"cuda:([0-9]{1,4})", device)
-    if found is None:
-        raise ParameterError("device", expected="auto, cpu or cuda:N", received=repr(device[:40]))
+    number = _gpu_number(device)
+    if number is None:
+        return (_CPU,)
     if _CUDA not in providers:
         expected = "auto or cpu: this onnxruntime is built without CUDA"
         raise ParameterError("device", expected=expected, received=device)
-    if int(found[1]) >= count:
-        raise ParameterError("device", expected=f"one of the {count} GPUs of this host", received=device)
-    return _cuda(int(found[1]))
+    _check_gpu(number, count)
+    return _cuda(number)
+
+
+def torch_device(device: str, *, gpus: int | None = None) -> torch.device:
+    """The device that torch computes on; `auto` is the first GPU where there is one, else the CPU.
+
+    Args:
+        device: auto, cpu or cuda:N.
+        gpus: CUDA devices of this host; None asks torch.
+
+    Raises:
+        ParameterError: another word, or a GPU that is not there.
+    """
+    count = torch.cuda.device_count() if gpus is None else gpus
+    number = (0 if count else None) if device == "auto" else _gpu_number(device)
+    if number is None:
+        return torch.device("cpu")
+    _check_gpu(number, count)
+    return torch.device("cuda", number)
+
+
+def _gpu_number(device: str) -> int | None:
+    """The N of cuda:N, None for cpu."""
+    if device == "cpu":
+        return None
+    found = re.fullmatch(r"cuda:([0-9]{1,4})", device)
+    if found is None:
+        raise ParameterError("device", expected="auto, cpu or cuda:N", received=repr(device[:40]))
+    return int(found[1])
+
+
+def _check_gpu(number: int, count: int) -> None:
+    if number >= count:
+        expected = f"one of the {count} GPUs of this host" if count else "auto or cpu: torch finds no GPU on this host"
+        raise ParameterError("device", expected=expected, received=f"cuda:{number}")
 
 
 def _cuda(number: int) -> Providers:

@@ -69,10 +69,10 @@ def freeze(arguments: Arguments, _: Report) -> Result:
 
 
 def load(arguments: Arguments, _: Report) -> Result:
-    """`{path, threads, deadline_s, optimization}` -> `{inputs, outputs, warm_up, rows}`: a first load and first runs.
+    """`{path, threads, deadline_s, optimization}` -> `{inputs, outputs, warm_up, shapes, rows}`: first runs.
 
-    `warm_up` is None after a run on small inputs, else why no such inputs were found. `rows` says whether the rows of
-    a batch are computed independently of one another.
+    `warm_up` is None after a run on small inputs, which have the `shapes`, else why no such inputs were found. `rows`
+    says whether the rows of a batch are computed independently of one another.
     """
     path = Path(arguments["path"])
     model = ModelProto.FromString(path.read_bytes())
@@ -89,9 +89,9 @@ def load(arguments: Arguments, _: Report) -> Result:
             shapes = _warm_up(model, session, deadline_s=arguments["deadline_s"])
         except NoProbeError as error:
             rows = RowCheck(False, None, f"it could not be tried: {error}")
-            return asdict(signature) | {"warm_up": str(error), "rows": asdict(rows)}
+            return asdict(signature) | {"warm_up": str(error), "shapes": None, "rows": asdict(rows)}
         rows = check_rows(model, session, shapes, seed=0, deadline_s=arguments["deadline_s"])
-    return asdict(signature) | {"warm_up": None, "rows": asdict(rows)}
+    return asdict(signature) | {"warm_up": None, "shapes": shapes, "rows": asdict(rows)}
 
 
 def recalibrate(arguments: Arguments, report: Report) -> Result:

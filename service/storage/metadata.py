@@ -45,6 +45,7 @@ _models = sql.Table(
     sql.Column("is_loaded", sql.Boolean, nullable=False),
     sql.Column("created_at", sql.String(32), nullable=False),
     sql.Column("options", sql.JSON, nullable=False, server_default="{}"),
+    sql.Column("shapes", sql.JSON),
 )
 
 
@@ -65,7 +66,10 @@ class CheckpointRecord:
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """A version of a model: the checkpoint asked for, the one that is served, why they may differ, and how it runs."""
+    """A version of a model: the checkpoint asked for, the one that is served, why they may differ, and how it runs.
+
+    `shapes`, by input, are small ones on which the graph ran; None where none were found.
+    """
 
     name: str
     version: int
@@ -75,6 +79,7 @@ class ModelRecord:
     is_loaded: bool
     created_at: str
     options: JsonObject = field(default_factory=dict)
+    shapes: JsonObject | None = None
 
 
 def now() -> str:

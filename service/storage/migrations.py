@@ -4,11 +4,12 @@ import sqlalchemy as sql
 
 from service.errors import SchemaTooNewError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # What brings a database of the version before to this one; new tables come by themselves.
 _STEPS: dict[int, tuple[str, ...]] = {
     2: ("ALTER TABLE models ADD COLUMN options JSON DEFAULT '{}' NOT NULL",),
+    3: ("ALTER TABLE models ADD COLUMN shapes JSON",),
 }
 
 

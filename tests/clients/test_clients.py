@@ -32,9 +32,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return graphs.save(graphs.doubling(), tmp_path_factory.mktemp("model"))
 
 
-def _run(python: Path | str, script: str, *arguments: str | Path) -> None:
+def _run(python: Path | str, script: str, *arguments: str | Path, **variables: str) -> None:
     command = [str(python), str(SCRIPTS / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -50,6 +50,26 @@ def test_an_old_tritonclient(server: Server, model: Path, script: str) -> None:
 
 def test_kserve(server: Server) -> None:
     _run(environment("kserve-0.21") / "bin" / "python", "kserve_rest.py", server.address)
+
+
+def test_a_client_generated_from_the_openapi_document(server: Server, tmp_path: Path) -> None:
+    network = graphs.doubling()
+    network.doc_string = "for the generated client alone"  # other tests upload the same network
+    folder = environment("openapi-python-client")
+    (tmp_path / "openapi.json").write_bytes(httpx.get(f"{server.url}/openapi.json").content)
+    # The generator knows no media types but its own; ours are bytes.
+    types = ("vnd.safetensors", "x-npy", "x-npz")
+    lines = [f"  application/{name}: application/octet-stream" for name in types]
+    (tmp_path / "config.yml").write_text("\n".join(["content_type_overrides:", *lines]))
+    python = folder / "bin" / "python"
+    command = [str(python), "-m", "openapi_python_client", "generate", "--meta", "none", "--fail-on-warning"]
+    command += ["--path", "openapi.json", "--config", "config.yml", "--output-path", "normserve_client"]
+    variables = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    _run(python, "openapi_python_client.py", server.address, graphs.save(network, tmp_path), PYTHONPATH=str(tmp_path))
 
 
 @pytest.mark.perf_analyzer

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from service.preflight import unknown_variables
+from service.preflight import check_start, unknown_variables
+from service.settings import Settings
 
 
 def _start(tmp_path: Path, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +38,8 @@ def _newer_database(tmp_path: Path) -> str:
         ({"NORMSERVE_DATABASE_URL": "sqlite:////nowhere/x.db"}, 3, "NORMSERVE_DATABASE_URL: the database cannot be"),
         ({"NORMSERVE_DATABASE_URL": "nonsense"}, 3, "NORMSERVE_DATABASE_URL: "),
         ({"NORMSERVE_DATABASE_URL": "oracle://x"}, 3, "NORMSERVE_DATABASE_URL: "),
+        ({"NORMSERVE_DEVICE": "cuda:99"}, 3, "NORMSERVE_DEVICE: expected "),
+        ({"NORMSERVE_DEVICE": "tpu"}, 3, "NORMSERVE_DEVICE: expected auto, cpu or cuda:N, received 'tpu'"),
         ({"NORMSERVE_HOST": "203.0.113.7"}, 3, "NORMSERVE_HOST, NORMSERVE_PORT: cannot listen on 203.0.113.7"),
         ({"NORMSERVE_HOST": "no such host"}, 3, "NORMSERVE_HOST: 'no such host' is no address"),
     ],
@@ -69,3 +73,11 @@ def test_unknown_variables_are_reported_with_what_was_meant() -> None:
         "NORMSERVE_PROT: no such setting, did you mean NORMSERVE_PORT?",
         "NORMSERVE_XYZZY_QUUX: no such setting",
     ]
+
+
+async def test_auto_without_a_gpu_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    await check_start(Settings(data_dir=tmp_path / "data", port=0, device="auto"))
+    assert "NORMSERVE_DEVICE: auto, but torch finds no GPU" in caplog.text

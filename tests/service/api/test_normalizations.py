@@ -187,3 +187,19 @@ async def test_an_empty_batch_changes_nothing(client: httpx.AsyncClient) -> None
     assert result["output"].shape == (0, 3, 5, 2)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         np.testing.assert_array_equal(result[name], named[name])
+
+
+async def test_the_device_is_a_parameter_of_every_call(client: httpx.AsyncClient) -> None:
+    url = "/v1/normalizations/layer_norm"
+    answer = await client.post(url, json={"input": [[1, 3]], "normalized_shape": [2], "device": "cpu"})
+    assert answer.status_code == 200, answer.text
+    answer = await client.post(url, json={"input": [[1, 3]], "normalized_shape": [2], "device": "cuda:99"})
+    assert (answer.status_code, answer.json()["code"]) == (422, "parameter_invalid")
+    assert answer.json()["error"].startswith("device: expected ")
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([[1, 3]], np.float32))
+    headers = {"Content-Type": "application/x-npy"}
+    for device, status in (("cpu", 200), ("tpu", 422)):
+        query = {"normalized_shape": "2", "device": device}
+        answer = await client.post(url, params=query, content=buffer.getvalue(), headers=headers)
+        assert answer.status_code == status, answer.text

@@ -28,6 +28,13 @@ async def test_every_operation_is_described(client: httpx.AsyncClient) -> None:
             assert operation["responses"]["default"]["content"]["application/json"]["schema"], (method, path)
 
 
+async def test_operation_ids_are_names_of_their_own(client: httpx.AsyncClient) -> None:
+    paths = (await document(client))["paths"]
+    names = [operation["operationId"] for item in paths.values() for operation in item.values()]
+    assert len(names) == len(set(names))
+    assert {"upload_checkpoint", "read_config", "read_config_version", "normalize_batch_norm", "infer"} <= set(names)
+
+
 async def test_every_reference_resolves(client: httpx.AsyncClient) -> None:
     content = await client.get("/openapi.json")
     schemas = content.json()["components"]["schemas"]
@@ -69,4 +76,5 @@ async def test_info_names_versions_and_limits(client: httpx.AsyncClient) -> None
     assert info["name"] == "normserve"
     assert set(info["libraries"]) == {"torch", "onnx", "onnxruntime"}
     assert info["threads"] >= 1
+    assert info["normalization_device"] == "cpu"
     assert info["limits"]["max_body_bytes"] == 1_000_000

@@ -36,7 +36,7 @@ class FakeSandbox:
             self.entered.set()
             await self.gate.wait()
         rows = {"are_independent": self.are_rows_independent, "sentence": "as the test says"}
-        return {"format": "fake", "summary": {"tensors": 0}, "normalizations": [], "rows": rows}
+        return {"format": "fake", "summary": {"tensors": 0}, "normalizations": [], "shapes": None, "rows": rows}
 
 
 class FakeEngine:

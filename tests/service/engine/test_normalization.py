@@ -13,7 +13,7 @@ from normcore.normalization.method import JSON, Method, Output, Parameter, Tenso
 from service.engine.normalization import NormalizationEngine
 from service.engine.protocol import Engine, TensorSpec
 from service.engine.worker import Worker
-from service.errors import DeadlineExceededError, ModelNotReadyError
+from service.errors import DeadlineExceededError, ModelNotReadyError, OverloadedError
 
 
 @dataclass
@@ -137,3 +137,33 @@ async def test_integers_are_refused_by_the_method(worker: Worker) -> None:
     engine = NormalizationEngine(METHODS["batch_norm"], worker)
     with pytest.raises(DtypeError, match=r"^input: "):
         await engine.infer({"input": np.ones((2, 3), dtype=np.int32)}, deadline_s=10)
+
+
+async def test_tensors_go_to_the_device_of_the_engine_or_of_the_call(worker: Worker) -> None:
+    seen: list[torch.device] = []
+
+    def look(*, input: torch.Tensor) -> Shifted:
+        seen.append(input.device)
+        return Shifted(torch.zeros(1), None)
+
+    # "meta" stands for a device that is not the CPU: it has tensors without values, on every machine.
+    engine = NormalizationEngine(_method(look), worker, torch.device("meta"))
+    await engine.infer({"input": np.ones(3, np.float32)}, deadline_s=10)
+    await engine.infer({"input": np.ones(3, np.float32)}, parameters={"device": "cpu"}, deadline_s=10)
+
+    assert seen == [torch.device("meta"), torch.device("cpu")]
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", 3, None])
+async def test_devices_that_are_not_there_are_refused(worker: Worker, device: str | int | None) -> None:
+    engine = NormalizationEngine(_method(_shift), worker)
+    with pytest.raises(ParameterError, match=r"^device: expected "):
+        await engine.infer({"input": np.ones(1)}, parameters={"device": device}, deadline_s=10)
+
+
+async def test_a_device_without_room_is_overloaded(worker: Worker) -> None:
+    def fail(*, input: torch.Tensor) -> Shifted:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+
+    with pytest.raises(OverloadedError, match="cpu: not enough free memory"):
+        await NormalizationEngine(_method(fail), worker).infer({"input": np.ones(1)}, deadline_s=10)

@@ -75,6 +75,8 @@ def test_load_describes_the_graph_and_runs_it_once(network: Path) -> None:
     found = _run("load", **_load_arguments(network))
 
     assert found.pop("rows")["are_independent"]
+    (shape,) = found.pop("shapes").values()
+    assert (len(shape), shape[1]) == (4, 3)
     assert found == {
         "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 3, -1, -1]}],
         "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 4, -1, -1]}],

@@ -43,6 +43,7 @@ async def test_a_database_without_a_version_is_the_first_and_is_brought_forward(
         (model,) = await metadata.models()
         await metadata.close()
         assert (model.name, model.version, model.fold, model.options) == ("m", 3, {"requested": True}, {})
+        assert model.shapes is None
         assert _version(path) == SCHEMA_VERSION
 
 
