@@ -1,6 +1,6 @@
 # make run    set up and start the service         make check        static checks
 # make test   set up and run all tests             make docker-test  build and run the container files
-# make bench  time the kernels beside torch
+# make bench  time the kernels beside torch, and serving beside its peers
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX_URL ?=
@@ -29,6 +29,7 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.normalization
+	$(BIN)/python -m benchmarks.inference
 
 docker-test: $(VENV)/.installed
 	$(or $(DOCKER_SMOKE),./deploy/docker-test.sh) -- $(BIN)/python -m deploy.container_check 127.0.0.1:8000
