@@ -60,6 +60,7 @@ class Exchange(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._head = b""
+        self._chunks: list[bytes] = []
         self._missing_bytes = 0
         self._waiting: asyncio.Future[tuple[int, bytes]] | None = None
         self._transport: asyncio.Transport | None = None
@@ -69,12 +70,14 @@ class Exchange(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._missing_bytes:
+            self._chunks.append(data)
             self._missing_bytes -= len(data)
         else:
             self._head, mark, body = (self._head + data).partition(b"\r\n\r\n")
             if not mark:
                 return
             length = self._head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+            self._chunks = [body]
             self._missing_bytes = int(length) - len(body)
         if self._missing_bytes == 0 and self._waiting is not None:
             waiting, self._waiting = self._waiting, None
@@ -84,6 +87,11 @@ class Exchange(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_exception(exc or ConnectionError("the server closed the connection"))
+
+    @property
+    def body(self) -> bytes:
+        """Of the last answer."""
+        return b"".join(self._chunks)
 
     async def ask(self, request: bytes) -> tuple[int, bytes]:
         """Status and head of the answer."""
