@@ -206,8 +206,10 @@ def main(names: Sequence[str], rounds: int, seconds: float) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=list(_PARTS))
+    parser.add_argument("parts", nargs="*", metavar="part")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each load")
     options = parser.parse_args()
+    if unknown := set(options.parts) - set(_PARTS):
+        parser.error(f"expected parts among {', '.join(_PARTS)}, received {', '.join(sorted(unknown))}")
     main(options.parts, options.rounds, options.seconds)
