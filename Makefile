@@ -31,6 +31,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.normalization
 	$(BIN)/python -m benchmarks.folding
 	$(BIN)/python -m benchmarks.statistics
+	$(BIN)/python -m benchmarks.inference
 
 docker-test: $(VENV)/.installed
 	$(or $(DOCKER_SMOKE),./deploy/docker-test.sh) -- $(BIN)/python -m deploy.container_check 127.0.0.1:$(or $(NORMSERVE_PUBLISH),8000)

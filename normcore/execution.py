@@ -8,8 +8,7 @@ budget for all, but from Python nothing stops its threads from spinning: `sessio
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -157,12 +156,14 @@ def run(
     options = onnxruntime.RunOptions()
     options.log_severity_level = _FATAL
     try:
-        with _WATCHDOG.watch(options, deadline_s):
-            return _invoke(session, prepared, output_names, options)
+        _WATCHDOG.begin(options, deadline_s)
+        return _invoke(session, prepared, output_names, options)
     except _FAILURES as error:
         if options.terminate:
             raise DeadlineError("run", deadline_s=deadline_s) from None
         raise ExecutionError(f"the graph failed: {_sentence(error)}") from error
+    finally:
+        _WATCHDOG.end(options)
 
 
 def describe(session: onnxruntime.InferenceSession) -> Signature:
@@ -190,8 +191,7 @@ class _Watchdog:
         self._next_look = float("inf")
         self._thread: threading.Thread | None = None
 
-    @contextmanager
-    def watch(self, options: onnxruntime.RunOptions, deadline_s: float) -> Iterator[None]:
+    def begin(self, options: onnxruntime.RunOptions, deadline_s: float) -> None:
         deadline = time.monotonic() + deadline_s
         with self._changed:
             self._deadlines[options] = deadline
@@ -200,11 +200,10 @@ class _Watchdog:
                 self._thread.start()
             if deadline < self._next_look:
                 self._changed.notify()
-        try:
-            yield
-        finally:
-            with self._changed:
-                del self._deadlines[options]
+
+    def end(self, options: onnxruntime.RunOptions) -> None:
+        with self._changed:
+            self._deadlines.pop(options, None)
 
     def _guard(self) -> None:
         with self._changed:

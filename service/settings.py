@@ -20,7 +20,9 @@ class Settings(BaseSettings):
     database_url: str | None = Field(
         None, description="SQLAlchemy URL of the metadata; empty means SQLite inside data_dir."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log level.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log level; a request that went well is logged at debug, others at info."
+    )
     otlp_endpoint: str | None = Field(
         None, description="OTLP/HTTP collector for traces, such as http://host:4318; empty sends none."
     )

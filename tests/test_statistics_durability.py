@@ -34,7 +34,7 @@ def _serve(environment: dict[str, str], output: Path) -> None:
     """The service's own entry point, in a forked process."""
     os.environ.update(environment)
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-    os._exit(main())
+    os._exit(main([]))
 
 
 @contextmanager

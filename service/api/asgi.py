@@ -1,8 +1,7 @@
 """Plain ASGI: routes that the framework must not parse, and sending an encoded body."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
 from starlette.requests import ClientDisconnect
@@ -36,36 +35,43 @@ def header(scope: Scope, name: bytes) -> str:
     return ""
 
 
+def headers_of(scope: Scope) -> dict[str, str]:
+    """All headers by lower-case name, the first of several; for who asks for many, most of them missing."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
+
+
 def services_of(scope: Scope) -> Services:
     """The services that the lifespan put into every scope."""
     services: Services = scope["state"]["services"]
     return services
 
 
-@contextmanager
-def cancelled_when_client_leaves(scope: Scope) -> Iterator[None]:
-    """Cancel what the block awaits as soon as the connection is lost; raises ClientDisconnect then.
+class CancelledWhenClientLeaves:
+    """Cancels what the block awaits as soon as the connection is lost; raises ClientDisconnect then.
 
     The connection calls back: watching `receive` instead would cost a task per request.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    has_left = False
 
-    def cancel() -> None:
-        nonlocal has_left
-        has_left = True
-        task.cancel()
+    __slots__ = ("_has_left", "_scope", "_task")
 
-    scope[_LEAVE] = cancel
-    try:
-        yield
-    except asyncio.CancelledError:
-        if has_left and task.uncancel() == 0:
+    def __init__(self, scope: Scope) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._scope = scope
+        self._task = task
+        self._has_left = False
+
+    def __enter__(self) -> None:
+        self._scope[_LEAVE] = self._cancel
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        del self._scope[_LEAVE]
+        if isinstance(error, asyncio.CancelledError) and self._has_left and self._task.uncancel() == 0:
             raise ClientDisconnect from None
-        raise
-    finally:
-        del scope[_LEAVE]
+
+    def _cancel(self) -> None:
+        self._has_left = True
+        self._task.cancel()
 
 
 def leave(scope: Mapping[str, object]) -> None:

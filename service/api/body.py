@@ -1,9 +1,8 @@
 """Receiving bodies: bounded in bytes and in silence, before and while they are read."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
@@ -24,7 +23,9 @@ class Received:
 
     __slots__ = ("_aligned_at", "_budget", "_headers", "_receive", "_reserved_bytes", "_settings")
 
-    def __init__(self, receive: Receive, headers: Headers, services: Services, *, aligned_at: int = 0) -> None:
+    def __init__(
+        self, receive: Receive, headers: Mapping[str, str], services: Services, *, aligned_at: int = 0
+    ) -> None:
         self._receive = receive
         self._headers = headers
         self._settings = services.settings
@@ -64,7 +65,9 @@ class Received:
         return memoryview(body)[padding:]
 
 
-async def received_stream(receive: Receive, headers: Headers, services: Services) -> AsyncGenerator[bytes, None]:
+async def received_stream(
+    receive: Receive, headers: Mapping[str, str], services: Services
+) -> AsyncGenerator[bytes, None]:
     """A tensor body in pieces, which nobody holds as a whole; at most NORMSERVE_MAX_STREAM_BYTES."""
     settings = services.settings
     _check_size(_declared_length(headers) or 0, settings.max_stream_bytes, "NORMSERVE_MAX_STREAM_BYTES")
@@ -77,7 +80,7 @@ async def received_stream(receive: Receive, headers: Headers, services: Services
 
 
 async def received_small(
-    receive: Receive, headers: Headers, services: Services, *, limit_bytes: int | None = None
+    receive: Receive, headers: Mapping[str, str], services: Services, *, limit_bytes: int | None = None
 ) -> bytes:
     """A whole management document, at most 1 MiB unless another limit is given."""
     _check_encoding(headers)
@@ -96,7 +99,7 @@ class Stream(AsyncIterator[bytes]):
     than its body does.
     """
 
-    def __init__(self, receive: Receive, headers: Headers, *, timeout_s: float) -> None:
+    def __init__(self, receive: Receive, headers: Mapping[str, str], *, timeout_s: float) -> None:
         self._receive = receive
         self._headers = headers
         self._timeout_s = timeout_s
@@ -135,7 +138,7 @@ class Stream(AsyncIterator[bytes]):
         return chunk
 
 
-def _declared_length(headers: Headers) -> int | None:
+def _declared_length(headers: Mapping[str, str]) -> int | None:
     text = headers.get("content-length")
     if text is None:
         return None if "transfer-encoding" in headers else 0
@@ -151,7 +154,7 @@ def _check_size(size: int, limit: int, setting: str) -> None:
         )
 
 
-def _check_encoding(headers: Headers) -> None:
+def _check_encoding(headers: Mapping[str, str]) -> None:
     coding = request_coding(headers)
     if coding is not None:
         raise MediaTypeError(f"Content-Encoding: expected identity, received {coding!r}; send the body uncompressed")

@@ -1,9 +1,7 @@
 """Content codings of tensor bodies: gzip and deflate, requests bounded as if they had come plain."""
 
 import zlib
-from collections.abc import AsyncIterator, Iterable
-
-from starlette.datastructures import Headers
+from collections.abc import AsyncIterator, Iterable, Mapping
 
 from service.errors import MediaTypeError, PayloadMalformedError
 
@@ -14,7 +12,7 @@ _PIECE_BYTES = 256 * 1024
 _LEVEL = 1
 
 
-def request_coding(headers: Headers) -> str | None:
+def request_coding(headers: Mapping[str, str]) -> str | None:
     """The coding of a request's body, None for identity. Raises MediaTypeError."""
     coding = headers.get("content-encoding", "identity").strip().lower()
     if coding in ("", "identity"):
@@ -49,7 +47,7 @@ async def decompressed(chunks: AsyncIterator[bytes], coding: str) -> AsyncIterat
         raise PayloadMalformedError(f"body: expected a whole {coding} stream, received its beginning")
 
 
-def response_coding(headers: Headers) -> str | None:
+def response_coding(headers: Mapping[str, str]) -> str | None:
     """The coding that a client asks for by naming gzip or deflate and nothing else.
 
     Many clients offer a list with every request; compressing tensors for them would cost far more than it saves.

@@ -8,11 +8,10 @@ from dataclasses import replace
 from typing import TypeVar
 
 import orjson
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.asgi import cancelled_when_client_leaves, send_tensors, services_of
+from service.api.asgi import CancelledWhenClientLeaves, headers_of, send_tensors, services_of
 from service.api.body import Received
 from service.api.compression import response_coding
 from service.api.errors import ANSWERED, answer
@@ -65,14 +64,14 @@ async def infer(name: str, version: str | None, scope: Scope, receive: Receive, 
     services = services_of(scope)
     entry = _find(services.models, name, version)
     entry.engine()
-    headers = Headers(scope=scope)
+    headers = headers_of(scope)
     header = headers.get("inference-header-content-length")
     async with Received(receive, headers, services, aligned_at=_number(header)) as body:
         started = time.perf_counter_ns()
         request = await _decode(body, header, entry, services)
         decoded = time.perf_counter_ns()
         names = [output.name for output in request.outputs] or None
-        with cancelled_when_client_leaves(scope):
+        with CancelledWhenClientLeaves(scope):
             result = await services.inference.infer(entry, request.inputs, outputs=names, parameters=request.parameters)
         computed = time.perf_counter_ns()
         encoded = await _encode(request, result, entry, services)
@@ -101,8 +100,10 @@ async def _decode(body: memoryview, header: str | None, entry: Entry, services: 
 async def _encode(request: oip.InferRequest, result: InferResult, entry: Entry, services: Services) -> EncodedBody:
     are_binary = {output.name: output.is_binary for output in request.outputs}
     texts = [tensor.nbytes for name, tensor in result.outputs.items() if not are_binary.get(name, request.wants_binary)]
-    diagnostics = orjson.dumps(printable(result.diagnostics, are_tokens_bare=False)).decode()
-    parameters = {"diagnostics": diagnostics} if result.diagnostics else None
+    parameters = None
+    if result.diagnostics:
+        diagnostics = orjson.dumps(printable(result.diagnostics, are_tokens_bare=False)).decode()
+        parameters = {"diagnostics": diagnostics}
     return await run_codec(
         services,
         lambda: oip.encode_response(

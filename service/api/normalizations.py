@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from normcore.errors import ParameterError
 from normcore.normalization import Method
-from service.api.asgi import cancelled_when_client_leaves, send_tensors, services_of
+from service.api.asgi import CancelledWhenClientLeaves, send_tensors, services_of
 from service.api.body import Received
 from service.api.compression import response_coding
 from service.api.infer import check_json_size, run_codec
@@ -57,7 +57,7 @@ async def normalize(scope: Scope, receive: Receive, send: Send) -> None:
         decoded = time.perf_counter_ns()
         outputs = media.select_outputs(writer, request.outputs)
         parameters = _parameters(method, request, is_text=reader is not json_v1)
-        with cancelled_when_client_leaves(scope):
+        with CancelledWhenClientLeaves(scope):
             result = await services.inference.infer(entry, request.tensors, outputs=outputs, parameters=parameters)
         computed = time.perf_counter_ns()
         encoded = await run_codec(

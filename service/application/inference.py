@@ -84,7 +84,7 @@ def _flag(parameters: Parameters, name: str) -> bool:
 
 def check_inputs(spec: ModelSpec, inputs: Tensors) -> None:
     """Names, datatypes and shapes against the spec. Raises ParameterError, DtypeError or ShapeError."""
-    known = {tensor.name: tensor for tensor in spec.inputs}
+    known = [tensor.name for tensor in spec.inputs]
     for name in inputs:
         if name not in known:
             raise ParameterError(name, expected=f"one of the inputs {', '.join(known)}", received="an unknown input")
@@ -98,8 +98,10 @@ def check_inputs(spec: ModelSpec, inputs: Tensors) -> None:
 
 
 def check_outputs(spec: ModelSpec, outputs: Sequence[str] | None) -> None:
+    if outputs is None:
+        return
     known = {tensor.name for tensor in spec.outputs}
-    for name in outputs or ():
+    for name in outputs:
         if name not in known:
             expected = f"one of {', '.join(sorted(known))}"
             raise ParameterError("outputs", expected=expected, received=f"the unknown output {name!r}")

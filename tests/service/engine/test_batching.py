@@ -240,3 +240,34 @@ def test_every_call_is_run_once_within_the_bounds(
         assert sum(calls[number][2] for number in together) <= 100
     batched = sum(len(together) for together in run.together)
     assert sum(one.is_first for one in ran) == len(run.together) + len(calls) - batched
+
+
+async def _threads(worker: Worker, calls: int, *, lasts_s: float, part: Part | None) -> list[str]:
+    """In which threads calls ran, one after the other."""
+
+    def call() -> str:
+        time.sleep(lasts_s)
+        return threading.current_thread().name
+
+    return [(await worker.submit(call, deadline_s=10, part=part)).result for _ in range(calls)]
+
+
+async def test_calls_that_have_been_brief_run_in_the_event_loop() -> None:
+    worker = Worker("thread", 20, batching=_batching(Runs()))
+    here, part = threading.current_thread().name, Part("a", 1, 1, 0)
+    brief = await _threads(worker, 200, lasts_s=0, part=part)
+    alone = await _threads(worker, 5, lasts_s=0, part=None)
+    slow = await _threads(worker, 3, lasts_s=0.01, part=Part("slow", 1, 1, 0))
+    await worker.close()
+
+    assert brief[0] == "thread"  # nothing is known of it yet
+    assert here in brief
+    assert set(alone) == {"thread"}
+    assert set(slow) == {"thread"}
+
+
+async def test_brief_calls_wait_for_company_where_there_is_a_delay() -> None:
+    worker = Worker("thread", 20, batching=_batching(Runs(), max_delay_s=0.001))
+    names = await _threads(worker, 30, lasts_s=0, part=Part("a", 1, 1, 0))
+    await worker.close()
+    assert set(names) == {"thread"}
