@@ -77,7 +77,13 @@ class Preparation:
                     fold=outcome,
                     is_loaded=True,
                     created_at=now(),
-                    options=asdict(_batched(options, found["rows"], is_automatic=is_batch_size_automatic)),
+                    options=asdict(
+                        _batched(
+                            replace(options, is_cost_known=found["is_cost_known"]),
+                            found["rows"],
+                            is_automatic=is_batch_size_automatic,
+                        )
+                    ),
                     shapes=found["shapes"],
                 )
 

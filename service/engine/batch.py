@@ -36,6 +36,7 @@ class Batching:
         max_rows: rows of one batch.
         max_bytes: bytes of its inputs.
         max_delay_s: how long the first call of a batch may wait for others; 0 joins only what waits already.
+        is_cost_known: what a run takes follows from its group and rows; those known to be brief run in the event loop.
         run: takes the contents of several parts and the seconds until the last of their deadlines; returns one result
             each. If it raises, the calls are run one by one, so that a call fails by its own fault only.
     """
@@ -43,6 +44,7 @@ class Batching:
     max_rows: int
     max_bytes: int
     max_delay_s: float
+    is_cost_known: bool
     run: Callable[[Sequence[Any], float], Sequence[Any]]
 
 

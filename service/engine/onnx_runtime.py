@@ -36,6 +36,7 @@ class OnnxEngine:
                 max_rows=options.max_batch_size,
                 max_bytes=max_batch_bytes,
                 max_delay_s=options.max_queue_delay_us / 1e6,
+                is_cost_known=options.is_cost_known,
                 run=self._compute_together,
             )
         self._worker = Worker(name, queue_size, threads=options.instances, batching=batching)

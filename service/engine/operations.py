@@ -12,6 +12,7 @@ from onnx import ModelProto
 
 from normcore.checkpoints.onnx import GraphLimits, inspect_onnx, load_onnx
 from normcore.checkpoints.tensors import TensorLimits
+from normcore.cost import is_cost_known
 from normcore.errors import CheckpointError, DeadlineError, NormcoreError
 from normcore.execution import ExecutionError, describe, open_session, run
 from normcore.folding.checkpoint import Limits, Options, fold_file, plan_file
@@ -84,14 +85,14 @@ def load(arguments: Arguments, _: Report) -> Result:
         )
     with _allocation_failures_as_memory_errors():
         session = open_session(path, threads=arguments["threads"], optimization=arguments["optimization"])
-        signature = describe(session)
+        known = asdict(describe(session)) | {"is_cost_known": is_cost_known(model)}
         try:
             shapes = _warm_up(model, session, deadline_s=arguments["deadline_s"])
         except NoProbeError as error:
             rows = RowCheck(False, None, f"it could not be tried: {error}")
-            return asdict(signature) | {"warm_up": str(error), "shapes": None, "rows": asdict(rows)}
+            return known | {"warm_up": str(error), "shapes": None, "rows": asdict(rows)}
         rows = check_rows(model, session, shapes, seed=0, deadline_s=arguments["deadline_s"])
-    return asdict(signature) | {"warm_up": None, "shapes": shapes, "rows": asdict(rows)}
+    return known | {"warm_up": None, "shapes": shapes, "rows": asdict(rows)}
 
 
 def recalibrate(arguments: Arguments, report: Report) -> Result:

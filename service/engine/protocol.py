@@ -72,6 +72,7 @@ class ModelOptions:
         device: auto, cpu or cuda:N.
         optimization: how far onnxruntime rewrites the graph.
         warmup: shapes by input name, each run once before the model is ready.
+        is_cost_known: found at the first load: what a run takes follows from its input shapes.
     """
 
     max_batch_size: int = 0
@@ -80,6 +81,7 @@ class ModelOptions:
     device: str = "auto"
     optimization: Optimization = "all"
     warmup: tuple[Mapping[str, Sequence[int]], ...] = ()
+    is_cost_known: bool = False
 
 
 class Engine(Protocol):

@@ -111,7 +111,7 @@ class Worker:
         self._arrived.append(task)
 
     def _hand_over(self) -> None:
-        if self._batching is not None and self._batching.max_delay_s == 0:
+        if self._batching is not None and self._batching.is_cost_known and self._batching.max_delay_s == 0:
             self._run_brief(self._batching)
         if self._arrived:
             with self._changed:

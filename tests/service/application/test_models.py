@@ -36,7 +36,14 @@ class FakeSandbox:
             self.entered.set()
             await self.gate.wait()
         rows = {"are_independent": self.are_rows_independent, "sentence": "as the test says"}
-        return {"format": "fake", "summary": {"tensors": 0}, "normalizations": [], "shapes": None, "rows": rows}
+        return {
+            "format": "fake",
+            "summary": {"tensors": 0},
+            "normalizations": [],
+            "shapes": None,
+            "rows": rows,
+            "is_cost_known": True,
+        }
 
 
 class FakeEngine:
@@ -179,7 +186,9 @@ async def test_batch_size_follows_the_check_of_the_rows(
     asked = ModelOptions(max_batch_size=7, instances=2)
 
     automatic = await registry.models.register("m", checkpoint=checkpoint, version=1, fold=False, options=asked)
-    assert automatic.options == ModelOptions(max_batch_size=32 if are_independent else 0, instances=2)
+    assert automatic.options == ModelOptions(
+        max_batch_size=32 if are_independent else 0, instances=2, is_cost_known=True
+    )
     assert registry.options == automatic.options
 
     async def register_as_asked() -> Entry:
@@ -188,7 +197,7 @@ async def test_batch_size_follows_the_check_of_the_rows(
         )
 
     if are_independent:
-        assert (await register_as_asked()).options == asked
+        assert (await register_as_asked()).options == replace(asked, is_cost_known=True)
     else:
         with pytest.raises(ParameterError, match=r"max_batch_size: expected 0: .* received 7; as the test says"):
             await register_as_asked()

@@ -62,6 +62,21 @@ def centered_over_the_batch() -> ModelProto:
     return model("centered", nodes, [value("x", ["N", 3])], [value("y", ["N", 3])])
 
 
+def repeated_as_often_as_the_input_says() -> ModelProto:
+    """Its output has as many rows as the first number of the input says."""
+    nodes = [
+        constant("first", [0]),
+        constant("one", [1]),
+        helper.make_node("Reshape", ["x", "minus"], ["flat"]),
+        helper.make_node("Gather", ["flat", "first"], ["number"]),
+        helper.make_node("Cast", ["number"], ["count"], to=TensorProto.INT64),
+        helper.make_node("Concat", ["count", "one"], ["shape"], axis=0),
+        helper.make_node("Expand", ["x", "shape"], ["y"]),
+    ]
+    outputs = [value("y", ["M", 3])]
+    return model("repeated", [constant("minus", [-1]), *nodes], [value("x", [1, 3])], outputs)
+
+
 def text() -> ModelProto:
     nodes = [helper.make_node("Identity", ["x"], ["y"])]
     return model("text", nodes, [value("x", ["N"], TensorProto.STRING)], [value("y", ["N"], TensorProto.STRING)])

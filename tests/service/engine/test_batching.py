@@ -40,8 +40,12 @@ class Gate:
         return 0
 
 
-def _batching(run: Runs, *, max_rows: int = 8, max_bytes: int = 1000, max_delay_s: float = 0.0) -> Batching:
-    return Batching(max_rows=max_rows, max_bytes=max_bytes, max_delay_s=max_delay_s, run=run)
+def _batching(
+    run: Runs, *, max_rows: int = 8, max_bytes: int = 1000, max_delay_s: float = 0.0, is_cost_known: bool = True
+) -> Batching:
+    return Batching(
+        max_rows=max_rows, max_bytes=max_bytes, max_delay_s=max_delay_s, is_cost_known=is_cost_known, run=run
+    )
 
 
 def _alone(content: int) -> int:
@@ -269,5 +273,12 @@ async def test_calls_that_have_been_brief_run_in_the_event_loop() -> None:
 async def test_brief_calls_wait_for_company_where_there_is_a_delay() -> None:
     worker = Worker("thread", 20, batching=_batching(Runs(), max_delay_s=0.001))
     names = await _threads(worker, 30, lasts_s=0, part=Part("a", 1, 1, 0))
+    await worker.close()
+    assert set(names) == {"thread"}
+
+
+async def test_calls_of_unknown_cost_never_run_in_the_event_loop() -> None:
+    worker = Worker("thread", 20, batching=_batching(Runs(), is_cost_known=False))
+    names = await _threads(worker, 100, lasts_s=0, part=Part("a", 1, 1, 0))
     await worker.close()
     assert set(names) == {"thread"}

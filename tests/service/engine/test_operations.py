@@ -75,6 +75,7 @@ def test_load_describes_the_graph_and_runs_it_once(network: Path) -> None:
     found = _run("load", **_load_arguments(network))
 
     assert found.pop("rows")["are_independent"]
+    assert found.pop("is_cost_known")
     (shape,) = found.pop("shapes").values()
     assert (len(shape), shape[1]) == (4, 3)
     assert found == {
@@ -86,6 +87,11 @@ def test_load_describes_the_graph_and_runs_it_once(network: Path) -> None:
 
 def test_load_accepts_a_graph_that_no_probe_fits_and_says_so(tmp_path: Path) -> None:
     assert "tensors of numbers only" in _run("load", **_load_arguments(graphs.save(graphs.text(), tmp_path)))["warm_up"]
+
+
+def test_load_finds_costs_that_depend_on_the_data(tmp_path: Path) -> None:
+    path = graphs.save(graphs.repeated_as_often_as_the_input_says(), tmp_path)
+    assert not _run("load", **_load_arguments(path))["is_cost_known"]
 
 
 def test_load_finds_rows_that_depend_on_their_company(tmp_path: Path) -> None:
