@@ -12,7 +12,8 @@ _BY_SHAPE = frozenset((
     "LayerNormalization", "GroupNormalization", "InstanceNormalization", "RMSNormalization", "LRN", "LpNormalization",
     "MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "ReduceMean", "ReduceSum",
     "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze",
-    "Concat", "Split", "Slice", "Gather", "Cast", "Identity", "Dropout", "Constant", "Shape", "DepthToSpace", "SpaceToDepth",
+    "Concat", "Split", "Slice", "Gather", "Cast", "Identity", "Dropout", "Constant", "Shape", "DepthToSpace",
+    "SpaceToDepth",
 ))
 # fmt: on
 

@@ -63,7 +63,7 @@ async def read_all_statistics(services: ServicesDep) -> dict[str, Any]:
 
 @router.get("/models/{name}/versions/{version}/stats")
 @router.get("/models/{name}/stats")
-async def read_statistics(name: str, services: ServicesDep, version: int | None = None) -> dict[str, Any]:
+async def read_model_statistics(name: str, services: ServicesDep, version: int | None = None) -> dict[str, Any]:
     """Counters of one model."""
     return _statistics([_ready(services, name, version)])
 
