@@ -1,9 +1,10 @@
 """What compiled kernels share: how they are compiled, read and write values, and divide their work among threads.
 
 Kernels see a tensor as a flat array in memory order. Half precision has no type there that numba knows, so its bits
-stand for it: float16 as int16, bfloat16 as uint16. `load` reads a value as what is computed in, float32 for half
-precision and else float64; `as_computed` brings a parameter there; `store` rounds a result to nearest even. All of them
-turn into a few vector instructions within a loop.
+stand for it: float16 as int16, bfloat16 as uint16. `load` reads a value as what sums are made of, float32 for half
+precision and else float64; `as_computed` brings a parameter there. `read` reads it as what outputs are computed in,
+float32 for all but float64, which halves their cost. `store` rounds a result to nearest even. All of them turn into a
+few vector instructions within a loop.
 
 This module imports numba, which takes its time: import it, and modules of kernels, where a kernel is called.
 """
@@ -105,6 +106,16 @@ def as_computed(array: Any, value: Any) -> Any:
     raise NotImplementedError
 
 
+def read(array: Any, index: Any) -> Any:
+    """The element as float64 in float64, else as float32; only in compiled functions."""
+    raise NotImplementedError
+
+
+def as_read(array: Any, value: Any) -> Any:
+    """A number in the datatype that `read` gives for the array; only in compiled functions."""
+    raise NotImplementedError
+
+
 def store(array: Any, index: Any, value: Any) -> None:
     """Round a number into an array; only in compiled functions."""
     raise NotImplementedError
@@ -118,6 +129,20 @@ def _load(array: Any, index: Any) -> Callable[[Any, Any], Any]:
     if array.dtype == types.uint16:
         return lambda array, index: _float_of(np.uint32(np.uint32(array[index]) << 16))
     return lambda array, index: np.float64(array[index])
+
+
+@overload(read, strict=False)
+def _read(array: Any, index: Any) -> Callable[[Any, Any], Any]:
+    if array.dtype in (types.int16, types.uint16):
+        return lambda array, index: load(array, index)
+    return lambda array, index: array[index]
+
+
+@overload(as_read, strict=False)
+def _as_read(array: Any, value: Any) -> Callable[[Any, Any], Any]:
+    if array.dtype == types.float64:
+        return lambda array, value: np.float64(value)
+    return lambda array, value: np.float32(value)
 
 
 @overload(as_computed, strict=False)

@@ -17,9 +17,6 @@ from normcore._standardize import Operand, operand_of
 from normcore.normalization import closed_forms
 from normcore.normalization.closed_forms import Statistics
 
-# Half precision is computed in float32, which has to hold products of a few of these.
-_SMALLEST, _LARGEST = 1e-15, 1e15
-
 
 @torch.no_grad()
 def own_statistics(
@@ -54,9 +51,9 @@ def standardize_own(
         by = own_statistics(input, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
         return standardize(input, by, weight, bias, out=out), by
     output = _target(values, out)
-    found, count = _standardize.standardize_own(values, output, weight, bias, eps=eps, has_mean=has_mean)
+    found, count, is_done = _standardize.standardize_own(values, output, weight, bias, eps=eps, has_mean=has_mean)
     by = _statistics(found, count, values.box, axes=axes, eps=eps, has_mean=has_mean)
-    if not _is_usual(values, found):
+    if not is_done:
         output = _filled(out, closed_forms.standardize(input, by, weight, bias))
     return output, by
 
@@ -73,12 +70,11 @@ def standardize(
 ) -> Tensor:
     """A new tensor, or `out`, of the input's shape, datatype and memory format, cast once."""
     values = operand_of(input, _shared_axes(input, by), weight, bias)
-    found = None if values is None else _array(values, by)
-    if values is None or not _is_usual(values, found):
-        return _filled(out, closed_forms.standardize(input, by, weight, bias))
-    output = _target(values, out)
-    _standardize.standardize(values, output, weight, bias, found)
-    return output
+    if values is not None:
+        output = _target(values, out)
+        if _standardize.standardize(values, output, weight, bias, _array(values, by)):
+            return output
+    return _filled(out, closed_forms.standardize(input, by, weight, bias))
 
 
 @torch.no_grad()
@@ -172,7 +168,7 @@ def _pair(
     if values is None:
         return None
     found = _array(values, by)
-    if not _is_usual(values, found):
+    if not _standardize.is_usual(values, found):
         return None
     return values, Operand.of(_laid_out_as(values.tensor, grad_output), values.box), found
 
@@ -188,18 +184,10 @@ def _shared_axes(input: Tensor, by: Statistics) -> tuple[int, ...]:
 def _array(values: Operand, by: Statistics) -> Any:
     """Statistics as the kernels take them, the center rounded to what they compute in."""
     terms = [values.box.statistics(term) for term in (by.center, by.offset, by.var, by.invstd)]
-    if values.dtype == np.float32:
+    if values.sum_dtype == np.float32:
         center = terms[0].float().double()
         terms[:2] = center, terms[1] + (terms[0] - center)
     return torch.stack(terms).numpy()
-
-
-def _is_usual(values: Operand, by: Any) -> bool:
-    """Whether float32 holds what half precision is computed in."""
-    if values.dtype != np.float32:
-        return True
-    invstd = by[3]
-    return not bool(((invstd < _SMALLEST) | (invstd > _LARGEST)).any())
 
 
 def _statistics(
