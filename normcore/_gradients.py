@@ -65,8 +65,8 @@ def input_gradient(values: Operand, grad: Operand, out: Tensor, weight: Tensor |
 def _sum_columns(values: Operand, grad: Operand, by: Any) -> Any:
     columns = Columns.of(values)
     samples, _, groups, channels, _ = values.box.sizes
-    wide = by.reshape(4, samples, groups).repeat(channels, 2).repeat(columns.count // samples, 1)
-    center, offset, _, invstd = wide
+    wide = by.reshape(5, samples, groups).repeat(channels, 2).repeat(columns.count // samples, 1)
+    center, offset, _, _, invstd = wide
     total, dot = columns.sums(_sweeps().sum_gradient_columns, center, grad.array)
     with np.errstate(all="ignore"):
         return np.stack([total, (dot - offset * total) * invstd])

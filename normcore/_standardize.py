@@ -86,9 +86,9 @@ def operand_of(input: Tensor, reduced: Sequence[int], *parameters: Tensor | tupl
 
 
 def measure(values: Operand, *, eps: float, has_mean: bool = True, mask: Tensor | None = None) -> tuple[Any, Any]:
-    """Statistics (4, B * G) as `_sweeps` has them, and the count behind each."""
+    """Statistics (5, B * G) as `_sweeps` has them, and the count behind each."""
     samples, _, groups, _, _ = values.box.sizes
-    by = np.empty((4, samples * groups))
+    by = np.empty((5, samples * groups))
     if mask is not None:
         return by, _measure_counted(values, by, compiled().flat(mask), eps=eps, has_mean=has_mean)
     if values.has_columns:
@@ -107,14 +107,14 @@ def standardize_own(
     if rows > 1 or values.array.size // samples > _PART:
         by, count = measure(values, eps=eps, has_mean=has_mean)
         return by, count, standardize(values, out, weight, bias, by)
-    by = np.empty((4, samples * groups))
+    by = np.empty((5, samples * groups))
     affine = values.parameter(weight, 1.0), values.parameter(bias, 0.0)
     _measure_groups(values, compiled().flat(out), *affine, by, eps=eps, has_mean=has_mean)
     return by, values.count, is_usual(values, by)
 
 
 def standardize(values: Operand, out: Tensor, weight: Tensor | None, bias: Tensor | None, by: Any) -> bool:
-    """The output by statistics (4, B * G); false, and none, where the datatype computed in does not hold the terms."""
+    """The output by statistics (5, B * G); false, and none, where the datatype computed in does not hold the terms."""
     scale, shift, target = values.parameter(weight, 1.0), values.parameter(bias, 0.0), compiled().flat(out)
     rows, sizes, per = values.box.rows, values.box.sizes, values.box.per
     if values.has_vectors:
@@ -137,7 +137,7 @@ def is_usual(values: Operand, by: Any) -> bool:
     """Whether float32 holds what is computed in it with these statistics."""
     if values.dtype == np.float64:
         return True
-    least, most = np.fmin.reduce(by[3]), np.fmax.reduce(by[3])
+    least, most = np.fmin.reduce(by[4]), np.fmax.reduce(by[4])
     return not (least < sweeps().LEAST_SCALE or most > sweeps().MOST_SCALE)
 
 

@@ -3,7 +3,7 @@
 A box is (B, R, G, K, S) in memory order. Statistics are over R, K and S, one per group (b, g). Weight and bias are
 (Q, G, K): one for every `per` rows of the B * R. A cell is the K * S values of a group that lie together.
 
-`by` is (4, B * G), float64: center, offset, var and invstd. center + offset is the mean; center has the datatype
+`by` is (5, B * G), float64: center, offset, mean, var and invstd. center + offset is the mean; center has the datatype
 of sums, and offset what that leaves. Outputs are computed around the center in their own precision, to which what that
 leaves is added with the bias. Sums are made around a value near the mean, in float64, or for half precision
 in float32 within a block and in float64 over blocks; so one sweep finds mean and variance. For float64 values, and
@@ -22,7 +22,7 @@ _NEAR = 64
 LEAST, MOST = 1e-25, 1e33
 # Scales beyond these leave too little of float32 for their products.
 LEAST_SCALE, MOST_SCALE = 1e-15, 1e15
-CENTER, OFFSET, VAR, INVSTD = range(4)
+CENTER, OFFSET, MEAN, VAR, INVSTD = range(5)
 
 
 @compiled
@@ -138,6 +138,7 @@ def settle(x: Any, by: Any, group: int, center: float, offset: float, var: float
     rounded = np.float64(as_computed(x, center + offset))
     by[CENTER, group] = rounded
     by[OFFSET, group] = (center - rounded) + offset
+    by[MEAN, group] = center + offset
     by[VAR, group] = var
     by[INVSTD, group] = 1.0 / np.sqrt(var + eps) if var < np.inf else np.nan
 
