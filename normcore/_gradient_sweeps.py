@@ -35,7 +35,7 @@ def sum_cells(x: Any, grad: Any, by: Any, sums: Any, sizes: Any, start: int, sto
                 sums[1, channel] = (dot - by[OFFSET, group] * total) * by[INVSTD, group]
 
 
-@compiled
+@fused
 def gradient_of_cells(
     x: Any, grad: Any, out: Any, weight: Any, by: Any, means: Any, sizes: Any, per: int, start: int, stop: int
 ) -> None:
@@ -47,9 +47,10 @@ def gradient_of_cells(
             center, slope, constant = _terms(x, by, means, group)
             affine = (row // per * groups + index) * channels
             for channel in range(channels):
-                at = np.uintp((cell * channels + channel) * positions)
+                first = np.uintp((cell * channels + channel) * positions)
                 scale = as_read(x, by[INVSTD, group] * weight[affine + channel])
-                _combine(x, grad, out, at, positions, center, scale, slope, constant)
+                for at in range(first, first + np.uintp(positions)):
+                    store(out, at, read(grad, at) * scale + ((read(x, at) - center) * slope + constant))
 
 
 @compiled
@@ -199,14 +200,6 @@ def _weighted_sums(x: Any, grad: Any, start: Any, weight: Any, center: Any) -> A
         total += a
         dot += a * (load(x, start + channel) - center)
     return total, dot
-
-
-@fused
-def _combine(
-    x: Any, grad: Any, out: Any, start: Any, length: int, center: Any, scale: Any, slope: Any, constant: Any
-) -> None:
-    for index in range(start, start + np.uintp(length)):
-        store(out, index, read(grad, index) * scale + ((read(x, index) - center) * slope + constant))
 
 
 @fused

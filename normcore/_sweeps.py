@@ -193,7 +193,8 @@ def _block_sums(x: Any, start: Any, length: int, center: Any) -> Any:
     return total, squares
 
 
-@compiled
+# Loops here, not in functions of their own: a call costs as much as a hundred values.
+@fused
 def _standardize_cell(
     x: Any, y: Any, weight: Any, bias: Any, by: Any, group: int, cell: int, affine: int, sizes: Any
 ) -> None:
@@ -203,24 +204,15 @@ def _standardize_cell(
     offset = (by[CENTER, group] - center) + by[OFFSET, group]
     start = np.uintp(cell * channels * positions)
     if positions == 1:
-        terms = as_read(x, center), as_read(x, invstd), as_read(x, -offset * invstd)
-        _scale_vector(x, y, start, weight[affine : affine + channels], bias[affine : affine + channels], *terms)
+        near, own, rest = as_read(x, center), as_read(x, invstd), as_read(x, -offset * invstd)
+        first = np.uintp(affine)
+        for channel in range(np.uintp(channels)):
+            value = (read(x, start + channel) - near) * own + rest
+            store(y, start + channel, value * weight[first + channel] + bias[first + channel])
         return
     for channel in range(channels):
         scale = invstd * weight[affine + channel]
-        shift = bias[affine + channel] - offset * scale
-        _scale(x, y, start, positions, as_read(x, center), as_read(x, scale), as_read(x, shift))
+        near, own, shift = as_read(x, center), as_read(x, scale), as_read(x, bias[affine + channel] - offset * scale)
+        for index in range(start, start + np.uintp(positions)):
+            store(y, index, (read(x, index) - near) * own + shift)
         start += np.uintp(positions)
-
-
-@fused
-def _scale(x: Any, y: Any, start: Any, length: int, center: Any, scale: Any, shift: Any) -> None:
-    for index in range(np.uintp(length)):
-        store(y, start + index, (read(x, start + index) - center) * scale + shift)
-
-
-@fused
-def _scale_vector(x: Any, y: Any, start: Any, weight: Any, bias: Any, center: Any, invstd: Any, shift: Any) -> None:
-    for channel in range(np.uintp(weight.size)):
-        value = (read(x, start + channel) - center) * invstd + shift
-        store(y, start + channel, value * weight[channel] + bias[channel])
