@@ -29,6 +29,6 @@ def warm_up() -> None:
         layer_norm(images, grad_output=images)
         # Channels of a group that are many, side by side, in several rows.
         wide = images[:1].reshape(1, 3, 1, 16).permute(0, 3, 1, 2)
-        group_norm(wide, grad_output=wide, num_groups=1)
+        group_norm(wide, torch.ones(16), grad_output=wide, num_groups=1)
         lp_norm(images, grad_output=images, axis=1)
         weight_norm(images, torch.ones(2), images)
