@@ -44,12 +44,17 @@ class Box:
         """Channels of all groups."""
         return self.sizes[2] * self.sizes[3]
 
-    def statistics(self, tensor: Tensor) -> Tensor:
-        """One per group: what broadcasts against the tensor as (B * G,), float64."""
-        return self._flat(tensor, self.kept).to(torch.float64)
+    def statistics(self, tensors: Tensor) -> Tensor:
+        """One per group: what broadcasts against the tensor, behind an axis of its own, as (*, B * G)."""
+        count = self.sizes[0] * self.sizes[2]
+        if tensors.numel() == len(tensors) * count and _is_ascending(self.kept):
+            return tensors.reshape(-1, count)
+        return torch.stack([self._flat(tensor, self.kept) for tensor in tensors])
 
     def parameters(self, tensor: Tensor) -> Tensor:
         """Weight or bias that broadcasts against the tensor as (Q * G * K,)."""
+        if tensor.numel() == self.rows // self.per * self.width and _is_ascending(self.affine):
+            return tensor.reshape(-1)
         return self._flat(tensor, self.affine)
 
     def restore_statistics(self, values: Tensor) -> Tensor:
@@ -61,8 +66,6 @@ class Box:
         return self._restored(values, self.affine)
 
     def _flat(self, tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
-        if tensor.numel() == math.prod([self.shape[axis] for axis in axes]) and _is_ascending(axes):
-            return tensor.reshape(-1)
         missing = len(self.shape) - tensor.ndim
         tensor = tensor[(None,) * missing] if missing else tensor
         sizes = [self.shape[axis] if axis in axes else 1 for axis in self.order]
@@ -140,5 +143,6 @@ def _parse(shape: tuple[int, ...], order: tuple[int, ...], turns: list[tuple[int
     )
 
 
+@lru_cache(256)
 def _is_ascending(axes: tuple[int, ...]) -> bool:
     return all(first < second for first, second in pairwise(axes))

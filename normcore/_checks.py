@@ -68,7 +68,7 @@ def check_axes(argument: str, value: str | int | Sequence[int], *, rank: int) ->
 def check_shape(argument: str, tensor: Tensor, shape: Sequence[int], *, meaning: str) -> None:
     """Refuse what is not a floating tensor of one shape, whose meaning the message gives."""
     check_floating(argument, tensor)
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != tuple(shape):
         expected = f"shape {tuple(shape)}, {meaning}"
         raise ShapeError(argument, expected=expected, received=f"shape {tuple(tensor.shape)}")
 
@@ -119,9 +119,9 @@ def check_fraction(argument: str, fraction: float) -> None:
 
 def check_variance(argument: str, variance: Tensor) -> None:
     """Refuse a variance that is negative or NaN in any channel."""
-    is_refused = ~(variance >= 0)
-    if bool(is_refused.any()):
-        worst = float(variance[is_refused][0])
+    # The least of values among which is NaN is NaN.
+    if variance.numel() and not bool(variance.amin() >= 0):
+        worst = float(variance[~(variance >= 0)][0])
         raise StatisticsError(argument, expected="values >= 0", received=f"{worst:g}")
 
 

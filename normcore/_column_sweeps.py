@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from normcore._compiled import as_computed, compiled, compiled_sum, fused, load, store
-from normcore._sweeps import CENTER, INVSTD, LEAST, MOST, OFFSET, settle
+from normcore._compiled import as_computed, compiled, compiled_sum, fused, load, read, store
+from normcore._sweeps import LEAST, MOST, settle
 
 _FEW = 16
 # Rows that are summed in the datatype computed in.
@@ -37,22 +37,6 @@ def sum_columns(x: Any, center: Any, sums: Any, parts: Any, start: int, stop: in
             for column in range(width):
                 sums[part, 0, column] += total[column]
                 sums[part, 1, column] += squares[column]
-
-
-@compiled
-def fill_columns(weight: Any, bias: Any, by: Any, terms: Any, sizes: Any, segment: int, per: int) -> None:
-    """Terms for `standardize_columns`, the columns repeated to its width."""
-    _, rows, groups, channels, _ = sizes
-    width = groups * channels
-    for own in range(terms.shape[1]):
-        affine, first = own * segment // per * width, own * segment // rows * groups
-        for column in range(terms.shape[2]):
-            channel = column % width
-            group = first + channel // channels
-            scale = by[INVSTD, group] * weight[affine + channel]
-            terms[0, own, column] = by[CENTER, group]
-            terms[1, own, column] = scale
-            terms[2, own, column] = bias[affine + channel] - by[OFFSET, group] * scale
 
 
 @compiled
@@ -156,5 +140,5 @@ def _add_rows(x: Any, start: Any, length: int, center: Any, total: Any, squares:
 @fused
 def _scale_columns(x: Any, y: Any, start: Any, length: int, center: Any, scale: Any, shift: Any) -> None:
     for column in range(np.uintp(length)):
-        value = (load(x, start + column) - center[column]) * scale[column] + shift[column]
+        value = (read(x, start + column) - center[column]) * scale[column] + shift[column]
         store(y, start + column, value)

@@ -1,18 +1,21 @@
 """What compiled kernels share: how they are compiled, read and write values, and divide their work among threads.
 
 Kernels see a tensor as a flat array in memory order. Half precision has no type there that numba knows, so its bits
-stand for it: float16 as int16, bfloat16 as uint16. `load` reads a value as what is computed in, float32 for half
-precision and else float64; `as_computed` brings a parameter there; `store` rounds a result to nearest even. All of them
-turn into a few vector instructions within a loop.
+stand for it: float16 as int16, bfloat16 as uint16. `load` reads a value as what sums are made of, float32 for half
+precision and else float64; `as_computed` brings a parameter there. `read` reads it as what outputs are computed in,
+float32 for all but float64, which halves their cost. `store` rounds a result to nearest even. All of them turn into a
+few vector instructions within a loop.
 
 This module imports numba, which takes its time: import it, and modules of kernels, where a kernel is called.
 """
 
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -50,6 +53,8 @@ def flat(tensor: Tensor) -> Any:
     """The values of a dense tensor as a flat array in memory order, which shares its memory."""
     bits = _BITS.get(tensor.dtype)
     values = tensor.detach() if bits is None else tensor.detach().view(bits)
+    if values.is_contiguous():
+        return values.numpy().reshape(-1)
     return torch.as_strided(values, (values.numel(),), (1,)).numpy()
 
 
@@ -87,12 +92,35 @@ def fused(function: Function) -> Function:
 
 
 def _compile(function: Function, *, fastmath: bool | set[str]) -> Function:
-    compiler: Any = numba.njit
+    folder, found = _cache_folder(), numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = folder or ""
     try:
-        found: Function = compiler(nogil=True, error_model="numpy", fastmath=fastmath, cache=True)(function)
-    except RuntimeError:  # no directory to keep it in is writable
-        found = compiler(nogil=True, error_model="numpy", fastmath=fastmath)(function)
-    return found
+        options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath, "cache": folder is not None}
+        made: Function = numba.njit(**options)(function)
+    finally:
+        numba.config.CACHE_DIR = found
+    return made
+
+
+@cache
+def _cache_folder() -> str | None:
+    """Where machine code is kept, None where nothing is writable.
+
+    Its name is a digest of all kernels: numba looks at the file of a kernel alone, not at those that it calls, and
+    would go on with the code of an older release.
+    """
+    sources = sorted(path for path in Path(__file__).parent.rglob("*.py") if b"_compiled" in path.read_bytes())
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    for base in [Path(chosen)] if chosen else [Path(__file__).parent / "__pycache__", Path.home() / ".cache/normcore"]:
+        folder = base / f"kernels-{digest}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return str(folder)
+    return None
 
 
 def load(array: Any, index: Any) -> Any:
@@ -102,6 +130,16 @@ def load(array: Any, index: Any) -> Any:
 
 def as_computed(array: Any, value: Any) -> Any:
     """A number in the datatype that `load` gives for the array; only in compiled functions."""
+    raise NotImplementedError
+
+
+def read(array: Any, index: Any) -> Any:
+    """The element as float64 in float64, else as float32; only in compiled functions."""
+    raise NotImplementedError
+
+
+def as_read(array: Any, value: Any) -> Any:
+    """A number in the datatype that `read` gives for the array; only in compiled functions."""
     raise NotImplementedError
 
 
@@ -118,6 +156,20 @@ def _load(array: Any, index: Any) -> Callable[[Any, Any], Any]:
     if array.dtype == types.uint16:
         return lambda array, index: _float_of(np.uint32(np.uint32(array[index]) << 16))
     return lambda array, index: np.float64(array[index])
+
+
+@overload(read, strict=False)
+def _read(array: Any, index: Any) -> Callable[[Any, Any], Any]:
+    if array.dtype in (types.int16, types.uint16):
+        return lambda array, index: load(array, index)
+    return lambda array, index: array[index]
+
+
+@overload(as_read, strict=False)
+def _as_read(array: Any, value: Any) -> Callable[[Any, Any], Any]:
+    if array.dtype == types.float64:
+        return lambda array, value: np.float64(value)
+    return lambda array, value: np.float32(value)
 
 
 @overload(as_computed, strict=False)

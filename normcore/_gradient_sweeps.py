@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from normcore._compiled import as_computed, compiled, compiled_sum, fused, load, store
+from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, load, read, store
 from normcore._sweeps import CENTER, INVSTD, OFFSET
 
 _BLOCK = 1024
@@ -35,7 +35,7 @@ def sum_cells(x: Any, grad: Any, by: Any, sums: Any, sizes: Any, start: int, sto
                 sums[1, channel] = (dot - by[OFFSET, group] * total) * by[INVSTD, group]
 
 
-@compiled
+@fused
 def gradient_of_cells(
     x: Any, grad: Any, out: Any, weight: Any, by: Any, means: Any, sizes: Any, per: int, start: int, stop: int
 ) -> None:
@@ -47,9 +47,10 @@ def gradient_of_cells(
             center, slope, constant = _terms(x, by, means, group)
             affine = (row // per * groups + index) * channels
             for channel in range(channels):
-                at = np.uintp((cell * channels + channel) * positions)
-                scale = as_computed(x, by[INVSTD, group] * weight[affine + channel])
-                _combine(x, grad, out, at, positions, center, scale, slope, constant)
+                first = np.uintp((cell * channels + channel) * positions)
+                scale = as_read(x, by[INVSTD, group] * weight[affine + channel])
+                for at in range(first, first + np.uintp(positions)):
+                    store(out, at, read(grad, at) * scale + ((read(x, at) - center) * slope + constant))
 
 
 @compiled
@@ -96,8 +97,8 @@ def gradient_of_vectors(
                     dot = (dot - by[OFFSET, group] * total) * by[INVSTD, group]
                     means[1, group] = dot / (rows * channels)
                 center, slope, constant = _terms(x, by, means, group)
-                invstd = as_computed(x, by[INVSTD, group])
-                offset = as_computed(x, by[OFFSET, group])
+                invstd = as_read(x, by[INVSTD, group])
+                offset = as_read(x, (by[CENTER, group] - np.float64(center)) + by[OFFSET, group])
                 for row in range(rows):
                     at = np.uintp(first + row * groups * channels)
                     if has_sums:
@@ -142,7 +143,8 @@ def fill_columns(weight: Any, by: Any, means: Any, terms: Any, sizes: Any, segme
             terms[0, own, column] = by[CENTER, group]
             terms[1, own, column] = invstd * weight[affine + channel]
             terms[2, own, column] = slope
-            terms[3, own, column] = -invstd * means[0, group] - by[OFFSET, group] * slope
+            offset = (by[CENTER, group] - terms[0, own, column]) + by[OFFSET, group]
+            terms[3, own, column] = -invstd * means[0, group] - offset * slope
 
 
 @compiled
@@ -160,10 +162,10 @@ def gradient_of_columns(x: Any, grad: Any, out: Any, terms: Any, elements: int, 
 @compiled
 def _terms(x: Any, by: Any, means: Any, group: int) -> Any:
     """Center, slope and constant of the corrections (x - center) * slope + constant."""
-    invstd = by[INVSTD, group]
+    invstd, center = by[INVSTD, group], as_read(x, by[CENTER, group])
     slope = -invstd * invstd * means[1, group]
-    constant = -invstd * means[0, group] - by[OFFSET, group] * slope
-    return as_computed(x, by[CENTER, group]), as_computed(x, slope), as_computed(x, constant)
+    offset = (by[CENTER, group] - np.float64(center)) + by[OFFSET, group]
+    return center, as_read(x, slope), as_read(x, -invstd * means[0, group] - offset * slope)
 
 
 @compiled_sum
@@ -201,21 +203,13 @@ def _weighted_sums(x: Any, grad: Any, start: Any, weight: Any, center: Any) -> A
 
 
 @fused
-def _combine(
-    x: Any, grad: Any, out: Any, start: Any, length: int, center: Any, scale: Any, slope: Any, constant: Any
-) -> None:
-    for index in range(start, start + np.uintp(length)):
-        store(out, index, load(grad, index) * scale + ((load(x, index) - center) * slope + constant))
-
-
-@fused
 def _add_vector(
     x: Any, grad: Any, start: Any, of_bias: Any, of_weight: Any, center: Any, offset: Any, invstd: Any
 ) -> None:
     for channel in range(np.uintp(of_bias.size)):
-        value = load(grad, start + channel)
+        value = read(grad, start + channel)
         of_bias[channel] += value
-        of_weight[channel] += value * (((load(x, start + channel) - center) - offset) * invstd)
+        of_weight[channel] += value * (((read(x, start + channel) - center) - offset) * invstd)
 
 
 @fused
@@ -225,7 +219,7 @@ def _combine_vector(
     for channel in range(np.uintp(weight.size)):
         index = start + channel
         store(
-            out, index, load(grad, index) * (weight[channel] * invstd) + ((load(x, index) - center) * slope + constant)
+            out, index, read(grad, index) * (weight[channel] * invstd) + ((read(x, index) - center) * slope + constant)
         )
 
 
@@ -263,5 +257,5 @@ def _combine_columns(
 ) -> None:
     for column in range(np.uintp(length)):
         index = start + column
-        correction = (load(x, index) - center[column]) * slope[column] + constant[column]
-        store(out, index, load(grad, index) * scale[column] + correction)
+        correction = (read(x, index) - center[column]) * slope[column] + constant[column]
+        store(out, index, read(grad, index) * scale[column] + correction)

@@ -16,7 +16,7 @@ _SLOTS = 32
 def gradients(values: Operand, grad: Operand, out: Tensor, weight: Tensor | None, by: Any, *, has_mean: bool) -> Any:
     """Write the gradient of the input; returns the sums (2, Q * G * K) of dy and dy * xh."""
     samples, _, groups, _, _ = values.box.sizes
-    if _has_vectors(values):
+    if values.has_vectors:
         gamma, means = values.parameter(weight, 1.0), np.empty((2, samples * groups))
         return _vectors(values, grad, compiled().flat(out), gamma, by, means, has_sums=True, has_mean=has_mean)
     totals, sums = gradient_sums(values, grad, weight, by)
@@ -31,7 +31,7 @@ def gradient_sums(values: Operand, grad: Operand, weight: Tensor | None, by: Any
     """Sums (2, B * G) of a and a * xh, a = weight * dy, and (2, Q * G * K) of dy and dy * xh."""
     samples, _, groups, channels, _ = values.box.sizes
     gamma = values.parameter(weight, 1.0)
-    if _has_vectors(values):
+    if values.has_vectors:
         means = np.empty((2, samples * groups))
         sums = _vectors(values, grad, values.array[:0], gamma, by, means, has_sums=True)
         return means * values.count, sums
@@ -55,23 +55,18 @@ def input_gradient(values: Operand, grad: Operand, out: Tensor, weight: Tensor |
         terms = columns.terms(4)
         _sweeps().fill_columns(gamma, by, means, terms, values.box.sizes, columns.segment, values.box.per)
         columns.apply(_sweeps().gradient_of_columns, grad.array, target, terms=terms)
-    elif _has_vectors(values):
+    elif values.has_vectors:
         _vectors(values, grad, target, gamma, by, means, has_means=True)
     else:
         arguments = values.array, grad.array, target, gamma, by, means, values.box.sizes, values.box.per
         values.divide(_sweeps().gradient_of_cells, values.box.rows, *arguments)
 
 
-def _has_vectors(values: Operand) -> bool:
-    """Whether a group has one position per channel, all side by side."""
-    return values.box.sizes[4] == 1 and not values.has_columns
-
-
 def _sum_columns(values: Operand, grad: Operand, by: Any) -> Any:
     columns = Columns.of(values)
     samples, _, groups, channels, _ = values.box.sizes
-    wide = by.reshape(4, samples, groups).repeat(channels, 2).repeat(columns.count // samples, 1)
-    center, offset, _, invstd = wide
+    wide = by.reshape(5, samples, groups).repeat(channels, 2).repeat(columns.count // samples, 1)
+    center, offset, _, _, invstd = wide
     total, dot = columns.sums(_sweeps().sum_gradient_columns, center, grad.array)
     with np.errstate(all="ignore"):
         return np.stack([total, (dot - offset * total) * invstd])
@@ -93,7 +88,7 @@ def _vectors(
     own = gamma.size // values.box.width
     height = values.box.per // rows if own > 1 else -(-samples // _SLOTS)
     slots = -(-samples // height)
-    sums = np.empty((2, slots if has_sums else 0, values.box.width), values.dtype)
+    sums = np.empty((2, slots if has_sums else 0, values.box.width), values.sum_dtype)
     steps = height, values.box.per, has_mean, has_means, out.size > 0
     arguments = values.array, grad.array, out, gamma, by, means, sums, values.box.sizes, steps
     values.divide(_sweeps().gradient_of_vectors, slots, *arguments)

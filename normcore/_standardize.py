@@ -38,7 +38,12 @@ class Operand:
 
     @property
     def dtype(self) -> Any:
-        """What is computed in."""
+        """What outputs are computed in."""
+        return np.float64 if self.array.itemsize == 8 else np.float32
+
+    @property
+    def sum_dtype(self) -> Any:
+        """What sums are made of."""
         return np.float32 if self.array.itemsize == 2 else np.float64
 
     @property
@@ -52,11 +57,16 @@ class Operand:
         _, rows, _, channels, positions = self.box.sizes
         return positions == 1 and channels < _LEAST_VECTOR and rows > 1
 
+    @property
+    def has_vectors(self) -> bool:
+        """Whether a group has one position per channel, all side by side."""
+        return self.box.sizes[4] == 1 and not self.has_columns
+
     def parameter(self, tensor: Tensor | None, value: float) -> Any:
         """Weight or bias as (Q * G * K,), in the datatype computed in; the value where there is none."""
         if tensor is None:
             return np.full(self.box.rows // self.box.per * self.box.width, value, self.dtype)
-        dtype = torch.float32 if self.array.itemsize == 2 else torch.float64
+        dtype = torch.float64 if self.array.itemsize == 8 else torch.float32
         return self.box.parameters(tensor).to(dtype).numpy()
 
     def divide(self, kernel: Any, units: int, *arguments: Any) -> None:
@@ -76,9 +86,9 @@ def operand_of(input: Tensor, reduced: Sequence[int], *parameters: Tensor | tupl
 
 
 def measure(values: Operand, *, eps: float, has_mean: bool = True, mask: Tensor | None = None) -> tuple[Any, Any]:
-    """Statistics (4, B * G) as `_sweeps` has them, and the count behind each."""
+    """Statistics (5, B * G) as `_sweeps` has them, and the count behind each."""
     samples, _, groups, _, _ = values.box.sizes
-    by = np.empty((4, samples * groups))
+    by = np.empty((5, samples * groups))
     if mask is not None:
         return by, _measure_counted(values, by, compiled().flat(mask), eps=eps, has_mean=has_mean)
     if values.has_columns:
@@ -91,30 +101,44 @@ def measure(values: Operand, *, eps: float, has_mean: bool = True, mask: Tensor 
 
 def standardize_own(
     values: Operand, out: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, has_mean: bool
-) -> tuple[Any, int]:
-    """Statistics as `measure` gives them, and the output by them."""
+) -> tuple[Any, int, bool]:
+    """Statistics as `measure` gives them, and the output by them, as `standardize` gives it."""
     samples, rows, groups, _, _ = values.box.sizes
     if rows > 1 or values.array.size // samples > _PART:
         by, count = measure(values, eps=eps, has_mean=has_mean)
-        standardize(values, out, weight, bias, by)
-        return by, count
-    by = np.empty((4, samples * groups))
+        return by, count, standardize(values, out, weight, bias, by)
+    by = np.empty((5, samples * groups))
     affine = values.parameter(weight, 1.0), values.parameter(bias, 0.0)
     _measure_groups(values, compiled().flat(out), *affine, by, eps=eps, has_mean=has_mean)
-    return by, values.count
+    return by, values.count, is_usual(values, by)
 
 
-def standardize(values: Operand, out: Tensor, weight: Tensor | None, bias: Tensor | None, by: Any) -> None:
-    """The output by statistics (4, B * G)."""
+def standardize(values: Operand, out: Tensor, weight: Tensor | None, bias: Tensor | None, by: Any) -> bool:
+    """The output by statistics (5, B * G); false, and none, where the datatype computed in does not hold the terms."""
     scale, shift, target = values.parameter(weight, 1.0), values.parameter(bias, 0.0), compiled().flat(out)
-    if not values.has_columns:
-        kernel = sweeps().standardize_cells
-        values.divide(kernel, values.box.rows, values.array, target, scale, shift, by, values.box.sizes, values.box.per)
-        return
+    rows, sizes, per = values.box.rows, values.box.sizes, values.box.per
+    if values.has_vectors:
+        if not is_usual(values, by):
+            return False
+        values.divide(sweeps().standardize_vectors, rows, values.array, target, scale, shift, by, sizes, per)
+        return True
     columns = Columns.of(values)
     terms = columns.terms(3)
-    column_sweeps().fill_columns(scale, shift, by, terms, values.box.sizes, columns.segment, values.box.per)
-    columns.apply(column_sweeps().standardize_columns, target, terms=terms)
+    if not sweeps().fill_terms(scale, shift, by, terms, sizes, columns.segment, per):
+        return False
+    if values.has_columns:
+        columns.apply(column_sweeps().standardize_columns, target, terms=terms)
+    else:
+        values.divide(sweeps().standardize_cells, rows, values.array, target, terms, columns.segment, sizes[4])
+    return True
+
+
+def is_usual(values: Operand, by: Any) -> bool:
+    """Whether float32 holds what is computed in it with these statistics."""
+    if values.dtype == np.float64:
+        return True
+    least, most = np.fmin.reduce(by[4]), np.fmax.reduce(by[4])
+    return not (least < sweeps().LEAST_SCALE or most > sweeps().MOST_SCALE)
 
 
 def _measure_groups(values: Operand, out: Any, weight: Any, bias: Any, by: Any, *, eps: float, has_mean: bool) -> None:
@@ -168,9 +192,8 @@ class Columns:
     @classmethod
     def of(cls, values: Operand, *, segment: int | None = None) -> "Columns":
         segment = min(values.box.per, values.box.sizes[1]) if segment is None else segment
-        return cls(
-            values, segment, max(1, min(_WIDE_BYTES // np.dtype(values.dtype).itemsize // values.box.width, segment))
-        )
+        wide = _WIDE_BYTES // np.dtype(values.dtype).itemsize // values.box.width
+        return cls(values, segment, max(1, min(wide, segment)) if values.has_columns else 1)
 
     @property
     def count(self) -> int:
@@ -183,7 +206,7 @@ class Columns:
     def sums(self, kernel: Any, center: Any, *others: Any, dtype: Any = None) -> Any:
         """Two sums (2, segments, W) around centers (segments, W), made in a datatype."""
         width = self.values.box.width
-        wide = np.tile(center.astype(dtype or self.values.dtype), (1, self.repeats))
+        wide = np.tile(center.astype(dtype or self.values.sum_dtype), (1, self.repeats))
         elements = self.segment * width
         size = max(1, _PART // wide.shape[1]) * wide.shape[1]
         blocks = -(-elements // size)

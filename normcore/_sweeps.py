@@ -3,8 +3,9 @@
 A box is (B, R, G, K, S) in memory order. Statistics are over R, K and S, one per group (b, g). Weight and bias are
 (Q, G, K): one for every `per` rows of the B * R. A cell is the K * S values of a group that lie together.
 
-`by` is (4, B * G), float64: center, offset, var and invstd. center + offset is the mean; center has the datatype
-computed in, and offset what that leaves. Sums are made around a value near the mean, in float64, or for half precision
+`by` is (5, B * G), float64: center, offset, mean, var and invstd. center + offset is the mean; center has the datatype
+of sums, and offset what that leaves. Outputs are computed around the center in their own precision, to which what that
+leaves is added with the bias. Sums are made around a value near the mean, in float64, or for half precision
 in float32 within a block and in float64 over blocks; so one sweep finds mean and variance. For float64 values, and
 where the value proves to have been far from the mean, a second one sums around the mean that the first has found.
 """
@@ -13,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from normcore._compiled import as_computed, compiled, compiled_sum, fused, load, store
+from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, load, read, store
 
 _BLOCK = 1024
 _NEAR = 64
 # float32 sums of squares per value beyond these, which bfloat16 reaches, are made in float64.
 LEAST, MOST = 1e-25, 1e33
-CENTER, OFFSET, VAR, INVSTD = range(4)
+# Scales beyond these leave too little of float32 for their products.
+LEAST_SCALE, MOST_SCALE = 1e-15, 1e15
+CENTER, OFFSET, MEAN, VAR, INVSTD = range(5)
 
 
 @compiled
@@ -49,7 +52,7 @@ def standardize_groups(
 
 
 @compiled
-def standardize_cells(
+def standardize_vectors(
     x: Any, y: Any, weight: Any, bias: Any, by: Any, sizes: Any, per: int, start: int, stop: int
 ) -> None:
     """The same by given statistics, in memory order: from row to row of the B * R."""
@@ -58,6 +61,44 @@ def standardize_cells(
         group, affine = row // rows * groups, row // per * groups
         for index in range(groups):
             _standardize_cell(x, y, weight, bias, by, group + index, row * groups + index, affine + index, sizes)
+
+
+@compiled
+def fill_terms(weight: Any, bias: Any, by: Any, terms: Any, sizes: Any, segment: int, per: int) -> bool:
+    """Center, scale and shift, (3, P, W), of the channels of a segment of rows, repeated to the width W.
+
+    Whether the datatype of the terms holds the scales in full.
+    """
+    _, rows, groups, channels, _ = sizes
+    width = groups * channels
+    is_usual = True
+    for own in range(terms.shape[1]):
+        affine, first = own * segment // per * width, own * segment // rows * groups
+        for column in range(width):
+            group = first + column // channels
+            scale = by[INVSTD, group] * weight[affine + column]
+            terms[0, own, column] = by[CENTER, group]
+            terms[1, own, column] = scale
+            offset = (by[CENTER, group] - terms[0, own, column]) + by[OFFSET, group]
+            terms[2, own, column] = bias[affine + column] - offset * scale
+            is_usual &= terms.itemsize == 8 or not (0.0 < abs(scale) < LEAST_SCALE or abs(scale) > MOST_SCALE)
+        for column in range(width, terms.shape[2]):
+            for term in range(3):
+                terms[term, own, column] = terms[term, own, column - width]
+    return is_usual
+
+
+@fused
+def standardize_cells(x: Any, y: Any, terms: Any, segment: int, positions: int, start: int, stop: int) -> None:
+    """The output (x - center) * scale + shift, from row to row; `terms` are those of (3, segments, channels)."""
+    channels = terms.shape[2]
+    for row in range(start, stop):
+        own = row // segment
+        for channel in range(channels):
+            center, scale, shift = terms[0, own, channel], terms[1, own, channel], terms[2, own, channel]
+            first = np.uintp((row * channels + channel) * positions)
+            for index in range(first, first + np.uintp(positions)):
+                store(y, index, (read(x, index) - center) * scale + shift)
 
 
 @compiled
@@ -97,6 +138,7 @@ def settle(x: Any, by: Any, group: int, center: float, offset: float, var: float
     rounded = np.float64(as_computed(x, center + offset))
     by[CENTER, group] = rounded
     by[OFFSET, group] = (center - rounded) + offset
+    by[MEAN, group] = center + offset
     by[VAR, group] = var
     by[INVSTD, group] = 1.0 / np.sqrt(var + eps) if var < np.inf else np.nan
 
@@ -151,33 +193,26 @@ def _block_sums(x: Any, start: Any, length: int, center: Any) -> Any:
     return total, squares
 
 
-@compiled
+# Loops here, not in functions of their own: a call costs as much as a hundred values.
+@fused
 def _standardize_cell(
     x: Any, y: Any, weight: Any, bias: Any, by: Any, group: int, cell: int, affine: int, sizes: Any
 ) -> None:
     _, _, _, channels, positions = sizes
     affine *= channels
-    center, offset, invstd = by[CENTER, group], by[OFFSET, group], by[INVSTD, group]
+    center, invstd = np.float64(as_read(x, by[CENTER, group])), by[INVSTD, group]
+    offset = (by[CENTER, group] - center) + by[OFFSET, group]
     start = np.uintp(cell * channels * positions)
     if positions == 1:
-        terms = as_computed(x, center), as_computed(x, invstd), as_computed(x, -offset * invstd)
-        _scale_vector(x, y, start, weight[affine : affine + channels], bias[affine : affine + channels], *terms)
+        near, own, rest = as_read(x, center), as_read(x, invstd), as_read(x, -offset * invstd)
+        first = np.uintp(affine)
+        for channel in range(np.uintp(channels)):
+            value = (read(x, start + channel) - near) * own + rest
+            store(y, start + channel, value * weight[first + channel] + bias[first + channel])
         return
     for channel in range(channels):
         scale = invstd * weight[affine + channel]
-        shift = bias[affine + channel] - offset * scale
-        _scale(x, y, start, positions, as_computed(x, center), as_computed(x, scale), as_computed(x, shift))
+        near, own, shift = as_read(x, center), as_read(x, scale), as_read(x, bias[affine + channel] - offset * scale)
+        for index in range(start, start + np.uintp(positions)):
+            store(y, index, (read(x, index) - near) * own + shift)
         start += np.uintp(positions)
-
-
-@fused
-def _scale(x: Any, y: Any, start: Any, length: int, center: Any, scale: Any, shift: Any) -> None:
-    for index in range(np.uintp(length)):
-        store(y, start + index, (load(x, start + index) - center) * scale + shift)
-
-
-@fused
-def _scale_vector(x: Any, y: Any, start: Any, weight: Any, bias: Any, center: Any, invstd: Any, shift: Any) -> None:
-    for channel in range(np.uintp(weight.size)):
-        value = (load(x, start + channel) - center) * invstd + shift
-        store(y, start + channel, value * weight[channel] + bias[channel])

@@ -97,14 +97,13 @@ def batch_norm(
     check_eps("eps", eps, is_zero_allowed=not training)
     check_momentum(momentum, convention=convention)
     check_nan_policy(nan_policy)
-    affine = view.affine(weight, bias)
     view.check_grad_output(grad_output)
     running = view.running(running_mean, running_var, num_batches_tracked)
     if out is not None:
         check_out("out", out, input)
     if inverse:
         _check_invertible(weight, grad_output, out, training=training)
-        return BatchNormResult(_inverse(view, running, *affine, eps=eps))
+        return BatchNormResult(_inverse(view, running, *view.affine(weight, bias), eps=eps))
     return normalize_batch(
         view,
         weight,
@@ -136,12 +135,12 @@ def normalize_batch(
     nan_policy: str,
     out: Tensor | None = None,
 ) -> BatchNormResult:
-    """Batch norm of operands that are checked, all but the number of values and the presence of statistics."""
+    """Batch norm of operands that are checked, all but weight, bias, the number of values and the statistics."""
+    affine = view.affine(weight, bias)
     if training and view.counted(counted) == 0:
         return BatchNormResult.empty(view, weight, running=running, grad_output=grad_output)
     if nan_policy == "raise":
         refuse_non_finite(view.input, counted)
-    affine = view.affine(weight, bias)
     if training:
         found = standardize_over(view.input, *affine, axes=view.axes, eps=eps, mask=counted, out=out)
     else:

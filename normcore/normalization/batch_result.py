@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from normcore._precision import accumulation_dtype
@@ -53,8 +52,8 @@ class BatchNormResult:
         """Output and statistics in the datatype that statistics of such an input have."""
         by = found.statistics
         dtype = accumulation_dtype(view.input.dtype)
-        mean, var, invstd = (term.to(dtype, copy=True).flatten() for term in (by.mean, by.var, by.invstd))
-        count = int(torch.as_tensor(by.count).min()) if by.axes else None
+        mean, var, invstd = by.summary((view.num_features,), dtype)
+        count = int(by.count.min() if isinstance(by.count, Tensor) else by.count) if by.axes else None
         output = found.output.detach()
         findings = BatchFindings(view.input.detach(), output, mean, var, invstd, by.eps, count, running, nan_policy)
         return cls(found.output, mean, var, invstd, findings=findings)

@@ -25,29 +25,51 @@ class Statistics:
     """What an input was standardized with; float64 tensors that broadcast against the input, without gradient.
 
     Attributes:
-        center: the mean.
-        offset: what the mean has over the center, for the digits of a mean that float64 has not.
-        var: biased variance (mean square where no mean is taken).
-        invstd: (var + eps)^-1/2.
+        table: the properties below, stacked in front of their axes.
         axes: those reduced, from the front; none for given statistics.
         count: values behind each statistic.
         mask: true where a position was counted; None where all were.
         has_mean: whether a mean was subtracted.
     """
 
-    center: Tensor
-    offset: Tensor
-    var: Tensor
-    invstd: Tensor
+    table: Tensor
     eps: float
     axes: tuple[int, ...] = ()
     count: int | Tensor = 0
     mask: Tensor | None = None
     has_mean: bool = True
 
+    @staticmethod
+    def table_of(center: Tensor, offset: Tensor, var: Tensor, invstd: Tensor) -> Tensor:
+        return torch.stack((center, offset, center + offset, var, invstd))
+
+    @property
+    def center(self) -> Tensor:
+        """The mean."""
+        return self.table[0]
+
+    @property
+    def offset(self) -> Tensor:
+        """What the mean has over the center, for the digits of a mean that float64 has not."""
+        return self.table[1]
+
     @property
     def mean(self) -> Tensor:
-        return self.center + self.offset
+        return self.table[2]
+
+    @property
+    def var(self) -> Tensor:
+        """Biased variance (mean square where no mean is taken)."""
+        return self.table[3]
+
+    @property
+    def invstd(self) -> Tensor:
+        """(var + eps)^-1/2."""
+        return self.table[4]
+
+    def summary(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Copies of mean, var and invstd in a shape and a datatype."""
+        return self.table[2:].to(dtype, copy=True).reshape(3, *shape).unbind()
 
 
 def invstd_of(var: Tensor, *, eps: float) -> Tensor:
@@ -74,7 +96,8 @@ def own_statistics(
         center = near + _counted_sum(values - near, axes, mask) / count
         offset = _counted_sum(values - center, axes, mask) / count
     var = _counted_sum((values - center - offset).square(), axes, mask) / count
-    return Statistics(center, offset, var, invstd_of(var, eps=eps), eps, axes, count, mask, has_mean)
+    table = Statistics.table_of(center, offset, var, invstd_of(var, eps=eps))
+    return Statistics(table, eps, axes, count, mask, has_mean)
 
 
 def _counted_sum(values: Tensor, axes: tuple[int, ...], mask: Tensor | None) -> Tensor:
@@ -137,7 +160,8 @@ def as_functions(input: Tensor, statistics: Statistics) -> Statistics:
     if statistics.has_mean:
         offset = _mean(deviations, statistics, is_masked=True)
     var = _mean((deviations - offset).square(), statistics, is_masked=True)
-    return replace(statistics, offset=offset, var=var, invstd=(var + statistics.eps).rsqrt())
+    table = Statistics.table_of(statistics.center, offset, var, (var + statistics.eps).rsqrt())
+    return replace(statistics, table=table)
 
 
 def _mean(values: Tensor, statistics: Statistics, *, is_masked: bool) -> Tensor:

@@ -17,9 +17,6 @@ from normcore._standardize import Operand, operand_of
 from normcore.normalization import closed_forms
 from normcore.normalization.closed_forms import Statistics
 
-# Half precision is computed in float32, which has to hold products of a few of these.
-_SMALLEST, _LARGEST = 1e-15, 1e15
-
 
 @torch.no_grad()
 def own_statistics(
@@ -54,17 +51,23 @@ def standardize_own(
         by = own_statistics(input, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
         return standardize(input, by, weight, bias, out=out), by
     output = _target(values, out)
-    found, count = _standardize.standardize_own(values, output, weight, bias, eps=eps, has_mean=has_mean)
+    found, count, is_done = _standardize.standardize_own(values, output, weight, bias, eps=eps, has_mean=has_mean)
     by = _statistics(found, count, values.box, axes=axes, eps=eps, has_mean=has_mean)
-    if not _is_usual(values, found):
+    if not is_done:
         output = _filled(out, closed_forms.standardize(input, by, weight, bias))
     return output, by
 
 
 def given_statistics(mean: Tensor, var: Tensor, *, eps: float) -> Statistics:
     """Given statistics, constants that broadcast against the input."""
-    mean, var = mean.detach().double(), var.detach().double()
-    return Statistics(mean, torch.zeros_like(mean), var, (var + eps).sqrt().reciprocal(), eps)
+    table = torch.empty((5, *mean.shape), dtype=torch.float64, device=mean.device)
+    with torch.no_grad():
+        center, offset, total, own, invstd = table.unbind()
+        center.copy_(mean)
+        offset.zero_()
+        total.copy_(mean)
+        torch.add(own.copy_(var), eps, out=invstd).sqrt_().reciprocal_()
+    return Statistics(table, eps)
 
 
 @torch.no_grad()
@@ -73,12 +76,11 @@ def standardize(
 ) -> Tensor:
     """A new tensor, or `out`, of the input's shape, datatype and memory format, cast once."""
     values = operand_of(input, _shared_axes(input, by), weight, bias)
-    found = None if values is None else _array(values, by)
-    if values is None or not _is_usual(values, found):
-        return _filled(out, closed_forms.standardize(input, by, weight, bias))
-    output = _target(values, out)
-    _standardize.standardize(values, output, weight, bias, found)
-    return output
+    if values is not None:
+        output = _target(values, out)
+        if _standardize.standardize(values, output, weight, bias, _array(values, by)):
+            return output
+    return _filled(out, closed_forms.standardize(input, by, weight, bias))
 
 
 @torch.no_grad()
@@ -136,17 +138,18 @@ def input_gradient(
     """The input's gradient dx = s * (a - mean(a) - xh * mean(a * xh)), in its datatype and memory format."""
     if not by.axes:
         # Nothing of the input's values is in it.
-        scale = Statistics(torch.zeros_like(by.center), torch.zeros_like(by.center), by.var, by.invstd, by.eps)
-        return standardize(_laid_out_as(input, grad_output), scale, weight, None)
+        table = by.table.clone()
+        table[:3] = 0.0
+        return standardize(_laid_out_as(input, grad_output), Statistics(table, by.eps), weight, None)
     pair = _pair(grad_output, input, weight, by, None)
     if pair is None:
         return closed_forms.input_gradient(grad_output, input, weight, by, total=sums.total, dot=sums.dot)
     values, grads, found = pair
-    means = [values.box.statistics(term / by.count) for term in (sums.total, sums.dot)]
+    means = values.box.statistics(torch.stack((sums.total, sums.dot)) / by.count)
     if not by.has_mean:
-        means[0] = torch.zeros_like(means[0])
+        means[0] = 0.0
     output = torch.empty_like(values.tensor)
-    _gradients.input_gradient(values, grads, output, weight, found, torch.stack(means).numpy())
+    _gradients.input_gradient(values, grads, output, weight, found, means.numpy())
     return output
 
 
@@ -172,7 +175,12 @@ def _pair(
     if values is None:
         return None
     found = _array(values, by)
-    if not _is_usual(values, found):
+    if values.sum_dtype == np.float32:
+        found = found.copy()
+        center = found[0].astype(np.float32)
+        found[1] += found[0] - center
+        found[0] = center
+    if not _standardize.is_usual(values, found):
         return None
     return values, Operand.of(_laid_out_as(values.tensor, grad_output), values.box), found
 
@@ -181,34 +189,22 @@ def _shared_axes(input: Tensor, by: Statistics) -> tuple[int, ...]:
     """The axes along which values share their statistics."""
     if by.axes:
         return by.axes
-    missing = input.ndim - by.center.ndim
-    return tuple(axis for axis in range(input.ndim) if axis < missing or by.center.shape[axis - missing] == 1)
+    shape = by.table.shape[1:]
+    missing = input.ndim - len(shape)
+    return tuple(axis for axis in range(input.ndim) if axis < missing or shape[axis - missing] == 1)
 
 
 def _array(values: Operand, by: Statistics) -> Any:
-    """Statistics as the kernels take them, the center rounded to what they compute in."""
-    terms = [values.box.statistics(term) for term in (by.center, by.offset, by.var, by.invstd)]
-    if values.dtype == np.float32:
-        center = terms[0].float().double()
-        terms[:2] = center, terms[1] + (terms[0] - center)
-    return torch.stack(terms).numpy()
-
-
-def _is_usual(values: Operand, by: Any) -> bool:
-    """Whether float32 holds what half precision is computed in."""
-    if values.dtype != np.float32:
-        return True
-    invstd = by[3]
-    return not bool(((invstd < _SMALLEST) | (invstd > _LARGEST)).any())
+    """Statistics as the kernels take them."""
+    return values.box.statistics(by.table).numpy()
 
 
 def _statistics(
     by: Any, count: Any, box: Box, *, axes: tuple[int, ...], eps: float, has_mean: bool, mask: Tensor | None = None
 ) -> Statistics:
-    center, offset, var, invstd = box.restore_statistics(torch.from_numpy(by)).unbind(0)
     if mask is not None:
         count = box.restore_statistics(torch.from_numpy(count))
-    return Statistics(center, offset, var, invstd, eps, axes, count, mask, has_mean)
+    return Statistics(box.restore_statistics(torch.from_numpy(by)), eps, axes, count, mask, has_mean)
 
 
 def _as_parameter(sums: Any, box: Box, shape: tuple[int, ...]) -> Tensor:

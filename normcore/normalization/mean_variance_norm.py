@@ -1,7 +1,7 @@
 """Mean-variance normalization: values centred and divided by standard deviation plus eps, over any axes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def mean_variance_norm(
     output: Tensor = _Normalize.apply(input, kept, by, eps)  # type: ignore[no-untyped-call]  # torch's has no types
     grad_input = None if grad_output is None else _gradient(input, grad_output, kept, by, eps=eps)
     dtype = accumulation_dtype(input.dtype)
-    mean, var, invstd = (values.to(dtype, copy=True) for values in (by.mean, by.var, by.invstd))
+    mean, var, invstd = by.summary(by.mean.shape, dtype)
     return MeanVarianceNormResult(output, mean, var, invstd, grad_input, eps, input.detach())
 
 
@@ -123,7 +123,8 @@ class _Normalize(torch.autograd.Function):
 @torch.no_grad()
 def _statistics(input: Tensor, axes: tuple[int, ...], *, eps: float) -> Statistics:
     by = own_statistics(input, axes=axes, eps=0.0)
-    return replace(by, invstd=_inverse(by.var.sqrt() + eps).masked_fill(~by.var.isfinite(), torch.nan))
+    by.invstd.copy_(_inverse(by.var.sqrt() + eps).masked_fill_(~by.var.isfinite(), torch.nan))
+    return by
 
 
 def _standardize(input: Tensor, by: Statistics) -> Tensor:

@@ -159,9 +159,7 @@ class Operands:
     def _result(self, found: Standardized) -> PerSampleResult:
         by = found.statistics
         dtype = accumulation_dtype(self.input.dtype)
-        mean, var, invstd = (
-            term.to(dtype, copy=True).reshape(self.statistics_shape) for term in (by.mean, by.var, by.invstd)
-        )
+        mean, var, invstd = by.summary(self.statistics_shape, dtype)
         count = by.count if by.axes else None
         if isinstance(count, Tensor):
             count = count.reshape(self.statistics_shape)

@@ -176,4 +176,5 @@ def merged_statistics(view: BatchView, batch: Moments, *, eps: float) -> Statist
         expected = "more than 1 value per channel when training"
         raise StatisticsError("batch", expected=expected, received=f"{int(batch.count.min())}")
     mean, var, count = (view.per_channel(term) for term in (batch.mean, batch.var(), batch.count))
-    return Statistics(mean, torch.zeros_like(mean), var, invstd_of(var, eps=eps), eps, view.axes, count)
+    table = Statistics.table_of(mean, torch.zeros_like(mean), var, invstd_of(var, eps=eps))
+    return Statistics(table, eps, view.axes, count)

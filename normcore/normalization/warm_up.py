@@ -5,12 +5,14 @@ import torch
 from normcore.normalization.batch_norm import batch_norm
 from normcore.normalization.group_norm import group_norm
 from normcore.normalization.layer_norm import layer_norm
+from normcore.normalization.lp_norm import lp_norm
+from normcore.normalization.weight_norm import weight_norm
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def warm_up() -> None:
-    """Compile the kernels that the standardize family uses on the CPU, for every datatype and layout.
+    """Compile the kernels that the methods use on the CPU, for every datatype and layout.
 
     A first call compiles what it needs, and keeps it on disk where it can: this is for a service that would rather wait
     before its first request. It takes tens of seconds where nothing is kept, else about one; other threads of the
@@ -25,3 +27,8 @@ def warm_up() -> None:
             group_norm(input, grad_output=input, num_groups=2)
             group_norm(input, mask=mask, num_groups=2)
         layer_norm(images, grad_output=images)
+        # Channels of a group that are many, side by side, in several rows.
+        wide = images[:1].reshape(1, 3, 1, 16).permute(0, 3, 1, 2)
+        group_norm(wide, torch.ones(16), grad_output=wide, num_groups=1)
+        lp_norm(images, grad_output=images, axis=1)
+        weight_norm(images, torch.ones(2), images)

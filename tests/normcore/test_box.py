@@ -61,12 +61,12 @@ def test_statistics_and_parameters_come_back_as_they_went(tensor: torch.Tensor) 
     box = box_of(tensor, (2, 3), shape)
     assert box is not None
     values = torch.randn(shape, dtype=torch.float64)
-    assert torch.equal(box.restore_statistics(box.statistics(values)), values)
+    assert torch.equal(box.restore_statistics(box.statistics(values[None])), values[None])
     assert torch.equal(box.restore_parameters(box.parameters(values)), values)
 
 
 def test_statistics_are_in_the_order_of_memory() -> None:
     box = box_of(TURNED, (2, 3))
     assert box is not None
-    values = torch.arange(12.0).view(6, 2, 1, 1)
-    assert torch.equal(box.statistics(values), values.transpose(0, 1).flatten().double())
+    values = torch.arange(12.0).view(6, 2, 1, 1).double()
+    assert torch.equal(box.statistics(values[None]), values.transpose(0, 1).reshape(1, 12))
