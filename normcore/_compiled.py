@@ -92,13 +92,14 @@ def fused(function: Function) -> Function:
 
 
 def _compile(function: Function, *, fastmath: bool | set[str]) -> Function:
-    folder, found = _cache_folder(), numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = folder or ""
+    compiler: Any = numba.njit
+    config: Any = numba.config
+    folder, found = _cache_folder(), config.CACHE_DIR
+    config.CACHE_DIR = folder or ""
     try:
-        options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath, "cache": folder is not None}
-        made: Function = numba.njit(**options)(function)
+        made: Function = compiler(nogil=True, error_model="numpy", fastmath=fastmath, cache=bool(folder))(function)
     finally:
-        numba.config.CACHE_DIR = found
+        config.CACHE_DIR = found
     return made
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import normcore
 from normcore import _compiled
 from normcore._compiled import compiled, divide, flat, load, store
 
@@ -147,15 +149,32 @@ def _run(program: str, **environment: str) -> str:
     return found.stdout
 
 
-def test_without_a_writable_directory_kernels_compile_all_the_same(tmp_path: Path) -> None:
-    program = (
-        "import torch\n"
-        "from numba.core import caching\n"
-        "caching.CacheImpl._locator_classes = []\n"  # as where no directory is writable
-        "from normcore.normalization import lp_norm, layer_norm\n"
-        "print(layer_norm(torch.tensor([[1.0, 3.0]]), eps=1e-12).output.tolist())"
-    )
-    assert _run(program, HOME=str(tmp_path)).strip() == "[[-1.0, 1.0]]"
+_LAYER_NORM = (
+    "import torch\n"
+    "from normcore.normalization import layer_norm\n"
+    "print(layer_norm(torch.tensor([[1.0, 3.0]]), eps=1e-12).output.tolist())"
+)
+
+
+def test_without_a_writable_directory_kernels_compile_all_the_same() -> None:
+    assert _run(_LAYER_NORM, NUMBA_CACHE_DIR="/proc/nowhere").strip() == "[[-1.0, 1.0]]"
+
+
+def test_kept_machine_code_belongs_to_these_sources(tmp_path: Path) -> None:
+    """A release with other kernels must not find the code of this one, whichever file the change is in."""
+    for _ in range(2):
+        assert _run(_LAYER_NORM, NUMBA_CACHE_DIR=str(tmp_path)).strip() == "[[-1.0, 1.0]]"
+    (folder,) = tmp_path.iterdir()
+    assert list(folder.rglob("*.nbi"))
+    copy = tmp_path / "copy"
+    shutil.copytree(Path(normcore.__file__).parent, copy / "normcore")
+    with (copy / "normcore" / "_sweeps.py").open("a") as changed:
+        changed.write("# another release\n")
+    cache = tmp_path / "other"
+    program = f"import sys; sys.path.insert(0, {str(copy)!r})\n{_LAYER_NORM}"
+    assert _run(program, NUMBA_CACHE_DIR=str(cache)).strip() == "[[-1.0, 1.0]]"
+    (other,) = cache.iterdir()
+    assert other.name != folder.name
 
 
 def test_the_library_is_imported_without_the_compiler() -> None:

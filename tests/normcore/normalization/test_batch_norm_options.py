@@ -257,7 +257,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[ArgumentError], str]] = {
         r"weight: expected shape \(4, 3\), one value per sample and channel",
     ),
     "weights of samples along the channels": (
-        _normalize(weight=torch.ones(4, 3), channel_axis=0),
+        _normalize(weight=torch.ones(4, 3), channel_axis=0, running_mean=torch.zeros(4), running_var=torch.ones(4)),
         ShapeError,
         "weight",
     ),
