@@ -21,7 +21,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from normcore.normalization import METHODS
+from normcore.normalization import METHODS, warm_up
 from service import __version__
 from service.api import (
     calibration,
@@ -216,7 +216,7 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
     # Threads that wait for each other are slower than one, beside the event loop and its senders.
     await reducer.submit(use_one_thread, deadline_s=settings.infer_deadline_s)
     await metadata.transact(lambda _: use_one_thread())
-    restoring = asyncio.create_task(_restore(models, health))
+    restoring = asyncio.create_task(_restore(models, health, warms_up=settings.warm_up))
     stack.callback(restoring.cancel)
     return Services(
         settings=settings,
@@ -235,7 +235,9 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
     )
 
 
-async def _restore(models: Models, health: Health) -> None:
+async def _restore(models: Models, health: Health, *, warms_up: bool) -> None:
+    if warms_up:
+        await asyncio.to_thread(warm_up)
     await models.restore()
     if health.phase == "starting":
         health.phase = "serving"

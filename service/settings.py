@@ -47,6 +47,9 @@ class Settings(BaseSettings):
         30.0, gt=0, description="Longest silence of a client that sends a request or takes an answer, in seconds."
     )
 
+    warm_up: bool = Field(
+        False, description="Compile all normalization kernels before turning ready, half a minute the first time."
+    )
     threads: int = Field(0, ge=0, description="Compute threads of the process; 0 takes the cgroup's CPU quota.")
     device: str = Field(
         "cpu", description="Where normalization is computed: cpu, cuda:N, or auto, a GPU if there is one."

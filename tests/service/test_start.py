@@ -1,17 +1,20 @@
 """Starts that cannot be: one line that names the setting, and an exit code."""
 
 import os
+import re
 import socket
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
 from service.preflight import check_start, unknown_variables
 from service.settings import Settings
+from tests.server import running
 
 
 def _start(tmp_path: Path, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -81,3 +84,12 @@ async def test_auto_without_a_gpu_says_so(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     await check_start(Settings(data_dir=tmp_path / "data", port=0, device="auto"))
     assert "NORMSERVE_DEVICE: auto, but torch finds no GPU" in caplog.text
+
+
+def test_a_service_that_warms_up_is_ready_with_its_kernels(tmp_path: Path) -> None:
+    with running(tmp_path / "data", {"NORMSERVE_WARM_UP": "true"}) as server:
+        body = {"input": [[1, 2], [3, 5]], "training": True}
+        answer = httpx.post(f"{server.url}/v1/normalizations/batch_norm", json=body)
+        assert answer.status_code == 200
+        (compute_ms,) = re.findall(r"compute;dur=([\d.]+)", answer.headers["server-timing"])
+        assert float(compute_ms) < 300  # the kernels of one call take a second to compile
