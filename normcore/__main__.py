@@ -63,8 +63,10 @@ def _plan(wanted: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(plan, indent=1) + "\n")
         return 0
     for entry in plan["normalizations"]:
-        into = f"into {entry['into']}" if entry["status"] == "foldable" else entry["reason"] or ""
-        sys.stdout.write(f"{entry['status']:<10}{entry['normalization']}: {into}\n")
+        said = f"into {entry['into']}" if entry["status"] == "foldable" else entry["reason"] or ""
+        if entry.get("settles"):
+            said += f"; what would settle it: {entry['settles']}"
+        sys.stdout.write(f"{entry['status']:<10}{entry['normalization']}: {said}\n")
     foldable = sum(entry["status"] == "foldable" for entry in plan["normalizations"])
     sys.stdout.write(f"{foldable} of {len(plan['normalizations'])} normalizations would fold\n")
     for note in plan["notes"]:

@@ -11,7 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from normcore.checkpoints.onnx import opset_of
 from normcore.checkpoints.onnx_constants import Value
-from normcore.checkpoints.onnx_shapes import infer_types
+from normcore.checkpoints.onnx_shapes import TensorType, infer_types
 from normcore.folding.onnx.constants import Constants, label
 from normcore.folding.onnx.names import all_names, used_names
 from normcore.folding.onnx.ordering import drop, write_nodes
@@ -218,16 +218,12 @@ class Graph:
 
         A shared weight is never changed: the node that asks gets its own copy.
         """
-        is_private = (
-            instead_of in self._initializers
-            and len(self._uses[instead_of]) == 1
-            and instead_of not in self._outputs
-            and instead_of not in self._overridable
-        )
+        is_visible = instead_of in self._outputs or instead_of in self._overridable
+        is_private = instead_of in self._initializers and len(self._uses[instead_of]) == 1 and not is_visible
         name = instead_of if is_private else self.fresh(fallback)
         tensor = numpy_helper.from_array(np.array(array, order="C"), name)
-        self._initializers[name] = tensor
-        self._new[name] = tensor
+        self._initializers[name] = self._new[name] = tensor
+        self._types[name] = TensorType(tensor.data_type, array.shape)
         return name
 
     def bake(self, name: str, array: NDArray[Any]) -> None:

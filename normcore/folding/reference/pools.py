@@ -31,6 +31,13 @@ class GlobalLpPool(OpRun):
         return ((np.abs(x) ** order).sum(tuple(range(2, x.ndim)), keepdims=True) ** (1 / order),)
 
 
+class GlobalMaxPool(OpRun):
+    """onnx.reference loses an axis of volumes."""
+
+    def _run(self, x: Array) -> tuple[Array]:
+        return (x.max(tuple(range(2, x.ndim)), keepdims=True),)
+
+
 class LRN(OpRun):
     """onnx.reference counts samples where it should count channels."""
 
@@ -63,4 +70,4 @@ class LpNormalization(OpRun):
         return (np.divide(x, norm, out=np.zeros_like(x), where=norm != 0),)
 
 
-OPERATORS: list[type[OpRun]] = [LpPool, GlobalLpPool, LRN, MeanVarianceNormalization, LpNormalization]
+OPERATORS: list[type[OpRun]] = [LpPool, GlobalLpPool, GlobalMaxPool, LRN, MeanVarianceNormalization, LpNormalization]

@@ -63,3 +63,13 @@ def test_what_tells_nothing_says_why(exact: list[float], original: list[float], 
     found = measure(np.dtype(np.float32), exact, original, original)
     assert not found.conclusive
     assert reason in (found.reason or "")
+
+
+def test_another_shape_is_the_folded_network_s_fault_only_where_the_original_has_none_such() -> None:
+    row, column = np.array([[1.0, 2.0, 3.0]]), np.array([[1.0], [2.0], [3.0]])
+    native = row.astype(np.float32)
+    assert not compare(Evaluations(native, column.astype(np.float32), row, row)).equivalent
+    assert not compare(Evaluations(native, native, row, column)).equivalent
+    beside = compare(Evaluations(native, native, column, column))
+    assert not beside.conclusive
+    assert "(1, 3) at run time and (3, 1) in float64" in (beside.reason or "")

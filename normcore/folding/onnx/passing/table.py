@@ -1,6 +1,7 @@
 """The table of passing rules."""
 
 from normcore.folding.onnx.passing.activation import ActivationRule
+from normcore.folding.onnx.passing.casting import CastRule
 from normcore.folding.onnx.passing.identity import IdentityRule
 from normcore.folding.onnx.passing.joining import ConcatRule, SumRule
 from normcore.folding.onnx.passing.padding import PadRule
@@ -13,6 +14,7 @@ from normcore.folding.onnx.passing.views import ReshapeRule, SqueezeRule, Transp
 
 _RULES: tuple[PassRule, ...] = (
     IdentityRule(),
+    CastRule(),
     TransposeRule(),
     ReshapeRule(),
     SqueezeRule(),

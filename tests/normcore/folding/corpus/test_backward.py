@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from tests.normcore.folding.builder import Net, fold_and_compare, noise, operators, refusal
 
@@ -396,3 +396,24 @@ def test_refuses_reshape_of_two_computed_sizes() -> None:
     image = net.op("Reshape", flat, net.op("Concat", sizes, ints(net, 4, 5), axis=0))
     model = net.model({"x": ("n", 3), "y": ("n", "c")}, net.norm(image, C))
     assert "splits or merges" in refusal(model) or "free size" in refusal(model)
+
+
+WIDE = [[TensorProto.FLOAT], [TensorProto.DOUBLE, TensorProto.FLOAT]]
+
+
+@pytest.mark.parametrize("targets", WIDE, ids=["same", "through-double"])
+def test_folds_through_casts_that_keep_every_number(targets: list[int]) -> None:
+    net = Net()
+    name = net.op("Conv", "x", net.weight(4, 3, 3, 3))
+    for target in targets:
+        name = net.op("Cast", name, to=target)
+    folded, _ = fold_and_compare(net.model({"x": (2, 3, 8, 7)}, net.norm(name, 4)), x=noise(2, 3, 8, 7))
+    assert operators(folded) == ["Conv", *["Cast"] * len(targets)]
+
+
+@pytest.mark.parametrize("target", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT32])
+def test_refuses_casts_that_round(target: int) -> None:
+    net = Net()
+    rounded = net.op("Cast", net.op("Conv", "x", net.weight(4, 3, 3, 3)), to=target)
+    model = net.model({"x": (2, 3, 8, 7)}, net.norm(net.op("Cast", rounded, to=TensorProto.FLOAT), 4))
+    assert "turns" in refusal(model)

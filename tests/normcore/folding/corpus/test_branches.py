@@ -124,3 +124,16 @@ def test_refuses_float16_sum_that_overflows() -> None:
     parts = [net.op("Conv", "x", weight, pads=[1] * 4) for weight in (large, large)]
     model = net.model({"x": (2, C, 10, 8)}, net.op("Add", *parts))
     assert fold_onnx(model)[0] == model
+
+
+def test_merges_branches_whose_weights_stood_in_constant_nodes() -> None:
+    """What a fold stores under a new name is known by its shape as soon as it is there."""
+    net = Net()
+    branches = []
+    for size in (3, 5):
+        net.constant(net.generator.standard_normal((C, C, size, size)).astype(np.float32), f"k{size}")
+        weight = net.op("Constant", value=net.initializers.pop(f"k{size}"))
+        branches.append(net.norm(net.op("Conv", "x", weight, pads=[size // 2] * 4), C))
+    model = net.model({"x": (2, C, 10, 8)}, net.op("Relu", net.op("Add", *branches)))
+    folded, _ = fold_and_compare(model, tolerance=1e-5, x=noise(2, C, 10, 8))
+    assert operators(folded) == ["Conv", "Relu"]
