@@ -68,6 +68,8 @@ async def infer(name: str, version: str | None, scope: Scope, receive: Receive, 
     headers = Headers(scope=scope)
     header = headers.get("inference-header-content-length")
     async with Received(receive, headers, services, aligned_at=_number(header)) as body:
+        if entry.loaded is None:  # another may have taken its place while the body came
+            entry = _find(services.models, name, version)
         started = time.perf_counter_ns()
         request = await _decode(body, header, entry, services)
         decoded = time.perf_counter_ns()

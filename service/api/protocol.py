@@ -12,6 +12,7 @@ from service import __version__
 from service.api.body import received_small
 from service.api.dependencies import ServicesDep
 from service.application.models import Entry
+from service.codecs.json_text import describe, expect_object
 from service.codecs.model_config import decode_overrides
 from service.datatypes import by_name
 from service.engine.protocol import TensorSpec
@@ -141,10 +142,8 @@ async def load_model(name: str, request: Request, services: ServicesDep) -> Resp
     """
     services.health.refuse_while_draining()
     document = await _document(request, services, limit_bytes=services.settings.max_json_bytes)
-    parameters = document.get("parameters") or {}
-    if not isinstance(parameters, dict):
-        raise PayloadMalformedError("parameters: expected an object")
-    overrides = await asyncio.to_thread(decode_overrides, parameters)
+    parameters = _parameters(document)
+    overrides = await asyncio.to_thread(decode_overrides, parameters, model=name)
     if overrides is None:
         await services.models.load(name)
     elif overrides.files:
@@ -157,8 +156,17 @@ async def load_model(name: str, request: Request, services: ServicesDep) -> Resp
 
 @router.post("/repository/models/{name}/unload")
 async def unload_model(name: str, request: Request, services: ServicesDep) -> Response:
-    """Unload every version of a model; it stays registered."""
-    await _document(request, services)
+    """Unload every version of a model, once the requests that it has accepted are answered; it stays registered.
+
+    Of the parameters only `unload_dependents` is known; no model here has any, so that both values do the same.
+    """
+    document = await _document(request, services)
+    parameters = _parameters(document)
+    for key, value in parameters.items():
+        if key != "unload_dependents":
+            raise UnsupportedError(f"parameters: expected unload_dependents, received {key[:80]!r}")
+        if not isinstance(value, bool):
+            raise PayloadMalformedError(f"parameters.{key}: expected true or false, received {describe(value)}")
     await services.models.unload(name)
     return Response(status_code=200)
 
@@ -203,6 +211,11 @@ def _config_input(spec: TensorSpec, *, is_batched: bool) -> dict[str, Any]:
         "optional": spec.is_optional,
         "is_shape_tensor": False,
     }
+
+
+def _parameters(document: dict[str, Any]) -> dict[str, object]:
+    parameters = document.get("parameters")
+    return {} if parameters is None else expect_object(parameters, field="parameters")
 
 
 async def _keep(services: Services, content: bytes) -> str:
