@@ -34,10 +34,11 @@ async def test_versions_that_cannot_be_are_404(client: httpx.AsyncClient, versio
     refused(answer, 404, "model_not_found", "version")
 
 
-async def test_a_version_that_is_no_number_is_400_on_v2(client: httpx.AsyncClient) -> None:
+async def test_a_version_that_is_no_number_is_404(client: httpx.AsyncClient) -> None:
     for path in ("", "/ready", "/config", "/stats"):
-        answer = await client.get(f"/v2/models/normcore.batch_norm/versions/x{path}")
-        refused(answer, 400, "parameter_invalid", "version")
+        for version in ("x", "+1", "1.0", "%201"):
+            answer = await client.get(f"/v2/models/normcore.batch_norm/versions/{version}{path}")
+            refused(answer, 404, "model_not_found", "version")
     refused(await client.delete("/v1/models/m/versions/x"), 422, "parameter_invalid", "version")
 
 
