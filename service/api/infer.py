@@ -62,11 +62,13 @@ class InferRoute:
 async def infer(name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
     """One inference, bytes to bytes."""
     services = services_of(scope)
-    entry = _find(services.models, name, version)
+    entry = find_entry(services.models, name, version)
     entry.engine()
     headers = headers_of(scope)
     header = headers.get("inference-header-content-length")
     async with Received(receive, headers, services, aligned_at=_number(header)) as body:
+        if entry.loaded is None:  # another may have taken its place while the body came
+            entry = find_entry(services.models, name, version)
         started = time.perf_counter_ns()
         request = await _decode(body, header, entry, services)
         decoded = time.perf_counter_ns()
@@ -80,7 +82,8 @@ async def infer(name: str, version: str | None, scope: Scope, receive: Receive, 
     await send_tensors(send, encoded, timing, coding=response_coding(headers))
 
 
-def _find(models: Models, name: str, version: str | None) -> Entry:
+def find_entry(models: Models, name: str, version: str | None) -> Entry:
+    """The model and version that a path names. Raises ModelNotFoundError."""
     if version is None:
         return models.find(name)
     if len(version) > _VERSION_DIGITS or not version.isascii() or not version.isdigit():

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from service.api.dependencies import ServicesDep
 from service.api.errors import problem
-from service.api.schemas import JobAnswer, JobList, JobSummary
+from service.api.job_schemas import JobAnswer, JobList, JobSummary
 from service.application.jobs import Job, Report
 from service.state import Services
 

@@ -35,6 +35,19 @@ INFER_EXAMPLE: dict[str, Any] = {
     "parameters": {"training": True},
 }
 
+# What a route's own code does not say of its parameters.
+_DESCRIPTIONS = {
+    "name": "Name of the model.",
+    "version": "Version of the model, a whole number.",
+    "method": "Name of the normalization method.",
+    "statistics_id": "Id of the statistics.",
+    "checkpoint_id": "Id of the checkpoint: the SHA-256 of its file.",
+    "other_id": "Id of the checkpoint to compare it with.",
+    "job_id": "Id of the job.",
+    "bins": "Bins of equal width, at most NORMSERVE_MAX_HISTOGRAM_BINS.",
+    "channel": "Index of the channel; all together if omitted.",
+}
+
 
 def install(app: FastAPI) -> None:
     """Make `app.openapi` answer the completed document."""
@@ -51,6 +64,7 @@ def install(app: FastAPI) -> None:
                     schema["components"]["schemas"].update(_nested_schemas(operation))
                     _require_path_parameters(operation)
                     _summarize(operation)
+                    _describe_parameters(operation)
                     _describe_errors(operation)
             app.openapi_schema = schema
         return app.openapi_schema
@@ -205,6 +219,12 @@ def _summarize(operation: dict[str, Any]) -> None:
     description = operation.setdefault("description", operation["summary"])
     if "operationId" in operation and not operation["operationId"].startswith(_OWN):
         operation["summary"] = description.partition("\n")[0].rstrip(".")
+
+
+def _describe_parameters(operation: dict[str, Any]) -> None:
+    for parameter in operation.get("parameters", ()):
+        if parameter["name"] in _DESCRIPTIONS:
+            parameter.setdefault("description", _DESCRIPTIONS[parameter["name"]])
 
 
 def _describe_errors(operation: dict[str, Any]) -> None:

@@ -11,7 +11,9 @@ from fastapi.responses import JSONResponse
 from service import __version__
 from service.api.body import received_small
 from service.api.dependencies import ServicesDep
+from service.api.infer import find_entry
 from service.application.models import Entry
+from service.codecs.json_text import describe, expect_object
 from service.codecs.model_config import decode_overrides
 from service.datatypes import by_name
 from service.engine.protocol import TensorSpec
@@ -20,7 +22,20 @@ from service.state import Services
 
 _INLINE_JSON_BYTES = 64 * 1024
 
+
+def _body(example: dict[str, Any], **properties: Any) -> dict[str, Any]:
+    """The OpenAPI request body of a route whose body may also be empty."""
+    schema = {"type": "object", "properties": properties}
+    return {"requestBody": {"required": False, "content": {"application/json": {"schema": schema, "example": example}}}}
+
+
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+
+_VERSIONED = {
+    "parameters": [
+        {"name": "version", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 1}, "example": 1}
+    ]
+}
 
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics")
 
@@ -61,25 +76,25 @@ async def read_all_statistics(services: ServicesDep) -> dict[str, Any]:
     return _statistics(entry for entry in services.models.entries() if entry.loaded)
 
 
-@router.get("/models/{name}/versions/{version}/stats")
+@router.get("/models/{name}/versions/{version}/stats", openapi_extra=_VERSIONED)
 @router.get("/models/{name}/stats")
-async def read_model_statistics(name: str, services: ServicesDep, version: int | None = None) -> dict[str, Any]:
+async def read_model_statistics(name: str, request: Request, services: ServicesDep) -> dict[str, Any]:
     """Counters of one model."""
-    return _statistics([_ready(services, name, version)])
+    return _statistics([_ready(services, name, request)])
 
 
-@router.get("/models/{name}/versions/{version}/ready")
+@router.get("/models/{name}/versions/{version}/ready", openapi_extra=_VERSIONED)
 @router.get("/models/{name}/ready")
-async def is_model_ready(name: str, services: ServicesDep, version: int | None = None) -> dict[str, Any]:
+async def is_model_ready(name: str, request: Request, services: ServicesDep) -> dict[str, Any]:
     """Whether a model answers; 503 with the reason otherwise."""
-    return {"name": _ready(services, name, version).name, "ready": True}
+    return {"name": _ready(services, name, request).name, "ready": True}
 
 
-@router.get("/models/{name}/versions/{version}/config")
+@router.get("/models/{name}/versions/{version}/config", openapi_extra=_VERSIONED)
 @router.get("/models/{name}/config")
-async def read_config(name: str, services: ServicesDep, version: int | None = None) -> dict[str, Any]:
+async def read_config(name: str, request: Request, services: ServicesDep) -> dict[str, Any]:
     """The model configuration, in the form that Triton's clients read."""
-    entry = _ready(services, name, version)
+    entry = _ready(services, name, request)
     spec, options = entry.engine().spec, entry.options
     is_batched = options.max_batch_size > 0
     kind = "KIND_CPU" if options.device == "cpu" else "KIND_AUTO"
@@ -104,11 +119,11 @@ async def read_config(name: str, services: ServicesDep, version: int | None = No
     return config
 
 
-@router.get("/models/{name}/versions/{version}")
+@router.get("/models/{name}/versions/{version}", openapi_extra=_VERSIONED)
 @router.get("/models/{name}")
-async def read_model_metadata(name: str, services: ServicesDep, version: int | None = None) -> dict[str, Any]:
+async def read_model_metadata(name: str, request: Request, services: ServicesDep) -> dict[str, Any]:
     """Versions, inputs and outputs of a model."""
-    spec = _ready(services, name, version).engine().spec
+    spec = _ready(services, name, request).engine().spec
     return {
         "name": spec.name,
         "versions": services.models.ready_versions(name),
@@ -118,7 +133,7 @@ async def read_model_metadata(name: str, services: ServicesDep, version: int | N
     }
 
 
-@router.post("/repository/index")
+@router.post("/repository/index", openapi_extra=_body({"ready": True}, ready={"type": "boolean"}))
 async def index_repository(request: Request, services: ServicesDep) -> list[dict[str, str]]:
     """Every version of every model and its state; `{"ready": true}` asks for the ready ones only."""
     document = await _document(request, services)
@@ -132,7 +147,7 @@ async def index_repository(request: Request, services: ServicesDep) -> list[dict
     ]
 
 
-@router.post("/repository/models/{name}/load")
+@router.post("/repository/models/{name}/load", openapi_extra=_body({}, parameters={"type": "object"}))
 async def load_model(name: str, request: Request, services: ServicesDep) -> Response:
     """Load every version of a registered model; a loaded one is swapped only when the new one is ready.
 
@@ -141,10 +156,8 @@ async def load_model(name: str, request: Request, services: ServicesDep) -> Resp
     """
     services.health.refuse_while_draining()
     document = await _document(request, services, limit_bytes=services.settings.max_json_bytes)
-    parameters = document.get("parameters") or {}
-    if not isinstance(parameters, dict):
-        raise PayloadMalformedError("parameters: expected an object")
-    overrides = await asyncio.to_thread(decode_overrides, parameters)
+    parameters = _parameters(document)
+    overrides = await asyncio.to_thread(decode_overrides, parameters, model=name)
     if overrides is None:
         await services.models.load(name)
     elif overrides.files:
@@ -155,10 +168,19 @@ async def load_model(name: str, request: Request, services: ServicesDep) -> Resp
     return Response(status_code=200)
 
 
-@router.post("/repository/models/{name}/unload")
+@router.post("/repository/models/{name}/unload", openapi_extra=_body({}, parameters={"type": "object"}))
 async def unload_model(name: str, request: Request, services: ServicesDep) -> Response:
-    """Unload every version of a model; it stays registered."""
-    await _document(request, services)
+    """Unload every version of a model, once the requests that it has accepted are answered; it stays registered.
+
+    Of the parameters only `unload_dependents` is known; no model here has any, so that both values do the same.
+    """
+    document = await _document(request, services)
+    parameters = _parameters(document)
+    for key, value in parameters.items():
+        if key != "unload_dependents":
+            raise UnsupportedError(f"parameters: expected unload_dependents, received {key[:80]!r}")
+        if not isinstance(value, bool):
+            raise PayloadMalformedError(f"parameters.{key}: expected true or false, received {describe(value)}")
     await services.models.unload(name)
     return Response(status_code=200)
 
@@ -173,8 +195,8 @@ async def refuse_extension(request: Request) -> None:
     raise UnsupportedError(f"{request.url.path}: trace settings, log settings and shared memory are not supported")
 
 
-def _ready(services: Services, name: str, version: int | None) -> Entry:
-    entry = services.models.find(name, version)
+def _ready(services: Services, name: str, request: Request) -> Entry:
+    entry = find_entry(services.models, name, request.path_params.get("version"))
     entry.engine()
     return entry
 
@@ -203,6 +225,11 @@ def _config_input(spec: TensorSpec, *, is_batched: bool) -> dict[str, Any]:
         "optional": spec.is_optional,
         "is_shape_tensor": False,
     }
+
+
+def _parameters(document: dict[str, Any]) -> dict[str, object]:
+    parameters = document.get("parameters")
+    return {} if parameters is None else expect_object(parameters, field="parameters")
 
 
 async def _keep(services: Services, content: bytes) -> str:

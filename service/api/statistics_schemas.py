@@ -120,6 +120,7 @@ class Statistics(StatisticsSummary):
 
     count: int | list[int] = Field(description="Values per channel; a list where the channels differ.")
     statistics: Definitions
+    explanation: str = Field(description="How the definitions differ in these numbers, and whether that matters.")
 
 
 class Posted(BaseModel):
@@ -165,6 +166,7 @@ def document(snapshot: Snapshot) -> bytes:
     }
     content: dict[str, Any] = StatisticsSummary.of(snapshot.record).model_dump()
     content |= {"count": count_of(snapshot.count), "statistics": definitions}
+    content["explanation"] = snapshot.explanation
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
 

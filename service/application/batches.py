@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from normcore.errors import ParameterError
+from normcore.errors import ParameterError, StatisticsError
 from normcore.statistics import Histogram, Moments, MomentsStream
 from normcore.statistics.values import check_mask
 from service.application.sample import Sample
@@ -70,7 +70,7 @@ class Batches:
             given = {name: to_torch(array, argument=name) for name, array in tensors.items()}
             if are_given:
                 count, mean, m2 = (given[name].double() for name in MOMENT_NAMES)
-                return Reduced(Moments(count.expand(mean.shape) if count.ndim == 0 else count, mean, m2))
+                return Reduced(_possible(Moments(count.expand(mean.shape) if count.ndim == 0 else count, mean, m2)))
             moments = Moments.of(given["input"], channel_axis=record.channel_axis, mask=given.get("mask"))
             return Reduced(moments, self._histogram(tensors["input"], given.get("mask"), record))
 
@@ -104,6 +104,13 @@ class Batches:
         sample = Sample(stored, channel_axis=axis, limit=self._histogram_values)
         reader = _Reader(datatype, is_swapped=is_swapped)
         return BatchStream(self._worker, moments, sample, reader, digest, deadline_s=self._deadline_s)
+
+
+def _possible(moments: Moments) -> Moments:
+    """Refuse squares that so few values cannot have; not NaN, which nan_policy judges."""
+    if bool(((moments.count <= 1) & (moments.m2 > 0)).any()):
+        raise StatisticsError("m2", expected="0 where count is 0 or 1", received=f"{float(moments.m2.max()):g}")
+    return moments
 
 
 class BatchStream:

@@ -26,6 +26,8 @@ RESERVED_PARAMETERS = frozenset(
         "deterministic",
     )
 )
+_WHOLE_NUMBERS = ("priority", "sequence_id")
+_FLAGS = ("sequence_start", "sequence_end")
 
 
 class Inference:
@@ -44,6 +46,8 @@ class Inference:
             engine = entry.engine()
             check_inputs(engine.spec, inputs)
             check_outputs(engine.spec, outputs)
+            if parameters:
+                _check_reserved(parameters)
             custom: Parameters = {key: value for key, value in parameters.items() if key not in RESERVED_PARAMETERS}
             if entry.name == BATCH_NORM and not STATISTICS_PARAMETERS.isdisjoint(custom):
                 inputs, custom = await with_statistics(self._statistics, inputs, custom)
@@ -64,6 +68,17 @@ class Inference:
         if isinstance(timeout_us, bool) or not isinstance(timeout_us, int) or timeout_us < 0:
             raise ParameterError("timeout", expected="microseconds as a whole number >= 0", received=repr(timeout_us))
         return self._deadline_s if timeout_us >= self._deadline_s * 1e6 else timeout_us / 1e6
+
+
+def _check_reserved(parameters: Parameters) -> None:
+    """Requests are run in the order of their arrival and know no sequences: these are only checked."""
+    for name in _WHOLE_NUMBERS:
+        value = parameters.get(name, 0)
+        is_text = name == "sequence_id" and isinstance(value, str)
+        if not is_text and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ParameterError(name, expected="a whole number >= 0", received=repr(value))
+    for name in _FLAGS:
+        _flag(parameters, name)
 
 
 def _reason(error: BaseException) -> FailureReason:

@@ -218,8 +218,6 @@ class Models:
                 undo.pop_all()
             self._entries[name] = loaded
         for entry in before.values():
-            if entry.loaded is not None:
-                await entry.loaded.drain()
             await self._unload(entry)
 
     async def _serve(self, record: ModelRecord) -> Entry:
@@ -257,8 +255,9 @@ class Models:
         if engine is not None:
             entry.state = "UNLOADING"
             try:
-                await engine.close()
+                await engine.drain()  # what it has accepted; nobody finds it any more
             finally:
+                await engine.close()
                 entry.state = "UNAVAILABLE"
 
     async def _restore(self, entry: Entry) -> None:

@@ -19,11 +19,15 @@ DEFINITIONS = ("pooled", "pooled_unbiased", "paper", "ema", "ema_debiased")
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A resource at one moment: values per channel, and mean and variance by definition, None where it has none."""
+    """A resource at one moment: values per channel, and mean and variance by definition, None where it has none.
+
+    `explanation` says how these differ.
+    """
 
     record: StatisticsRecord
     count: Tensor
     definitions: dict[str, dict[str, Tensor] | None]
+    explanation: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ def snapshot(stored: Stored) -> Snapshot:
         name: None if values is None else {key: from_torch(tensor) for key, tensor in values.items()}
         for name, values in found.items()
     }
-    return Snapshot(stored.record, from_torch(population.pooled_moments.count), arrays)
+    return Snapshot(stored.record, from_torch(population.pooled_moments.count), arrays, population.explanation)
 
 
 def running_of(stored: Stored, definition: str) -> Running:

@@ -1,7 +1,6 @@
 """The parameters of a load in the model repository extension: a model configuration and files."""
 
 import base64
-import binascii
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,24 +8,28 @@ from typing import Any
 
 import orjson
 
+from service.codecs.json_text import describe
 from service.errors import PayloadMalformedError, UnsupportedError
 
 _FILE = re.compile(r"file:([1-9][0-9]{0,8})/model\.onnx")
 # What a configuration may say beside the options that it changes; the file decides these.
 _DESCRIPTIVE = frozenset(
     (
-        "name",
-        "platform",
-        "backend",
         "input",
         "output",
-        "version_policy",
-        "parameters",
-        "model_warmup",
         "model_transaction_policy",
         "default_model_filename",
     )
 )
+# What it may say in one way only: as our own configurations do, or not at all.
+_FIXED: Mapping[str, tuple[object, ...]] = {
+    "platform": ("onnxruntime_onnx", ""),
+    "backend": ("onnxruntime", ""),
+    "version_policy": ({"all": {}},),
+    "parameters": ({},),
+    "model_warmup": ([],),
+}
+_KINDS = ("KIND_AUTO", "KIND_CPU")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Overrides:
     files: dict[int, bytes]
 
 
-def decode_overrides(parameters: Mapping[str, object]) -> Overrides | None:
+def decode_overrides(parameters: Mapping[str, object], *, model: str) -> Overrides | None:
     """Read `config` (a JSON text) and `file:<version>/model.onnx` (base64); None where there are neither.
 
     Raises:
@@ -55,7 +58,7 @@ def decode_overrides(parameters: Mapping[str, object]) -> Overrides | None:
             raise UnsupportedError(f"parameters: expected config or file:<version>/model.onnx, received {name[:80]!r}")
     if config is None and files:
         raise PayloadMalformedError("parameters.config: expected the configuration that belongs to the files")
-    return None if config is None else Overrides(_options(config), files)
+    return None if config is None else Overrides(_options(config, model), files)
 
 
 def _config(value: object) -> dict[str, Any]:
@@ -78,11 +81,11 @@ def _file(name: str, value: object) -> tuple[int, bytes]:
         raise PayloadMalformedError(f"parameters.{name}: expected base64 as a text")
     try:
         return int(found[1]), base64.b64decode(value, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii's own, or its refusal of what is not ASCII
         raise PayloadMalformedError(f"parameters.{name}: expected base64: {error}") from None
 
 
-def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+def _options(config: Mapping[str, Any], model: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, value in config.items():
         if name == "max_batch_size":
@@ -93,16 +96,35 @@ def _options(config: Mapping[str, Any]) -> dict[str, Any]:
             options["max_queue_delay_us"] = _number(delay, place, limit=10_000_000)
         elif name == "instance_group":
             options["instances"] = _instances(value)
+        elif name == "name":
+            if value not in (model, ""):
+                expected = f"the model's own name {model!r}"
+                raise PayloadMalformedError(f"parameters.config.name: expected {expected}, received {describe(value)}")
+        elif name in _FIXED:
+            _check_fixed(name, value)
         elif name not in _DESCRIPTIVE:
             raise UnsupportedError(f"parameters.config.{name[:80]}: no model here can do this")
     return options
+
+
+def _check_fixed(name: str, value: object) -> None:
+    if value not in _FIXED[name]:
+        only = orjson.dumps(_FIXED[name][0]).decode()
+        raise UnsupportedError(f"parameters.config.{name}: every model here has {only}, received {describe(value)}")
 
 
 def _instances(value: object) -> int:
     groups = value if isinstance(value, list) else []
     if len(groups) != 1:
         raise PayloadMalformedError("parameters.config.instance_group: expected a list of one group")
-    return max(1, _number(_object(groups[0], "instance_group").get("count", 1), "instance_group.count", limit=64))
+    group = _object(groups[0], "instance_group")
+    kind = group.get("kind", "KIND_AUTO")
+    if kind not in _KINDS:
+        raise UnsupportedError(
+            f"parameters.config.instance_group.kind: expected {' or '.join(_KINDS)}, received {describe(kind)}; "
+            "the device is chosen where a model is registered"
+        )
+    return max(1, _number(group.get("count", 1), "instance_group.count", limit=64))
 
 
 def _object(value: object, place: str) -> dict[str, Any]:

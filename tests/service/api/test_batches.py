@@ -140,6 +140,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "count too large": ({"json": {"count": 1e300, "mean": [1] * 3, "m2": [1] * 3}}, 422, "statistics_invalid"),
     "count NaN": ({"json": {"count": "NaN", "mean": [1] * 3, "m2": [1] * 3}}, 422, "statistics_invalid"),
     "m2 negative": ({"json": {"count": 2, "mean": [1] * 3, "m2": [1, 1, -1]}}, 422, "statistics_invalid"),
+    "m2 of one": ({"json": {"count": [2, 1, 2], "mean": [1] * 3, "m2": [1] * 3}}, 422, "statistics_invalid"),
+    "m2 of none": ({"json": {"count": [0, 2, 2], "mean": [1] * 3, "m2": [1] * 3}}, 422, "statistics_invalid"),
     "m2 shape": ({"json": {"count": 2, "mean": [1] * 3, "m2": [1] * 2}}, 422, "shape_mismatch"),
     "mean scalar": ({"json": {"count": 2, "mean": 1, "m2": 1}}, 422, "shape_mismatch"),
     "moments missing": ({"json": {"count": 2, "mean": [1] * 3}}, 422, "parameter_invalid"),

@@ -26,6 +26,10 @@ async def test_every_operation_is_described(client: httpx.AsyncClient) -> None:
             assert operation["summary"], (method, path)
             assert operation["description"], (method, path)
             assert operation["responses"]["default"]["content"]["application/json"]["schema"], (method, path)
+            for parameter in operation.get("parameters", ()):
+                assert parameter.get("description"), (method, path, parameter["name"])
+            named = {parameter["name"] for parameter in operation.get("parameters", ()) if parameter["in"] == "path"}
+            assert named == set(re.findall(r"{(\w+)}", path)), (method, path)
 
 
 async def test_operation_ids_are_names_of_their_own(client: httpx.AsyncClient) -> None:
@@ -49,6 +53,8 @@ async def test_every_self_contained_example_runs(client: httpx.AsyncClient) -> N
         body = item.get("post", {}).get("requestBody", {}).get("content", {}).get("application/json", {})
         if "example" not in body or "checkpoint" in f"{path}{body['example']}":
             continue  # examples that need an uploaded file run in the README's test
+        if "{name}/" in path and "/repository/" in path:
+            continue  # a model that can be loaded needs a file too
         values = {parameter["name"]: parameter.get("example") for parameter in item["post"].get("parameters", [])}
         made = [(await client.post("/v1/statistics", json={"num_features": 2})).json()["id"] for _ in range(2)]
         values["statistics_id"] = made[0]
@@ -58,6 +64,7 @@ async def test_every_self_contained_example_runs(client: httpx.AsyncClient) -> N
         assert answer.status_code == (201 if path in CREATING else 200), (url, answer.text)
         ran.append(path)
     assert {*CREATING, "/v1/statistics/{statistics_id}/batches", "/v2/models/{name}/infer"} <= set(ran)
+    assert "/v2/repository/index" in ran
 
 
 @pytest.mark.parametrize("page", ["/docs", "/redoc"])

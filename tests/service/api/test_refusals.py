@@ -140,6 +140,20 @@ async def test_infer_refuses_with_400(client: httpx.AsyncClient, call: dict[str,
         assert word in answer.json()["error"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("priority", value) for value in (-1, 0.5, True, "high")],
+        *[("sequence_id", value) for value in (-1, 0.5, True)],
+        *[("sequence_start", 1), ("sequence_end", "no"), ("deterministic", 1), ("triton_x", 1)],
+    ],
+)
+async def test_parameters_of_the_protocol_have_their_types(client: httpx.AsyncClient, name: str, value: Any) -> None:
+    answer = await client.post(INFER, **_binary(_input() | {"parameters": {name: value, "training": True}}, DATA))
+    assert answer.status_code == 400, answer.text
+    assert name in answer.json()["error"]
+
+
 async def test_unknown_models_are_404(client: httpx.AsyncClient) -> None:
     for answer in (
         await client.post("/v2/models/nobody/infer", json={}),

@@ -1,6 +1,7 @@
 """What breaks services that only meet polite callers one at a time: odd headers, odd numbers, and races."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -33,10 +34,11 @@ async def test_versions_that_cannot_be_are_404(client: httpx.AsyncClient, versio
     refused(answer, 404, "model_not_found", "version")
 
 
-async def test_a_version_that_is_no_number_is_400_on_v2(client: httpx.AsyncClient) -> None:
+async def test_a_version_that_is_no_number_is_404(client: httpx.AsyncClient) -> None:
     for path in ("", "/ready", "/config", "/stats"):
-        answer = await client.get(f"/v2/models/normcore.batch_norm/versions/x{path}")
-        refused(answer, 400, "parameter_invalid", "version")
+        for version in ("x", "+1", "1.0", "%201"):
+            answer = await client.get(f"/v2/models/normcore.batch_norm/versions/{version}{path}")
+            refused(answer, 404, "model_not_found", "version")
     refused(await client.delete("/v1/models/m/versions/x"), 422, "parameter_invalid", "version")
 
 
@@ -112,6 +114,55 @@ async def test_a_load_fails_no_request_of_the_engine_it_replaces(client: httpx.A
     assert not any(request.done() for request in requests)
     assert (await client.post("/v2/repository/models/swapped/load")).status_code == 200
     assert [answer.status_code for answer in await asyncio.gather(*requests)] == [200] * 4
+
+
+@pytest.mark.parametrize("is_deleted", [False, True], ids=["unload", "delete"])
+async def test_a_model_that_goes_answers_what_it_has_accepted(client: httpx.AsyncClient, is_deleted: bool) -> None:
+    name = "deleted" if is_deleted else "unloaded"
+    assert (await _serve(client, name, hostile.counted_loop())).status_code == 201
+    call = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [200_000, 0, 0, 0]}]}
+    requests = [asyncio.create_task(client.post(f"/v2/models/{name}/infer", json=call)) for _ in range(4)]
+    await asyncio.sleep(0.05)
+    assert not any(request.done() for request in requests)
+    if is_deleted:
+        gone = await client.delete(f"/v1/models/{name}/versions/1")
+    else:
+        gone = await client.post(f"/v2/repository/models/{name}/unload", json={"parameters": {}})
+    assert gone.is_success
+    assert [answer.status_code for answer in await asyncio.gather(*requests)] == [200] * 4
+    assert (await client.post(f"/v2/models/{name}/infer", json=call)).status_code == (404 if is_deleted else 503)
+
+
+async def test_a_body_that_comes_after_its_version_went_meets_the_other_one(tmp_path: Path) -> None:
+    async with running_app(small_settings(tmp_path, body_timeout_s=20)) as app, http(app) as client:
+        for _ in range(2):
+            assert (await _serve(client, "late", hostile.counted_loop())).status_code == 201
+        begun, gone = asyncio.Event(), asyncio.Event()
+
+        async def body() -> AsyncIterator[bytes]:
+            yield b'{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", '
+            begun.set()
+            await gone.wait()
+            yield b'"data": [1, 0, 0, 0]}]}'
+
+        request = asyncio.create_task(client.post("/v2/models/late/infer", content=body()))
+        await begun.wait()
+        assert (await client.delete("/v1/models/late/versions/2")).status_code == 204
+        gone.set()
+        answer = await request
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model_version"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "status"), [(3, 400), ([], 400), ({"unload_dependents": 1}, 400), ({"force": True}, 501)]
+)
+async def test_parameters_of_an_unload_are_checked(client: httpx.AsyncClient, parameters: object, status: int) -> None:
+    assert (await _serve(client, "stays", hostile.counted_loop())).status_code in (201, 409)
+    answer = await client.post("/v2/repository/models/stays/unload", json={"parameters": parameters})
+    assert answer.status_code == status, answer.text
+    assert "parameters" in answer.json()["error"]
+    assert (await client.get("/v2/models/stays/ready")).status_code == 200
 
 
 async def test_refusals_leave_the_budget_as_it_was(tmp_path: Path) -> None:

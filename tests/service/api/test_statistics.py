@@ -29,7 +29,7 @@ async def test_a_new_resource_is_described(client: httpx.AsyncClient) -> None:
     document = answer.json()
     assert answer.status_code == 201
     assert answer.headers["location"] == f"/v1/statistics/{document['id']}"
-    assert document | {"id": "", "created_at": ""} == {
+    assert document | {"id": "", "created_at": "", "explanation": ""} == {
         "id": "",
         "name": "stem",
         "num_features": 2,
@@ -49,9 +49,20 @@ async def test_a_new_resource_is_described(client: httpx.AsyncClient) -> None:
             "ema": {"mean": [0.0, 0.0], "var": [1.0, 1.0]},
             "ema_debiased": {"mean": ["NaN", "NaN"], "var": ["NaN", "NaN"]},
         },
+        "explanation": "",
     }
     read = await client.get(answer.headers["location"])
     assert (read.json(), read.headers["etag"]) == (document, answer.headers["etag"])
+
+
+async def test_the_answer_says_how_the_definitions_differ(client: httpx.AsyncClient) -> None:
+    path = await created(client, 1)
+    await post_all(client, path, [np.array([[-1.0], [1.0]]), np.array([[3.0], [5.0]])])
+    answers = [await client.get(path), await client.post(f"{path}/freeze")]
+    for answer in answers:
+        sentence = answer.json()["explanation"]
+        assert "\n" not in sentence
+        assert "5 = 1 + 4" in sentence
 
 
 @pytest.mark.parametrize("momentum", [0.3, None], ids=["exponential", "cumulative"])

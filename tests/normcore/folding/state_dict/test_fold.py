@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from normcore.folding.state_dict.options import StateDictOptions, Told
 from normcore.folding.state_dict.report import Kind
 from tests.normcore.folding.state_dict.networks import Pair, difference, folded, save, trained
 
+README = Path(__file__).parents[4] / "README.md"
 FORMS = pytest.mark.parametrize("form", ["deploy", "shape_preserving"])
 
 
@@ -372,3 +374,17 @@ def test_progress_is_reported(tmp_path: Path) -> None:
         progress=lambda step, done, total: seen.append((step, done, total)),
     )
     assert seen == [("study", 0, 2), ("write", 1, 2), ("done", 2, 2)]
+
+
+def test_the_ten_lines_of_the_readme_load_the_deploy_form(tmp_path: Path) -> None:
+    (lines,) = re.findall(r"```python\n(import json, safetensors.*?)```", README.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    model = trained(nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1)))
+    image = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = model(image)
+    target = tmp_path / "deploy.safetensors"
+    fold_state_dict(save(model, tmp_path / "in.pt"), target, options=StateDictOptions(pairs={"1": Told("0", eps=1e-5)}))
+    deployed = names["load_deployed"](model, str(target))
+    assert [type(module).__name__ for module in deployed] == ["Conv2d", "Identity", "ReLU", "Conv2d"]
+    torch.testing.assert_close(deployed(image), expected)
