@@ -130,7 +130,15 @@ def _normalize(method: Method) -> dict[str, Any]:
             }
             for parameter in method.parameters
         ]
-        + [{"name": "device", "in": "query", "required": False, "schema": _DEVICE}],
+        + [
+            {
+                "name": "device",
+                "in": "query",
+                "required": False,
+                "description": _DEVICE["description"],
+                "schema": _DEVICE,
+            }
+        ],
         "requestBody": {"required": True, "content": {_JSON: json_content} | content},
         "responses": {
             "200": {
