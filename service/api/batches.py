@@ -10,13 +10,14 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from normcore.errors import ParameterError
+from normcore.statistics import NAN_POLICIES
 from service.api.asgi import services_of
 from service.api.body import Received, received_stream
 from service.api.infer import check_json_size, run_codec
 from service.api.preconditions import IfMatch, idempotency_key
 from service.api.streamed import FindLayout, pour, read_head
 from service.application.batches import MOMENT_NAMES, TENSOR_NAMES, Digest, Reduced
-from service.application.statistics import NAN_POLICIES, Batch
+from service.application.statistics import Batch
 from service.codecs import json_v1, layout, media, npy, oip
 from service.codecs.body import Codec, TensorBody
 from service.state import Services

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from normcore.statistics import NAN_POLICIES
 from service.api.examples import BATCH
 from service.api.statistics_schemas import Posted
-from service.application.statistics import NAN_POLICIES
 from service.codecs.media import CODECS
 
 PATH = "/v1/statistics/{statistics_id}/batches"

@@ -26,8 +26,6 @@ from service.settings import Settings
 from service.storage.metadata import now
 from service.storage.statistics import Check, Post, StatisticsRecord, StatisticsStore, Stored
 
-# The library's names for what to do with a batch whose moments are not finite.
-NAN_POLICIES = {"propagate": "propagate", "raise": "raise", "skip": "skip_update"}
 
 _CACHED = 64
 
@@ -149,7 +147,7 @@ class Statistics:
 
         def change(stored: Stored) -> tuple[Stored, dict[str, Any]]:
             before = decode(stored.state)
-            after = before.update(batch.moments, nan_policy=NAN_POLICIES[batch.nan_policy])
+            after = before.update(batch.moments, nan_policy=batch.nan_policy)
             is_counted = after is not before
             sequence = stored.record.sequence + is_counted
             record = replace(stored.record, sequence=sequence, batches=after.batches)

@@ -96,7 +96,7 @@ async def test_an_empty_batch_and_a_skipped_one_change_nothing(client: httpx.Asy
     empty = await client.post(f"{path}/batches", content=npy(ARRAY[:0]), headers=NPY)
     bad = ARRAY.copy()
     bad[2, 1, 0] = np.inf
-    skipped = await client.post(f"{path}/batches?nan_policy=skip", content=npy(bad), headers=NPY)
+    skipped = await client.post(f"{path}/batches?nan_policy=skip_update", content=npy(bad), headers=NPY)
     for answer in (empty, skipped):
         assert answer.status_code == 200, answer.text
         assert answer.json() == {
@@ -251,7 +251,7 @@ async def test_a_key_with_another_request_is_a_conflict(client: httpx.AsyncClien
     other[[0, 1]] = other[[1, 0]]  # the same moments
     for request in (
         {"content": npy(other)},
-        {"content": npy(ARRAY), "params": {"nan_policy": "skip"}},
+        {"content": npy(ARRAY), "params": {"nan_policy": "skip_update"}},
         {"content": npy(ARRAY.reshape(4, 3, 6))},
     ):
         answer = await client.post(f"{path}/batches", **request, headers=NPY | headers)

@@ -68,7 +68,7 @@ async def test_values_that_are_not_finite_are_counted_apart(client: httpx.AsyncC
     path = await created(client, 1)
     content = {"input": [[1], [2], ["NaN"], ["Infinity"]]}
     await client.post(f"{path}/batches?nan_policy=propagate", json=content)
-    await client.post(f"{path}/batches?nan_policy=skip", json=content)
+    await client.post(f"{path}/batches?nan_policy=skip_update", json=content)
     found = await histogram(client, path, bins=2)
     assert (found["counts"], found["non_finite"]) == ([1.0, 1.0], 2)
 
