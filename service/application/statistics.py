@@ -26,7 +26,6 @@ from service.settings import Settings
 from service.storage.metadata import now
 from service.storage.statistics import Check, Post, StatisticsRecord, StatisticsStore, Stored
 
-
 _CACHED = 64
 
 
