@@ -62,7 +62,7 @@ def install(app: FastAPI) -> None:
             for item in schema["paths"].values():
                 for operation in item.values():
                     schema["components"]["schemas"].update(_nested_schemas(operation))
-                    _require_path_parameters(operation)
+                    _simplify_parameters(operation)
                     _summarize(operation)
                     _describe_parameters(operation)
                     _describe_errors(operation)
@@ -215,9 +215,14 @@ def _nested_schemas(operation: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _require_path_parameters(operation: dict[str, Any]) -> None:
-    """A route with two paths may declare what only one of them has as optional; in a path nothing is null."""
+def _simplify_parameters(operation: dict[str, Any]) -> None:
+    """A route with two paths may declare what only one of them has as optional, but in a path nothing is null.
+
+    A header that may come several times is one text to a client.
+    """
     for parameter in operation.get("parameters", ()):
+        if parameter["in"] == "header" and parameter["schema"].get("type") == "array":
+            parameter["schema"] = {"type": "string"}
         if parameter["in"] == "path" and "anyOf" in parameter["schema"]:
             (parameter["schema"],) = [one for one in parameter["schema"]["anyOf"] if one != {"type": "null"}]
 
