@@ -14,7 +14,6 @@ from normcore.errors import ParameterError
 from service.engine.devices import torch_device
 from service.errors import SchemaTooNewError, StartError
 from service.settings import Settings
-from service.storage.blobs import take_lock
 from service.storage.metadata import Metadata, database_url
 from service.tracing import Tracing
 
@@ -61,7 +60,6 @@ def _check_data_dir(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise StartError("NORMSERVE_DATA_DIR", f"{folder} cannot be written: {error.strerror or error}") from error
-    take_lock(folder / "lock").close()
 
 
 async def _check_database(settings: Settings) -> None:

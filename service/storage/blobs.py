@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -15,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from service.errors import CheckpointNotFoundError, PayloadTooLargeError, StartError, StorageFullError
+from service.errors import CheckpointNotFoundError, PayloadTooLargeError, StorageFullError
 
 T = TypeVar("T")
 _WRITE_BYTES = 1024 * 1024
@@ -36,28 +35,19 @@ class Blobs:
     """Files under `root`; written beside, flushed to the disk, then renamed into place."""
 
     def __init__(self, root: Path) -> None:
-        self._lock_path = root / "lock"
-        self._lock: BinaryIO | None = None
         self._root = root / "blobs"
         self._staging = root / "staging"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blobs")
 
     def open(self) -> None:
-        """Make the folders and drop what an earlier process left half written.
-
-        Raises:
-            StartError: another process has the folder open, whose half-written files these would be.
-        """
+        """Make the folders and drop what an earlier process left half written."""
         self._root.mkdir(parents=True, exist_ok=True)
-        self._lock = take_lock(self._lock_path)
         self._staging.mkdir(parents=True, exist_ok=True)
         for leftover in self._staging.iterdir():
             leftover.unlink()
 
     def close(self) -> None:
         self._thread.shutdown()
-        if self._lock is not None:
-            self._lock.close()
 
     def stage_path(self) -> Path:
         """A fresh path for a file that another process writes."""
@@ -124,21 +114,6 @@ class Blobs:
 
     async def _run(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
-
-
-def take_lock(path: Path) -> BinaryIO:
-    """Hold a folder for this process as long as the file is open; the system lets go when the process dies.
-
-    Raises:
-        StartError: another process holds it.
-    """
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise StartError("NORMSERVE_DATA_DIR", f"{path.parent} is in use by another process") from error
-    return file
 
 
 @contextmanager

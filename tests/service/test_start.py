@@ -93,17 +93,3 @@ def test_a_service_that_warms_up_is_ready_with_its_kernels(tmp_path: Path) -> No
         assert answer.status_code == 200
         (compute_ms,) = re.findall(r"compute;dur=([\d.]+)", answer.headers["server-timing"])
         assert float(compute_ms) < 300  # the kernels of one call take a second to compile
-
-
-def test_a_data_directory_that_another_service_uses_is_one_line(tmp_path: Path) -> None:
-    with running(tmp_path / "data") as server:
-        staged = tmp_path / "data" / "staging" / "half"
-        staged.write_bytes(b"written by the first")
-        done = _start(tmp_path)
-        assert done.returncode == 3
-        assert done.stderr == f"NORMSERVE_DATA_DIR: {tmp_path / 'data'} is in use by another process\n"
-        assert staged.exists()
-        server.process.kill()
-        server.process.wait()
-    with running(tmp_path / "data"):
-        assert not staged.exists()
