@@ -17,7 +17,8 @@ INFER = "/v2/models/normcore.whitening/infer"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("disconnect") / "data") as started:
+    settings = {"NORMSERVE_THREADS": "1", "NORMSERVE_INFER_DEADLINE_S": "120"}  # Slow work ends on a busy machine too.
+    with running(tmp_path_factory.mktemp("disconnect") / "data", settings) as started:
         yield started
 
 
@@ -42,7 +43,7 @@ def _request(channels: int) -> bytes:
 
 def _send(server: Server, request: bytes) -> socket.socket:
     host, port = server.address.split(":")
-    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection = socket.create_connection((host, int(port)), timeout=120)
     connection.sendall(request)
     return connection
 
