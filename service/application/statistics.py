@@ -1,7 +1,7 @@
 """Statistics as a resource: many workers post batches to one, and its frozen copies serve inference."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from service.application.totals import (
     content_hash,
     count_of,
     decode,
+    decode_histogram,
     encode,
-    histogram_of,
+    encode_histogram,
     running_of,
     snapshot,
 )
@@ -78,7 +79,7 @@ class Statistics:
                 convention=wanted.convention,
                 created_at=now(),
             )
-            return Stored(record, encode(start, sample.start(wanted.num_features)))
+            return Stored(record, encode(start))
 
         return await self._store.derive((), make, snapshot)
 
@@ -114,7 +115,7 @@ class Statistics:
 
     async def open_for_posts(self, statistics_id: str) -> StatisticsRecord:
         """The resource, before a post's body is read. Raises ConflictError for a frozen one."""
-        record = await self._store.read(statistics_id, lambda stored: stored.record)
+        record = await self._store.record(statistics_id)
         _refuse_frozen(record)
         return record
 
@@ -133,9 +134,9 @@ class Statistics:
             if channel is not None and stored.record.num_features > sample.CHANNELS_APART:
                 expected = f"none: more than {sample.CHANNELS_APART} channels are only counted together"
                 raise ParameterError("channel", expected=expected, received=str(channel))
-            return histogram_of(stored).histogram(bins, channel=channel)
+            return _histogram_of(stored).histogram(bins, channel=channel)
 
-        return await self._store.read(statistics_id, view)
+        return await self._store.read(statistics_id, view, has_parts=True)
 
     async def post(self, statistics_id: str, batch: Batch, *, check: Check) -> tuple[dict[str, Any], bool]:
         """The answer to a batch, and whether it was given before."""
@@ -159,11 +160,13 @@ class Statistics:
             }
             if not is_counted:
                 return stored, answer
-            histogram = histogram_of(stored)
-            merged = histogram if batch.histogram is None else histogram.merge(batch.histogram)
-            return Stored(record, encode(after, merged)), answer
+            parts = () if batch.histogram is None else (encode_histogram(batch.histogram),)
+            return Stored(record, encode(after), parts), answer
 
-        return await self._store.post(statistics_id, Post(batch.key, batch.digest, check_open, change))
+        def join(parts: Iterable[bytes]) -> bytes:
+            return encode_histogram(decode_histogram(parts, num_features=batch.moments.count.numel()))
+
+        return await self._store.post(statistics_id, Post(batch.key, batch.digest, check_open, change, join))
 
     async def freeze(self, statistics_id: str, *, check: Check) -> Snapshot:
         """An immutable copy of the present state; the source stays as it is."""
@@ -173,14 +176,15 @@ class Statistics:
             check(source.record)
             if source.record.batches == 0:
                 raise ConflictError("statistics: nothing to freeze, no batch with values was posted")
+            frozen = replace(source, parts=(encode_histogram(_histogram_of(source)),))
             record = replace(
                 source.record,
                 id=_new_id(),
                 created_at=now(),
-                content_hash=content_hash(source),
+                content_hash=content_hash(frozen),
                 sources=(source.record.id,),
             )
-            return Stored(record, source.state)
+            return replace(frozen, record=record)
 
         return await self._store.derive((statistics_id,), make, snapshot)
 
@@ -192,11 +196,11 @@ class Statistics:
 
         def make(sources: Iterator[Stored]) -> Stored:
             source = next(sources)
-            first, merged, histogram = source.record, decode(source.state).merge(), histogram_of(source)
+            first, merged, histogram = source.record, decode(source.state).merge(), _histogram_of(source)
             for source in sources:  # one after another: together they may not fit in memory
                 _check_mergeable(first, source.record)
                 merged = merged.merge(decode(source.state))
-                histogram = histogram.merge(histogram_of(source))
+                histogram = histogram.merge(_histogram_of(source))
             record = replace(
                 first,
                 id=_new_id(),
@@ -208,7 +212,7 @@ class Statistics:
                 content_hash=None,
                 sources=tuple(ids),
             )
-            return Stored(record, encode(merged, histogram))
+            return Stored(record, encode(merged), (encode_histogram(histogram),))
 
         return await self._store.derive(ids, make, snapshot)
 
@@ -231,6 +235,10 @@ def check_channels(record: StatisticsRecord, shape: Sequence[int]) -> None:
     if rank < 2 or not -rank <= axis < rank or shape[axis] != record.num_features:
         expected = f"a tensor with {record.num_features} channels on axis {axis}"
         raise ShapeError("input", expected=expected, received=f"shape {list(shape)}")
+
+
+def _histogram_of(stored: Stored) -> Histogram:
+    return decode_histogram(stored.parts, num_features=stored.record.num_features)
 
 
 def _refuse_frozen(record: StatisticsRecord) -> None:
