@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from normcore.errors import ParameterError, ShapeError, StatisticsError
 from normcore.statistics import Bins, Histogram, Moments, PopulationStatistics
@@ -27,6 +27,9 @@ from service.settings import Settings
 from service.storage.metadata import now
 from service.storage.statistics import Check, Post, StatisticsRecord, StatisticsStore, Stored
 
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
 _CACHED = 64
 
 
@@ -46,7 +49,7 @@ class Batch:
     """A post, computed: its moments, a histogram of its values if it has any, and what its sender said of it."""
 
     moments: Moments
-    histogram: Histogram | None
+    histogram: bytes | None
     nan_policy: str
     key: str | None
     digest: str
@@ -59,6 +62,7 @@ class Statistics:
         self._store = store
         self._settings = settings
         self._frozen: dict[tuple[str, str], Running] = {}
+        self._open: dict[str, StatisticsRecord] = {}
 
     async def create(self, wanted: NewStatistics) -> Snapshot:
         self._check_size(wanted.num_features)
@@ -91,6 +95,7 @@ class Statistics:
 
     async def delete(self, statistics_id: str, *, check: Check) -> None:
         await self._store.delete(statistics_id, check)
+        self._open.pop(statistics_id, None)
         for definition in DEFINITIONS:
             self._frozen.pop((statistics_id, definition), None)
 
@@ -108,15 +113,16 @@ class Statistics:
             statistics_id, lambda stored: (running_of(stored, definition), stored.record.is_frozen)
         )
         if is_frozen:
-            while len(self._frozen) >= _CACHED:
-                del self._frozen[next(iter(self._frozen))]
-            self._frozen[statistics_id, definition] = running
+            _remember(self._frozen, (statistics_id, definition), running)
         return running
 
     async def open_for_posts(self, statistics_id: str) -> StatisticsRecord:
-        """The resource, before a post's body is read. Raises ConflictError for a frozen one."""
-        record = await self._store.record(statistics_id)
-        _refuse_frozen(record)
+        """What never changes of the resource, before a post's body is read. Raises ConflictError for a frozen one."""
+        record = self._open.get(statistics_id)
+        if record is None:
+            record = await self._store.record(statistics_id)
+            _refuse_frozen(record)
+            _remember(self._open, statistics_id, record)
         return record
 
     async def histogram(self, statistics_id: str, *, bins: int, channel: int | None) -> Bins:
@@ -160,7 +166,7 @@ class Statistics:
             }
             if not is_counted:
                 return stored, answer
-            parts = () if batch.histogram is None else (encode_histogram(batch.histogram),)
+            parts = () if batch.histogram is None else (batch.histogram,)
             return Stored(record, encode(after), parts), answer
 
         def join(parts: Iterable[bytes]) -> bytes:
@@ -235,6 +241,12 @@ def check_channels(record: StatisticsRecord, shape: Sequence[int]) -> None:
     if rank < 2 or not -rank <= axis < rank or shape[axis] != record.num_features:
         expected = f"a tensor with {record.num_features} channels on axis {axis}"
         raise ShapeError("input", expected=expected, received=f"shape {list(shape)}")
+
+
+def _remember(kept: dict[Key, Value], key: Key, value: Value) -> None:
+    while len(kept) >= _CACHED:
+        del kept[next(iter(kept))]
+    kept[key] = value
 
 
 def _histogram_of(stored: Stored) -> Histogram:

@@ -123,6 +123,20 @@ class Post:
 
 _RECORD_COLUMNS = [_statistics.c[field.name] for field in fields(StatisticsRecord)]
 
+# Those of a post, made once: making one costs as much as running it.
+_RECORD = sql.select(*_RECORD_COLUMNS).where(_statistics.c.id == sql.bindparam("of"))
+_READ = _statistics.select().where(_statistics.c.id == sql.bindparam("of"))
+# The lock matters where services share a server's database; SQLite has one writer and ignores it.
+_READ_LOCKED = _READ.with_for_update()
+_READ_KEY = _keys.select().where(_keys.c.statistics == sql.bindparam("of"), _keys.c.key == sql.bindparam("named"))
+_UPDATE = (
+    _statistics.update()
+    .where(_statistics.c.id == sql.bindparam("of"))
+    .values({name: sql.bindparam(name) for name in ("sequence", "batches", "state")})
+)
+_ADD_KEY = _keys.insert()
+_ADD_PART = _parts.insert()
+
 
 class StatisticsStore:
     """Every method is one transaction, durable when it returns."""
@@ -142,8 +156,7 @@ class StatisticsStore:
 
     async def record(self, statistics_id: str) -> StatisticsRecord:
         """A resource without its totals. Raises StatisticsNotFoundError."""
-        statement = sql.select(*_RECORD_COLUMNS)
-        return await self._metadata.transact(lambda connection: _record(_row_of(connection, statement, statistics_id)))
+        return await self._metadata.transact(lambda connection: _record(_row_of(connection, _RECORD, statistics_id)))
 
     async def records(self) -> list[StatisticsRecord]:
         """All resources, oldest first."""
@@ -186,14 +199,15 @@ class StatisticsStore:
                 return known, True
             post.check(stored.record)
             changed, answer = post.change(stored)
-            statement = _statistics.update().where(_statistics.c.id == statistics_id)
-            connection.execute(statement.values(_row(changed)))
+            record = changed.record
+            totals = {"of": record.id, "sequence": record.sequence, "batches": record.batches, "state": changed.state}
+            connection.execute(_UPDATE, totals)
             _add_parts(connection, changed)
             if changed.record.sequence % JOINED_POSTS == 0:
                 _join_parts(connection, changed.record, post.join)
             if post.key is not None:
                 row = {"statistics": statistics_id, "key": post.key, "digest": post.digest, "answer": answer}
-                connection.execute(_keys.insert().values(row))
+                connection.execute(_ADD_KEY, row)
             return answer, False
 
         return await self._metadata.transact(apply)
@@ -213,15 +227,12 @@ class StatisticsStore:
 def _read(
     connection: sql.Connection, statistics_id: str, *, is_changing: bool = False, has_parts: bool = False
 ) -> Stored:
-    statement = _statistics.select()
-    if is_changing:  # the lock matters where services share a server's database; SQLite has one writer and ignores it
-        statement = statement.with_for_update()
-    row = _row_of(connection, statement, statistics_id)
+    row = _row_of(connection, _READ_LOCKED if is_changing else _READ, statistics_id)
     return Stored(_record(row), row["state"], _read_parts(connection, statistics_id) if has_parts else ())
 
 
 def _row_of(connection: sql.Connection, statement: sql.Select[Any], statistics_id: str) -> Any:
-    row = connection.execute(statement.where(_statistics.c.id == statistics_id)).mappings().first()
+    row = connection.execute(statement, {"of": statistics_id}).mappings().first()
     if row is None:
         raise StatisticsNotFoundError(f"statistics: no statistics with the id {statistics_id[:80]!r}")
     return row
@@ -235,7 +246,7 @@ def _read_parts(connection: sql.Connection, statistics_id: str) -> tuple[bytes, 
 def _add_parts(connection: sql.Connection, stored: Stored) -> None:
     for part in stored.parts:
         row = {"statistics": stored.record.id, "sequence": stored.record.sequence, "part": part}
-        connection.execute(_parts.insert().values(row))
+        connection.execute(_ADD_PART, row)
 
 
 def _join_parts(connection: sql.Connection, record: StatisticsRecord, join: Callable[[Iterable[bytes]], bytes]) -> None:
@@ -246,8 +257,9 @@ def _join_parts(connection: sql.Connection, record: StatisticsRecord, join: Call
 
 
 def _answer(connection: sql.Connection, statistics_id: str, post: Post) -> dict[str, Any] | None:
-    statement = _keys.select().where(_keys.c.statistics == statistics_id, _keys.c.key == post.key)
-    row = connection.execute(statement).mappings().first() if post.key is not None else None
+    if post.key is None:
+        return None
+    row = connection.execute(_READ_KEY, {"of": statistics_id, "named": post.key}).mappings().first()
     if row is None:
         return None
     if row["digest"] != post.digest:
