@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from service.app import serve
 from service.errors import StartError
-from service.preflight import check_start, unknown_variables
+from service.preflight import check_start, sole_user, unknown_variables
 from service.selftest import selftest
 from service.settings import Settings
 from service.telemetry import configure_logging
@@ -50,11 +50,12 @@ def _run() -> int:
     for sentence in unknown_variables(os.environ):
         log.warning(sentence)
     try:
-        asyncio.run(check_start(settings))
+        with sole_user(settings.data_dir):
+            asyncio.run(check_start(settings))
+            return serve(settings)
     except StartError as error:
         sys.stderr.write(f"{error}\n")
         return 3
-    return serve(settings)
 
 
 if __name__ == "__main__":

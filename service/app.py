@@ -191,18 +191,19 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
     metadata = Metadata(database_url(settings.database_url, settings.data_dir))
     await metadata.open()
     stack.push_async_callback(metadata.close)
-    work = Jobs(
-        max_running=settings.max_running_jobs,
-        max_finished=settings.max_finished_jobs,
-        max_result_bytes=settings.max_job_result_bytes,
-    )
-    stack.push_async_callback(work.close)  # after the sandbox, without which no job waits for long
     sandbox = Sandbox(
         memory_bytes=settings.sandbox_memory_bytes,
         deadline_s=settings.sandbox_deadline_s,
         slots=settings.sandbox_slots,
         queue=settings.sandbox_queue,
     )
+    work = Jobs(
+        max_running=settings.max_running_jobs,
+        max_finished=settings.max_finished_jobs,
+        max_result_bytes=settings.max_job_result_bytes,
+        reserve=sandbox.reserve,
+    )
+    stack.push_async_callback(work.close)  # after the sandbox, without which no job waits for long
     await sandbox.start()
     stack.push_async_callback(sandbox.close)
     checkpoints = Checkpoints(blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings)
@@ -226,7 +227,9 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
         json_thread=json_thread,
         checkpoints=checkpoints,
         folding=folding,
-        calibration=Calibration(checkpoints=checkpoints, blobs=blobs, sandbox=sandbox, settings=settings),
+        calibration=Calibration(
+            checkpoints=checkpoints, blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings
+        ),
         jobs=work,
         models=models,
         inference=Inference(kept, deadline_s=settings.infer_deadline_s),

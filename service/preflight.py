@@ -1,12 +1,16 @@
 """What must hold before the service starts, so that a wrong setting is one line and not a trace."""
 
 import difflib
+import fcntl
 import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import sqlalchemy as sql
 
@@ -20,6 +24,10 @@ from service.tracing import Tracing
 log = logging.getLogger(__name__)
 
 _PREFIX = "NORMSERVE_"
+_LOCK = "normserve.lock"
+# A killed process lets go of its files a little after whoever waited for it has seen it end.
+_PATIENCE_S = 2.0
+_RETRY_S = 0.05
 
 
 async def check_start(settings: Settings) -> None:
@@ -30,6 +38,15 @@ async def check_start(settings: Settings) -> None:
     _check_address(settings.host, settings.port)
     if settings.otlp_endpoint:
         Tracing.open(settings.otlp_endpoint).close()
+
+
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """The data directory for this process alone, whatever database is set: files in it are. Raises StartError."""
+    _check_data_dir(folder)
+    with (folder / _LOCK).open("a") as file:
+        _lock(file, folder)
+        yield
 
 
 def unknown_variables(names: Iterable[str]) -> list[str]:
@@ -60,6 +77,21 @@ def _check_data_dir(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise StartError("NORMSERVE_DATA_DIR", f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    """The system lets go of the lock when the process ends, however it ends."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                problem = f"{folder} is in use by another normserve; give each one its own, or stop the other"
+                raise StartError("NORMSERVE_DATA_DIR", problem) from error
+            time.sleep(_RETRY_S)
+        except OSError as error:
+            raise StartError("NORMSERVE_DATA_DIR", f"{folder} cannot be locked: {error.strerror}") from error
 
 
 async def _check_database(settings: Settings) -> None:

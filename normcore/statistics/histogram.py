@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from normcore._checks import check_axis, check_batch_count, check_rank
-from normcore._slab import Slab, blocks
+from normcore._slab import Slab
 from normcore.errors import DtypeError, NotSupportedError, ParameterError, ShapeError, StatisticsError
-from normcore.statistics.cells import CELLS, Cells
 from normcore.statistics.named_tensors import per_channel_named, tensor_named
 from normcore.statistics.values import check_mask, exact_values
 
+CELLS = 1024
+# Values that are brought to float64 at a time.
+_BLOCK = 2**18
 # With more, only all of them together are counted: a channel takes 8 KiB.
 MAX_CHANNELS = 4096
 MAX_BINS = 10_000
@@ -107,21 +109,33 @@ class Histogram:
         counted = None if mask is None else check_mask("mask", mask, shape=tensor.shape, channel_axis=axis)
         if tensor.numel() == 0:
             return self
-        slab = Slab.of(exact_values("tensor", tensor.detach()), channel_axis=axis)
-        parts = self._parts(slab.values, None if counted is None else slab.seen_alike(counted))
-        return self._counting(parts)
+        slab = Slab.of(tensor.detach(), channel_axis=axis)
+        mask = None if counted is None else slab.seen_alike(counted).reshape(-1)
+        return self.update_sample(slab.values.reshape(-1), step=1, inner=slab.values.shape[2], mask=mask)
 
-    def update_channels(self, values: Tensor, *, first_channel: int) -> "Histogram":
-        """The state after a block (outer, channels, inner), not empty, of the channels from `first_channel` on."""
-        parts = self._parts(exact_values("values", values), None)
-        rows, channels = self.smallest.numel(), values.shape[1]
-        if channels == rows or not self.has_channels:
-            return self._counting(parts)
-        inside = slice(first_channel, first_channel + channels)
-        block = Histogram(channels, *(tensor[inside] for tensor in self._tensors()))._counting(parts)
-        index = torch.arange(first_channel, first_channel + channels)
-        pairs = zip(self._tensors(), block._tensors(), strict=True)
-        return Histogram(self.num_features, *(whole.index_copy(0, index, part) for whole, part in pairs))
+    def update_sample(self, values: Tensor, *, step: int, inner: int, mask: Tensor | None = None) -> "Histogram":
+        """The state after every `step`-th value of a tensor in the order of its memory, from its first one on.
+
+        Args:
+            values: (K,) of any floating, integer or bool datatype, on the CPU.
+            step: from one value to the next.
+            inner: values of a channel that lie side by side in the tensor.
+            mask: bool (K,), true where a value is counted.
+
+        Raises:
+            DtypeError: another datatype.
+            StatisticsError: integers beyond 2^53.
+        """
+        from normcore.statistics import cells
+
+        state = [tensor.clone() for tensor in self._tensors()]
+        arrays = [tensor.numpy() for tensor in state]
+        counted = torch.empty(0, dtype=torch.bool) if mask is None else mask
+        for start in range(0, values.numel(), _BLOCK):
+            block = exact_values("tensor", values[start : start + _BLOCK]).double().contiguous()
+            inside = counted[start : start + _BLOCK].contiguous()
+            cells.count_values(block.numpy(), inside.numpy(), start * step, step, inner, *arrays)
+        return Histogram(self.num_features, *state)
 
     def merge(self, *others: "Histogram") -> "Histogram":
         """The state of the values of all parts together, exactly as if one had counted them all.
@@ -133,13 +147,14 @@ class Histogram:
             if other.num_features != self.num_features:
                 expected, received = f"{self.num_features} channels", f"{other.num_features} channels"
                 raise ShapeError("others", expected=expected, received=received)
-        parts = (self, *others)
-        smallest = torch.stack([part.smallest for part in parts]).amin(0)
-        largest = torch.stack([part.largest for part in parts]).amax(0)
-        cells = Cells.covering(smallest, largest)
-        counts = torch.stack([part._counts_in(cells) for part in parts]).sum(0)
-        non_finite = torch.stack([part.non_finite for part in parts]).sum(0)
-        return Histogram(self.num_features, smallest, largest, counts, non_finite)
+        from normcore.statistics import cells
+
+        state = [tensor.clone() for tensor in self._tensors()]
+        for other in others:
+            cells.count_state(
+                tuple(tensor.numpy() for tensor in other._tensors()), *[tensor.numpy() for tensor in state]
+            )
+        return Histogram(self.num_features, *state)
 
     def histogram(self, bins: int, *, channel: int | None = None) -> Bins:
         """Counts in bins of equal width, of one channel, or of all together.
@@ -155,7 +170,7 @@ class Histogram:
         if not bool(state.counts.any()):
             raise StatisticsError("histogram", expected="a finite value to count", received="none")
         edges = _even_edges(float(state.smallest), float(state.largest), bins=bins)
-        cell_edges = Cells.covering(state.smallest, state.largest).edges()[0]
+        cell_edges = state._cell_edges()
         total = int(state.counts.sum())
         below = torch.cat([torch.zeros(1, dtype=torch.int64), state.counts[0].cumsum(0)])
         inner = edges[1:-1].contiguous()
@@ -209,37 +224,14 @@ class Histogram:
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.smallest, self.largest, self.counts, self.non_finite
 
-    def _counting(self, parts: list["_Part"]) -> "Histogram":
-        lows, highs = zip(*((part.smallest, part.largest) for part in parts), strict=True)
-        smallest, largest = torch.stack([self.smallest, *lows]).amin(0), torch.stack([self.largest, *highs]).amax(0)
-        cells = Cells.covering(smallest, largest)
-        counts = self._counts_in(cells)
-        for part in parts:
-            part.count_into(counts, cells)
-        non_finite = self.non_finite + torch.stack([part.non_finite for part in parts]).sum(0)
-        return Histogram(self.num_features, smallest, largest, counts, non_finite)
+    def _cell_edges(self) -> Tensor:
+        from normcore.statistics import cells
 
-    def _parts(self, values: Tensor, counted: Tensor | None) -> list["_Part"]:
-        if not self.has_channels:
-            values = values.reshape(1, 1, -1)
-        if counted is None:
-            return [_Part.of(part, None) for part in blocks(values)]
-        return [_Part.of(*both) for both in zip(blocks(values), blocks(counted.view(values.shape)), strict=True)]
-
-    def _counts_in(self, cells: Cells) -> Tensor:
-        own = Cells.covering(self.smallest, self.largest)
-        counts = self.counts.clone()
-        moved = cells.differ_from(own).nonzero()[:, 0]
-        if moved.numel():
-            places = cells.rows(moved).index_of(own.rows(moved))
-            counts[moved] = torch.zeros_like(counts[moved]).scatter_add_(1, places, counts[moved])
-        return counts
+        return torch.from_numpy(cells.edges_of(self.smallest.numpy(), self.largest.numpy()))
 
     def _overall(self) -> "Histogram":
-        smallest, largest = self.smallest.amin(0, keepdim=True), self.largest.amax(0, keepdim=True)
-        cells = Cells.covering(smallest.expand_as(self.smallest), largest.expand_as(self.largest))
-        counts = self._counts_in(cells).sum(0, keepdim=True)
-        return Histogram(1, smallest, largest, counts, self.non_finite.sum(0, keepdim=True))
+        rows = (Histogram(1, *(tensor[row : row + 1] for tensor in self._tensors())) for row in range(len(self.counts)))
+        return Histogram.start(1).merge(*rows)
 
     def _of_channel(self, channel: int) -> "Histogram":
         if not self.has_channels:
@@ -249,34 +241,6 @@ class Histogram:
             raise ParameterError("channel", expected=expected, received=repr(channel))
         row = slice(channel, channel + 1)
         return Histogram(1, self.smallest[row], self.largest[row], self.counts[row], self.non_finite[row])
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A block of values (outer, rows, inner), which of them count (None: all), and what is known of each row."""
-
-    values: Tensor
-    counted: Tensor | None
-    smallest: Tensor
-    largest: Tensor
-    non_finite: Tensor
-
-    @classmethod
-    def of(cls, values: Tensor, counted: Tensor | None) -> "_Part":
-        if counted is None:
-            low, high = values.amin(2).amin(0).double(), values.amax(2).amax(0).double()
-            if bool((low.isfinite() & high.isfinite()).all()):
-                return cls(values, None, low, high, torch.zeros_like(low, dtype=torch.int64))
-        is_finite = values.isfinite()
-        is_inside = is_finite if counted is None else is_finite & counted
-        low, high = (values.double().masked_fill(~is_inside, bound) for bound in (math.inf, -math.inf))
-        non_finite = (~is_finite if counted is None else counted & ~is_finite).sum((0, 2))
-        return cls(values, is_inside, low.amin(2).amin(0), high.amax(2).amax(0), non_finite)
-
-    def count_into(self, counts: Tensor, cells: Cells) -> None:
-        places = cells.index(self.values.double()).add_(torch.arange(0, counts.numel(), CELLS)[:, None]).flatten()
-        ones = torch.ones(1, dtype=torch.int64).expand_as(places)
-        counts.view(-1).scatter_add_(0, places, ones if self.counted is None else self.counted.flatten().long())
 
 
 def _even_edges(low: float, high: float, *, bins: int) -> Tensor:

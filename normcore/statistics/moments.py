@@ -10,7 +10,7 @@ from normcore._checks import check_axis, check_counts, check_rank, check_varianc
 from normcore._precision import sum_and_rest
 from normcore._slab import Slab, blocks
 from normcore.errors import DtypeError, ShapeError
-from normcore.statistics.deviations import deviations
+from normcore.statistics.blocks import add_block, blocks_of
 from normcore.statistics.values import check_mask, exact_values
 
 
@@ -97,9 +97,25 @@ class Moments:
             slab = Slab.of(values, channel_axis=axis)
             if counted is not None:
                 return cls._of_counted(slab, slab.seen_alike(counted))
-            sums = deviations(slab, dtype=torch.float64)
-            mean, mean_low = sum_and_rest(sums.center.double(), sums.offset)
-            return cls(torch.full_like(mean, sums.count), mean, sums.m2, mean_low)
+            if values.device.type != "cpu":
+                return cls._of_counted(slab, torch.ones_like(slab.values, dtype=torch.bool))
+            return cls._of_slab(slab)
+
+    @classmethod
+    def of_state(cls, state: Tensor) -> "Moments":
+        """Moments as `sums` keeps them: float64 (5, C)."""
+        count, mean, m2, mean_low, m2_low = state
+        return cls(count, mean, m2, mean_low, m2_low)
+
+    @classmethod
+    def _of_slab(cls, slab: Slab) -> "Moments":
+        outer, channels, inner = slab.values.shape
+        values, taken = slab.values.reshape(-1), 0
+        state = torch.zeros(5, channels, dtype=torch.float64)
+        for block in blocks_of(outer, channels, inner):
+            add_block(values[taken : taken + block.elements], state, block)
+            taken += block.elements
+        return cls.of_state(state)
 
     @classmethod
     def _of_counted(cls, slab: Slab, mask: Tensor) -> "Moments":

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from normcore.errors import ParameterError, StatisticsError
-from normcore.statistics import Histogram, Moments, MomentsStream
+from normcore.statistics import Moments, MomentsStream
 from normcore.statistics.values import check_mask
 from service.application.sample import Sample
 from service.application.statistics import check_channels
+from service.application.totals import encode_histogram
 from service.datatypes import BOOL, Datatype
 from service.engine.protocol import Tensor, Tensors
 from service.engine.tensors import to_torch, torch_datatype
@@ -32,10 +33,10 @@ _BLOCK_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """What a post comes to; moments alone have no values to make a histogram of."""
+    """What a post comes to; moments alone have no values to make an (encoded) histogram of."""
 
     moments: Moments
-    histogram: Histogram | None = None
+    histogram: bytes | None = None
 
 
 class Digest(Protocol):
@@ -76,13 +77,14 @@ class Batches:
 
         return (await self._worker.submit(compute, deadline_s=self._deadline_s)).result
 
-    def _histogram(self, values: Tensor, mask: torch.Tensor | None, record: StatisticsRecord) -> Histogram:
+    def _histogram(self, values: Tensor, mask: torch.Tensor | None, record: StatisticsRecord) -> bytes:
         axis = record.channel_axis % values.ndim
         sample = Sample(values.shape, channel_axis=axis, limit=self._histogram_values)
         sample.take(values.reshape(-1))
         if mask is None:
-            return sample.histogram()
-        return sample.histogram(sample.pick(check_mask("mask", mask, shape=values.shape, channel_axis=axis).numpy()))
+            return encode_histogram(sample.histogram())
+        counted = sample.pick(check_mask("mask", mask, shape=values.shape, channel_axis=axis).numpy())
+        return encode_histogram(sample.histogram(counted))
 
     def stream(
         self,
@@ -150,12 +152,14 @@ class BatchStream:
 
     async def finish(self) -> Reduced:
         """What the tensor, all of which is here, comes to."""
-        await self._hand_over()
         await self._wait()
-        ran = await self._worker.submit(
-            lambda: Reduced(self._moments.finish(), self._sample.histogram()), deadline_s=self._deadline_s
-        )
-        return ran.result
+        pieces, self._pieces = self._pieces, []
+
+        def end() -> Reduced:
+            self._sum(pieces)
+            return Reduced(self._moments.finish(), encode_histogram(self._sample.histogram()))
+
+        return (await self._worker.submit(end, deadline_s=self._deadline_s)).result
 
     async def close(self) -> None:
         """Let go of what still runs; nothing comes of it."""

@@ -16,7 +16,7 @@ from service.engine.staged_tensors import Places, lay_out
 from service.errors import DeadlineExceededError, PayloadTooLargeError
 from service.settings import Settings
 from service.storage.blobs import Blobs
-from service.storage.metadata import CheckpointRecord
+from service.storage.metadata import CheckpointRecord, Metadata
 
 _NUMBERED = re.compile(r"(.+)\.([0-9]{1,6})", re.DOTALL)
 _MAX_SHOWN = 80
@@ -43,9 +43,12 @@ class RecalibrationOutcome:
 class Calibration:
     """Recalibrate a kept checkpoint, or measure its drift."""
 
-    def __init__(self, *, checkpoints: Checkpoints, blobs: Blobs, sandbox: GraphSandbox, settings: Settings) -> None:
+    def __init__(
+        self, *, checkpoints: Checkpoints, blobs: Blobs, metadata: Metadata, sandbox: GraphSandbox, settings: Settings
+    ) -> None:
         self._checkpoints = checkpoints
         self._blobs = blobs
+        self._metadata = metadata
         self._sandbox = sandbox
         self._settings = settings
         self._budget = ReceiveBudget(settings.calibration_budget_bytes, setting="NORMSERVE_CALIBRATION_BUDGET_BYTES")
@@ -105,6 +108,9 @@ class Calibration:
         staged = await self._blobs.adopt(target)
         filename = f"{Path(source.filename).stem}.recalibrated.onnx"
         record, is_new = await self._checkpoints.keep(staged, filename=filename, report=report)
+        if not is_new:
+            await self._metadata.set_report(record.id, folded_from=None, report=report)
+            record = await self._checkpoints.get(record.id)
         return RecalibrationOutcome(record, report, is_new=is_new)
 
     async def _run(

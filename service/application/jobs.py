@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -69,10 +69,19 @@ class Jobs:
     A restart forgets every job; what a finished one has made (a checkpoint) stays.
     """
 
-    def __init__(self, *, max_running: int, max_finished: int, max_result_bytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_running: int,
+        max_finished: int,
+        max_result_bytes: int,
+        reserve: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """`reserve` admits a job's work, or raises OverloadedError; the work runs within the context."""
         self._max_running = max_running
         self._max_finished = max_finished
         self._max_result_bytes = max_result_bytes
+        self._reserve = reserve
         self._jobs: dict[str, Job] = {}
 
     def start(self, operation: str, work: Work, *, subject: str) -> Job:
@@ -84,14 +93,15 @@ class Jobs:
             subject: path of the resource it works on.
 
         Raises:
-            OverloadedError: too many jobs are unfinished.
+            OverloadedError: too many jobs are unfinished, or other work fills the place of theirs.
         """
         unfinished = sum(not job.is_finished for job in self._jobs.values())
         if unfinished >= self._max_running:
             raise OverloadedError(f"{unfinished} jobs run or wait already (NORMSERVE_MAX_RUNNING_JOBS); try again")
+        place = self._reserve()
         job = Job(secrets.token_hex(16), operation, subject, request_id.get(), now())
         self._jobs[job.id] = job
-        job._task = asyncio.create_task(self._run(job, work), name=f"job {job.id}")
+        job._task = asyncio.create_task(self._run(job, work, place), name=f"job {job.id}")
         return job
 
     def get(self, job_id: str) -> Job:
@@ -128,10 +138,11 @@ class Jobs:
             task.cancel()
         await asyncio.wait([task])
 
-    async def _run(self, job: Job, work: Work) -> None:
+    async def _run(self, job: Job, work: Work, place: AbstractContextManager[None]) -> None:
         job.begun.set()
         try:
-            job.result = await work(job.report)
+            with place:
+                job.result = await work(job.report)
         except asyncio.CancelledError:
             job.end("cancelled")
         except Exception as error:  # a job's failure is its answer

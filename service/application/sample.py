@@ -40,13 +40,8 @@ class Sample:
     def histogram(self, counted: Tensor | None = None) -> Histogram:
         """Of what was taken, or of the part of it that is counted."""
         values = np.concatenate(self._taken) if self._taken else np.empty(0, np.float32)
-        channels = np.arange(values.size) * self._step // self._inner % self._channels if values.size else values
-        if counted is not None:
-            values, channels = values[counted], channels[counted]
-        if self._channels > CHANNELS_APART:
-            return start(self._channels).update(to_torch(values[:, None]))
-        matrix, mask = _by_channel(values, channels, count=self._channels)
-        return start(self._channels).update(to_torch(matrix), mask=to_torch(mask))
+        mask = None if counted is None else to_torch(counted)
+        return start(self._channels).update_sample(to_torch(values), step=self._step, inner=self._inner, mask=mask)
 
 
 def start(num_features: int) -> Histogram:
@@ -60,16 +55,3 @@ def _step(elements: int, *, limit: int, period: int) -> int:
     while math.gcd(step, max(1, period)) > 1:
         step += 1
     return step
-
-
-def _by_channel(values: Tensor, channels: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
-    """The values of each channel in a column of their own, and which places of the columns hold one."""
-    sizes = np.bincount(channels.astype(np.int64), minlength=count)
-    order = np.argsort(channels, kind="stable")
-    column = np.repeat(np.arange(count), sizes)
-    row = np.arange(values.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    matrix = np.zeros((int(sizes.max(initial=0)), count), values.dtype)
-    mask = np.zeros(matrix.shape, np.bool_)
-    matrix[row, column] = values[order]
-    mask[row, column] = True
-    return matrix, mask

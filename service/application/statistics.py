@@ -1,9 +1,9 @@
 """Statistics as a resource: many workers post batches to one, and its frozen copies serve inference."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from normcore.errors import ParameterError, ShapeError, StatisticsError
 from normcore.statistics import Bins, Histogram, Moments, PopulationStatistics
@@ -15,8 +15,9 @@ from service.application.totals import (
     content_hash,
     count_of,
     decode,
+    decode_histogram,
     encode,
-    histogram_of,
+    encode_histogram,
     running_of,
     snapshot,
 )
@@ -25,6 +26,9 @@ from service.errors import ConflictError
 from service.settings import Settings
 from service.storage.metadata import now
 from service.storage.statistics import Check, Post, StatisticsRecord, StatisticsStore, Stored
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 _CACHED = 64
 
@@ -45,7 +49,7 @@ class Batch:
     """A post, computed: its moments, a histogram of its values if it has any, and what its sender said of it."""
 
     moments: Moments
-    histogram: Histogram | None
+    histogram: bytes | None
     nan_policy: str
     key: str | None
     digest: str
@@ -58,6 +62,7 @@ class Statistics:
         self._store = store
         self._settings = settings
         self._frozen: dict[tuple[str, str], Running] = {}
+        self._open: dict[str, StatisticsRecord] = {}
 
     async def create(self, wanted: NewStatistics) -> Snapshot:
         self._check_size(wanted.num_features)
@@ -78,7 +83,7 @@ class Statistics:
                 convention=wanted.convention,
                 created_at=now(),
             )
-            return Stored(record, encode(start, sample.start(wanted.num_features)))
+            return Stored(record, encode(start))
 
         return await self._store.derive((), make, snapshot)
 
@@ -90,6 +95,7 @@ class Statistics:
 
     async def delete(self, statistics_id: str, *, check: Check) -> None:
         await self._store.delete(statistics_id, check)
+        self._open.pop(statistics_id, None)
         for definition in DEFINITIONS:
             self._frozen.pop((statistics_id, definition), None)
 
@@ -107,15 +113,16 @@ class Statistics:
             statistics_id, lambda stored: (running_of(stored, definition), stored.record.is_frozen)
         )
         if is_frozen:
-            while len(self._frozen) >= _CACHED:
-                del self._frozen[next(iter(self._frozen))]
-            self._frozen[statistics_id, definition] = running
+            _remember(self._frozen, (statistics_id, definition), running)
         return running
 
     async def open_for_posts(self, statistics_id: str) -> StatisticsRecord:
-        """The resource, before a post's body is read. Raises ConflictError for a frozen one."""
-        record = await self._store.read(statistics_id, lambda stored: stored.record)
-        _refuse_frozen(record)
+        """What never changes of the resource, before a post's body is read. Raises ConflictError for a frozen one."""
+        record = self._open.get(statistics_id)
+        if record is None:
+            record = await self._store.record(statistics_id)
+            _refuse_frozen(record)
+            _remember(self._open, statistics_id, record)
         return record
 
     async def histogram(self, statistics_id: str, *, bins: int, channel: int | None) -> Bins:
@@ -133,9 +140,9 @@ class Statistics:
             if channel is not None and stored.record.num_features > sample.CHANNELS_APART:
                 expected = f"none: more than {sample.CHANNELS_APART} channels are only counted together"
                 raise ParameterError("channel", expected=expected, received=str(channel))
-            return histogram_of(stored).histogram(bins, channel=channel)
+            return _histogram_of(stored).histogram(bins, channel=channel)
 
-        return await self._store.read(statistics_id, view)
+        return await self._store.read(statistics_id, view, has_parts=True)
 
     async def post(self, statistics_id: str, batch: Batch, *, check: Check) -> tuple[dict[str, Any], bool]:
         """The answer to a batch, and whether it was given before."""
@@ -159,11 +166,13 @@ class Statistics:
             }
             if not is_counted:
                 return stored, answer
-            histogram = histogram_of(stored)
-            merged = histogram if batch.histogram is None else histogram.merge(batch.histogram)
-            return Stored(record, encode(after, merged)), answer
+            parts = () if batch.histogram is None else (batch.histogram,)
+            return Stored(record, encode(after), parts), answer
 
-        return await self._store.post(statistics_id, Post(batch.key, batch.digest, check_open, change))
+        def join(parts: Iterable[bytes]) -> bytes:
+            return encode_histogram(decode_histogram(parts, num_features=batch.moments.count.numel()))
+
+        return await self._store.post(statistics_id, Post(batch.key, batch.digest, check_open, change, join))
 
     async def freeze(self, statistics_id: str, *, check: Check) -> Snapshot:
         """An immutable copy of the present state; the source stays as it is."""
@@ -173,14 +182,15 @@ class Statistics:
             check(source.record)
             if source.record.batches == 0:
                 raise ConflictError("statistics: nothing to freeze, no batch with values was posted")
+            frozen = replace(source, parts=(encode_histogram(_histogram_of(source)),))
             record = replace(
                 source.record,
                 id=_new_id(),
                 created_at=now(),
-                content_hash=content_hash(source),
+                content_hash=content_hash(frozen),
                 sources=(source.record.id,),
             )
-            return Stored(record, source.state)
+            return replace(frozen, record=record)
 
         return await self._store.derive((statistics_id,), make, snapshot)
 
@@ -192,11 +202,11 @@ class Statistics:
 
         def make(sources: Iterator[Stored]) -> Stored:
             source = next(sources)
-            first, merged, histogram = source.record, decode(source.state).merge(), histogram_of(source)
+            first, merged, histogram = source.record, decode(source.state).merge(), _histogram_of(source)
             for source in sources:  # one after another: together they may not fit in memory
                 _check_mergeable(first, source.record)
                 merged = merged.merge(decode(source.state))
-                histogram = histogram.merge(histogram_of(source))
+                histogram = histogram.merge(_histogram_of(source))
             record = replace(
                 first,
                 id=_new_id(),
@@ -208,7 +218,7 @@ class Statistics:
                 content_hash=None,
                 sources=tuple(ids),
             )
-            return Stored(record, encode(merged, histogram))
+            return Stored(record, encode(merged), (encode_histogram(histogram),))
 
         return await self._store.derive(ids, make, snapshot)
 
@@ -231,6 +241,16 @@ def check_channels(record: StatisticsRecord, shape: Sequence[int]) -> None:
     if rank < 2 or not -rank <= axis < rank or shape[axis] != record.num_features:
         expected = f"a tensor with {record.num_features} channels on axis {axis}"
         raise ShapeError("input", expected=expected, received=f"shape {list(shape)}")
+
+
+def _remember(kept: dict[Key, Value], key: Key, value: Value) -> None:
+    while len(kept) >= _CACHED:
+        del kept[next(iter(kept))]
+    kept[key] = value
+
+
+def _histogram_of(stored: Stored) -> Histogram:
+    return decode_histogram(stored.parts, num_features=stored.record.num_features)
 
 
 def _refuse_frozen(record: StatisticsRecord) -> None:

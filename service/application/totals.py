@@ -1,15 +1,18 @@
 """What a statistics resource has stored: written and read, and seen in each of the definitions."""
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import orjson
 import torch
 from safetensors import numpy as safetensors
 
 from normcore.errors import StatisticsError
 from normcore.statistics import Histogram, MeanVar, PopulationStatistics
+from service.application.sample import start
 from service.engine.protocol import Tensor
 from service.engine.tensors import from_torch, to_torch
 from service.storage.statistics import StatisticsRecord, Stored
@@ -38,21 +41,46 @@ class Running:
     var: Tensor
 
 
-def encode(population: PopulationStatistics, histogram: Histogram) -> bytes:
-    tensors = population.to_tensors() | histogram.to_tensors()
-    return safetensors.save({name: from_torch(tensor) for name, tensor in tensors.items()})
+def encode(population: PopulationStatistics) -> bytes:
+    return _save(population.to_tensors())
 
 
 def decode(state: bytes) -> PopulationStatistics:
     return PopulationStatistics.from_tensors(_tensors(state))
 
 
-def histogram_of(stored: Stored) -> Histogram:
-    return Histogram.from_tensors(_tensors(stored.state))
+def encode_histogram(histogram: Histogram) -> bytes:
+    """Whole numbers in as few bytes as hold them, and places as distances: most of both are small."""
+    tensors = histogram.to_tensors()
+    places = tensors["histogram.places"]
+    tensors["histogram.places"] = places.diff(prepend=places.new_zeros(1))
+    return _save(tensors, is_narrow=True)
+
+
+def decode_histogram(parts: Iterable[bytes], *, num_features: int) -> Histogram:
+    """Of all parts together."""
+    histogram = start(num_features)
+    for part in parts:
+        tensors = _tensors(part)
+        tensors["histogram.places"] = tensors["histogram.places"].cumsum(0)
+        histogram = histogram.merge(Histogram.from_tensors(tensors))
+    return histogram
+
+
+def _save(tensors: Mapping[str, torch.Tensor], *, is_narrow: bool = False) -> bytes:
+    arrays = {name: from_torch(tensor) for name, tensor in tensors.items()}
+    return safetensors.save({name: _narrow(array) for name, array in arrays.items()} if is_narrow else arrays)
+
+
+def _narrow(array: Tensor) -> Tensor:
+    return array if array.dtype.kind == "f" else array.astype(np.min_scalar_type(array.max(initial=0)))
 
 
 def _tensors(state: bytes) -> dict[str, torch.Tensor]:
-    return {name: to_torch(array) for name, array in safetensors.load(state).items()}
+    arrays = safetensors.load(state)
+    return {
+        name: to_torch(array.astype(np.int64) if array.dtype.kind == "u" else array) for name, array in arrays.items()
+    }
 
 
 def snapshot(stored: Stored) -> Snapshot:
@@ -96,7 +124,7 @@ def count_of(counts: Tensor) -> int | list[int]:
 
 
 def content_hash(stored: Stored) -> str:
-    """Of everything that decides what the frozen statistics compute."""
+    """Of everything that decides what the frozen statistics compute and show."""
     record = stored.record
     meaning = {
         "num_features": record.num_features,
@@ -104,4 +132,5 @@ def content_hash(stored: Stored) -> str:
         "momentum": record.momentum,
         "convention": record.convention,
     }
-    return hashlib.sha256(orjson.dumps(meaning, option=orjson.OPT_SORT_KEYS) + stored.state).hexdigest()
+    head = orjson.dumps(meaning, option=orjson.OPT_SORT_KEYS)
+    return hashlib.sha256(b"".join((head, stored.state, *stored.parts))).hexdigest()

@@ -8,7 +8,8 @@ import json
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 from normcore.errors import (
@@ -51,6 +52,7 @@ _ERRORS: Mapping[str, type[NormcoreError]] = {
         StatisticsError,
     )
 }
+_has_place: ContextVar[bool] = ContextVar("_has_place", default=False)
 _ATTRIBUTES = ("argument", "expected", "received", "deadline_s")
 
 
@@ -111,20 +113,27 @@ class Sandbox:
         self._is_closed = True
         await self._process.close()
 
+    def reserve(self) -> "Place":
+        """Admit now what will run later. Raises OverloadedError if too many operations wait."""
+        return Place(self)
+
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
+        with nullcontext() if _has_place.get() else self.reserve():
+            async with self._slots:
+                self._refuse_if_closed()
+                yield
+
+    def _admit(self) -> None:
         if self._admitted >= self._capacity:
             raise OverloadedError(
                 f"{self._admitted} operations on checkpoints run or wait already "
                 "(NORMSERVE_SANDBOX_SLOTS, NORMSERVE_SANDBOX_QUEUE); try again"
             )
         self._admitted += 1
-        try:
-            async with self._slots:
-                self._refuse_if_closed()
-                yield
-        finally:
-            self._admitted -= 1
+
+    def _leave(self) -> None:
+        self._admitted -= 1
 
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
@@ -172,6 +181,21 @@ class Sandbox:
         return CheckpointError(
             f"the checkpoint {what} more than {self._memory_bytes} bytes of memory (NORMSERVE_SANDBOX_MEMORY_BYTES)"
         )
+
+
+class Place:
+    """A place among the operations that run or wait, for those that run one after the other within its context."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        sandbox._admit()
+        self._sandbox = sandbox
+
+    def __enter__(self) -> None:
+        self._token = _has_place.set(True)
+
+    def __exit__(self, *_: object) -> None:
+        _has_place.reset(self._token)
+        self._sandbox._leave()
 
 
 @asynccontextmanager

@@ -116,7 +116,7 @@ class Metadata:
             return False
         return True
 
-    async def set_report(self, checkpoint_id: str, *, folded_from: str, report: JsonObject) -> None:
+    async def set_report(self, checkpoint_id: str, *, folded_from: str | None, report: JsonObject) -> None:
         statement = _checkpoints.update().where(_checkpoints.c.id == checkpoint_id)
         await self._write(statement.values(folded_from=folded_from, report=report))
 

@@ -1,6 +1,10 @@
-"""Statistics resources: one row of totals each, and one row per idempotency key, written in the same transaction."""
+"""Statistics resources: one row of totals each, and one row per idempotency key, written in the same transaction.
 
-from collections.abc import Callable, Collection, Iterator
+A histogram is much larger than what one post adds to it. So posts add parts of it, in rows of their own, which every so
+many posts become one.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
@@ -39,6 +43,17 @@ _keys = sql.Table(
     sql.Column("digest", sql.String(64), nullable=False),
     sql.Column("answer", sql.JSON, nullable=False),
 )
+
+_parts = sql.Table(
+    "statistics_histograms",
+    _schema,
+    sql.Column("statistics", sql.String(64), primary_key=True),
+    sql.Column("sequence", sql.BigInteger, primary_key=True),
+    sql.Column("part", sql.LargeBinary, nullable=False),
+)
+
+# Posts from one joining of the parts to the next.
+JOINED_POSTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +95,11 @@ Check = Callable[[StatisticsRecord], None]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A resource with its totals, in the form the library writes them."""
+    """A resource with its totals and, where they were asked for, the parts of its histogram."""
 
     record: StatisticsRecord
     state: bytes
+    parts: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +110,32 @@ class Post:
         key: the caller's idempotency key, None without one.
         digest: of everything the caller sent.
         check: refuses the resource as it is.
-        change: the resource after the post, and the answer.
+        change: the resource after the post, its `parts` those that the post adds, and the answer.
+        join: parts of a histogram as one.
     """
 
     key: str | None
     digest: str
     check: Check
     change: Callable[[Stored], tuple[Stored, dict[str, Any]]]
+    join: Callable[[Iterable[bytes]], bytes]
 
 
 _RECORD_COLUMNS = [_statistics.c[field.name] for field in fields(StatisticsRecord)]
+
+# Those of a post, made once: making one costs as much as running it.
+_RECORD = sql.select(*_RECORD_COLUMNS).where(_statistics.c.id == sql.bindparam("of"))
+_READ = _statistics.select().where(_statistics.c.id == sql.bindparam("of"))
+# The lock matters where services share a server's database; SQLite has one writer and ignores it.
+_READ_LOCKED = _READ.with_for_update()
+_READ_KEY = _keys.select().where(_keys.c.statistics == sql.bindparam("of"), _keys.c.key == sql.bindparam("named"))
+_UPDATE = (
+    _statistics.update()
+    .where(_statistics.c.id == sql.bindparam("of"))
+    .values({name: sql.bindparam(name) for name in ("sequence", "batches", "state")})
+)
+_ADD_KEY = _keys.insert()
+_ADD_PART = _parts.insert()
 
 
 class StatisticsStore:
@@ -116,9 +148,15 @@ class StatisticsStore:
     async def open(self) -> None:
         await self._metadata.transact(_schema.create_all)
 
-    async def read(self, statistics_id: str, view: Callable[[Stored], T]) -> T:
+    async def read(self, statistics_id: str, view: Callable[[Stored], T], *, has_parts: bool = False) -> T:
         """What `view`, run off the event loop, makes of a resource. Raises StatisticsNotFoundError."""
-        return await self._metadata.transact(lambda connection: view(_read(connection, statistics_id)))
+        return await self._metadata.transact(
+            lambda connection: view(_read(connection, statistics_id, has_parts=has_parts))
+        )
+
+    async def record(self, statistics_id: str) -> StatisticsRecord:
+        """A resource without its totals. Raises StatisticsNotFoundError."""
+        return await self._metadata.transact(lambda connection: _record(_row_of(connection, _RECORD, statistics_id)))
 
     async def records(self) -> list[StatisticsRecord]:
         """All resources, oldest first."""
@@ -133,7 +171,7 @@ class StatisticsStore:
         """Add what `make` makes of the sources, all in one transaction. Raises ConflictError if full."""
 
         def derive(connection: sql.Connection) -> T:
-            made = make(_read(connection, source) for source in sources)
+            made = make(_read(connection, source, has_parts=True) for source in sources)
             count = connection.execute(sql.select(sql.func.count()).select_from(_statistics)).scalar_one()
             if count >= self._limit:
                 raise ConflictError(
@@ -141,6 +179,7 @@ class StatisticsStore:
                     "delete those no longer needed"
                 )
             connection.execute(_statistics.insert().values(_row(made)))
+            _add_parts(connection, made)
             return view(made)
 
         return await self._metadata.transact(derive)
@@ -160,11 +199,15 @@ class StatisticsStore:
                 return known, True
             post.check(stored.record)
             changed, answer = post.change(stored)
-            statement = _statistics.update().where(_statistics.c.id == statistics_id)
-            connection.execute(statement.values(_row(changed)))
+            record = changed.record
+            totals = {"of": record.id, "sequence": record.sequence, "batches": record.batches, "state": changed.state}
+            connection.execute(_UPDATE, totals)
+            _add_parts(connection, changed)
+            if changed.record.sequence % JOINED_POSTS == 0:
+                _join_parts(connection, changed.record, post.join)
             if post.key is not None:
                 row = {"statistics": statistics_id, "key": post.key, "digest": post.digest, "answer": answer}
-                connection.execute(_keys.insert().values(row))
+                connection.execute(_ADD_KEY, row)
             return answer, False
 
         return await self._metadata.transact(apply)
@@ -174,25 +217,49 @@ class StatisticsStore:
 
         def delete(connection: sql.Connection) -> None:
             check(_read(connection, statistics_id, is_changing=True).record)
-            connection.execute(_keys.delete().where(_keys.c.statistics == statistics_id))
+            for table in (_keys, _parts):
+                connection.execute(table.delete().where(table.c.statistics == statistics_id))
             connection.execute(_statistics.delete().where(_statistics.c.id == statistics_id))
 
         await self._metadata.transact(delete)
 
 
-def _read(connection: sql.Connection, statistics_id: str, *, is_changing: bool = False) -> Stored:
-    statement = _statistics.select().where(_statistics.c.id == statistics_id)
-    if is_changing:  # the lock matters where services share a server's database; SQLite has one writer and ignores it
-        statement = statement.with_for_update()
-    row = connection.execute(statement).mappings().first()
+def _read(
+    connection: sql.Connection, statistics_id: str, *, is_changing: bool = False, has_parts: bool = False
+) -> Stored:
+    row = _row_of(connection, _READ_LOCKED if is_changing else _READ, statistics_id)
+    return Stored(_record(row), row["state"], _read_parts(connection, statistics_id) if has_parts else ())
+
+
+def _row_of(connection: sql.Connection, statement: sql.Select[Any], statistics_id: str) -> Any:
+    row = connection.execute(statement, {"of": statistics_id}).mappings().first()
     if row is None:
         raise StatisticsNotFoundError(f"statistics: no statistics with the id {statistics_id[:80]!r}")
-    return Stored(_record(row), row["state"])
+    return row
+
+
+def _read_parts(connection: sql.Connection, statistics_id: str) -> tuple[bytes, ...]:
+    statement = sql.select(_parts.c.part).where(_parts.c.statistics == statistics_id).order_by(_parts.c.sequence)
+    return tuple(connection.execute(statement).scalars())
+
+
+def _add_parts(connection: sql.Connection, stored: Stored) -> None:
+    for part in stored.parts:
+        row = {"statistics": stored.record.id, "sequence": stored.record.sequence, "part": part}
+        connection.execute(_ADD_PART, row)
+
+
+def _join_parts(connection: sql.Connection, record: StatisticsRecord, join: Callable[[Iterable[bytes]], bytes]) -> None:
+    parts = _read_parts(connection, record.id)
+    if len(parts) > 1:
+        connection.execute(_parts.delete().where(_parts.c.statistics == record.id))
+        _add_parts(connection, Stored(record, b"", (join(parts),)))
 
 
 def _answer(connection: sql.Connection, statistics_id: str, post: Post) -> dict[str, Any] | None:
-    statement = _keys.select().where(_keys.c.statistics == statistics_id, _keys.c.key == post.key)
-    row = connection.execute(statement).mappings().first() if post.key is not None else None
+    if post.key is None:
+        return None
+    row = connection.execute(_READ_KEY, {"of": statistics_id, "named": post.key}).mappings().first()
     if row is None:
         return None
     if row["digest"] != post.digest:
@@ -207,4 +274,5 @@ def _record(row: Any) -> StatisticsRecord:
 
 
 def _row(stored: Stored) -> dict[str, Any]:
-    return asdict(stored.record) | {"sources": list(stored.record.sources), "state": stored.state}
+    record = asdict(stored.record)
+    return record | {"sources": list(stored.record.sources), "state": stored.state}

@@ -93,3 +93,17 @@ def test_a_service_that_warms_up_is_ready_with_its_kernels(tmp_path: Path) -> No
         assert answer.status_code == 200
         (compute_ms,) = re.findall(r"compute;dur=([\d.]+)", answer.headers["server-timing"])
         assert float(compute_ms) < 300  # the kernels of one call take a second to compile
+
+
+def test_a_data_directory_in_use_is_one_line_and_free_after_a_kill(tmp_path: Path) -> None:
+    with running(tmp_path / "data") as server:
+        staged = tmp_path / "data" / "staging" / "upload"
+        staged.touch()
+        done = _start(tmp_path)
+        assert done.returncode == 3
+        assert done.stderr.startswith(f"NORMSERVE_DATA_DIR: {tmp_path / 'data'} is in use by another normserve")
+        assert done.stderr.count("\n") == 1
+        assert staged.exists(), "what the first one is receiving stays"
+        server.process.kill()
+        with running(tmp_path / "data"):
+            assert not staged.exists()

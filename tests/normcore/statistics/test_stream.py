@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from normcore.errors import DtypeError, ParameterError, ShapeError, StatisticsError
-from normcore.statistics import Histogram, Moments, MomentsStream
+from normcore.statistics import Moments, MomentsStream
 
 DATATYPES = [
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
@@ -77,20 +77,6 @@ def test_a_stream_of_many_blocks_is_accurate_far_from_zero() -> None:
     moments = _streamed(tensor, list(range(0, tensor.nbytes, 1_000_003)), channel_axis=1)
     assert abs(moments.mean.numpy()[0] / wide.mean() - 1) <= 1e-12
     assert abs(moments.m2.numpy()[0] / m2 - 1) <= 1e-9  # 1e-12 x |mean| / (1e3 std)
-
-
-@pytest.mark.parametrize("shape", [(50, 3, 4), (2, 5, 300_000), (2, 2, 1_100_000), (2, 4100)], ids=str)
-def test_a_histogram_counts_beside_the_moments(shape: tuple[int, ...]) -> None:
-    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    accumulator = MomentsStream(torch.float32, shape, histogram=Histogram.start(shape[1]))
-    accumulator.update(_content(tensor))
-    accumulator.finish()
-    expected = Histogram.start(shape[1]).update(tensor)
-    assert accumulator.histogram is not None
-    assert torch.equal(accumulator.histogram.counts, expected.counts)
-    assert torch.equal(accumulator.histogram.smallest, expected.smallest)
-    with pytest.raises(ShapeError, match="histogram: expected 3 channels, as the shape has, received 2 channels"):
-        MomentsStream(torch.float32, (2, 3), histogram=Histogram.start(2))
 
 
 def test_fortran_order_reads_the_first_axis_fastest() -> None:

@@ -82,6 +82,20 @@ async def test_recalibration_makes_a_new_checkpoint_with_the_statistics_of_the_d
         assert list((tmp_path / "data" / "staging").iterdir()) == []
 
 
+async def test_content_that_was_kept_before_gets_the_report_of_the_new_run(client: httpx.AsyncClient) -> None:
+    original = await upload(client, GEMM)
+    data = npz(x=ROWS[::-1])
+    first = (await client.post(f"/v1/checkpoints/{original}/recalibrate", **data)).json()
+    made = first["checkpoint"]["id"]
+    again = await client.post(f"/v1/checkpoints/{made}/recalibrate", **data)
+    assert again.status_code == 200, again.text
+    second = again.json()
+    assert second["checkpoint"]["id"] == made
+    report = (await client.get(f"/v1/checkpoints/{made}/report")).json()
+    assert report == second["report"]
+    assert (first["report"]["recalibrated_from"], report["recalibrated_from"]) == (original, made)
+
+
 async def test_every_encoding_gives_the_same_checkpoint(client: httpx.AsyncClient) -> None:
     path = f"/v1/checkpoints/{await upload(client, GEMM)}/recalibrate"
     answers = [

@@ -154,6 +154,31 @@ async def test_too_many_unfinished_jobs_are_refused(tmp_path: Path) -> None:
         await client.delete(paths[0])
 
 
+async def test_a_job_without_a_place_in_the_sandbox_is_refused_at_once(tmp_path: Path) -> None:
+    async with service(tmp_path, sandbox_slots=1, sandbox_queue=1, max_running_jobs=8) as client:
+        checkpoint_id = await upload(client, hostile.endless_loop_before_norm())
+        paths = [await start(client, checkpoint_id) for _ in range(2)]
+        answer = await client.post(f"/v1/checkpoints/{checkpoint_id}/fold", headers=ASYNC)
+        refused(answer, 429, "overloaded", "NORMSERVE_SANDBOX_QUEUE")
+        assert answer.headers["retry-after"]
+        assert len((await client.get("/v1/jobs")).json()["jobs"]) == 2
+        assert (await client.delete(paths[0])).json()["state"] == "cancelled"
+        await client.delete(await start(client, checkpoint_id))
+        await client.delete(paths[1])
+
+
+async def test_a_job_takes_one_place_for_all_that_it_runs(tmp_path: Path) -> None:
+    async with service(tmp_path, sandbox_slots=1, sandbox_queue=1) as client:
+        small, endless = [
+            await upload(client, file) for file in (hostile.small_conv(), hostile.endless_loop_before_norm())
+        ]
+        path = await start(client, small)
+        other = await start(client, endless)
+        job, _ = await watch(client, path)
+        assert job["state"] == "succeeded", "the fold is inspected while all other places are taken"
+        await client.delete(other)
+
+
 @pytest.mark.parametrize(
     ("bound", "count"),
     [({"max_finished_jobs": 2}, 2), ({"max_job_result_bytes": 1}, 1)],

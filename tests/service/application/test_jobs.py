@@ -1,6 +1,7 @@
 """The registry of jobs against work that fails, resists, or says strange things."""
 
 import asyncio
+from contextlib import nullcontext
 
 import pytest
 
@@ -9,7 +10,7 @@ from service.errors import JobNotFoundError
 
 
 def jobs() -> Jobs:
-    return Jobs(max_running=8, max_finished=8, max_result_bytes=100)
+    return Jobs(max_running=8, max_finished=8, max_result_bytes=100, reserve=nullcontext)
 
 
 async def ended(registry: Jobs, job: Job) -> Job:

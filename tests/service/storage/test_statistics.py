@@ -40,12 +40,12 @@ async def test_a_database_from_before_gets_the_tables(tmp_path: Path) -> None:
 async def test_state_and_key_are_there_after_reopening(tmp_path: Path) -> None:
     metadata, store = await opened(tmp_path)
     await store.derive((), lambda _: Stored(RECORD, b""), lambda stored: stored)
-    assert await store.post("a", Post("key", "digest", accept, count)) == ({"length": 1}, False)
+    assert await store.post("a", Post("key", "digest", accept, count, b"".join)) == ({"length": 1}, False)
     await metadata.close()
     metadata, store = await opened(tmp_path)
-    assert await store.post("a", Post("key", "digest", accept, count)) == ({"length": 1}, True)
+    assert await store.post("a", Post("key", "digest", accept, count, b"".join)) == ({"length": 1}, True)
     with pytest.raises(ConflictError):
-        await store.post("a", Post("key", "other", accept, count))
+        await store.post("a", Post("key", "other", accept, count, b"".join))
     assert await store.read("a", lambda stored: stored.state) == b"x"
     await metadata.close()
 
@@ -54,10 +54,10 @@ async def test_a_key_that_cannot_be_written_takes_the_state_back_with_it(tmp_pat
     metadata, store = await opened(tmp_path)
     await store.derive((), lambda _: Stored(RECORD, b""), lambda stored: stored)
     await metadata.transact(lambda connection: connection.execute(sql.text("DROP TABLE statistics_keys")))
-    await store.post("a", Post(None, "digest", accept, count))
+    await store.post("a", Post(None, "digest", accept, count, b"".join))
     refusing = sql.text("CREATE TABLE statistics_keys (statistics, key, digest, answer CHECK (answer IS NULL))")
     await metadata.transact(lambda connection: connection.execute(refusing))
     with pytest.raises(sql.exc.IntegrityError):
-        await store.post("a", Post("key", "digest", accept, count))
+        await store.post("a", Post("key", "digest", accept, count, b"".join))
     assert await store.read("a", lambda stored: stored.state) == b"x"
     await metadata.close()
