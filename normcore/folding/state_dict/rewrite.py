@@ -32,7 +32,7 @@ from normcore.folding.state_dict.modules import Linear, Norm, join
 from normcore.folding.state_dict.report import Form, Kind, Pairing
 from normcore.folding.state_dict.weights import Exact, effective_weight, gain_axes, read_exact
 
-_BLOCK_ELEMENTS = 1 << 16
+_BLOCK_ELEMENTS = 1 << 18  # handing smaller blocks to the thread that hashes costs more than hashing them
 
 FORMULAS: dict[Form, str] = {
     "deploy": "W' = scale W; b' = scale b + shift",
