@@ -12,21 +12,28 @@ from numpy.typing import NDArray
 Exact = NDArray[np.float64]
 
 
-def scale_axis(weight: Exact, scale: Exact, *, axis: int) -> Exact:
-    """The weight, scaled along one axis.
+def on_axis(scale: Exact, axis: int, *, rank: int) -> Exact:
+    """One number per place on an axis, as a factor that broadcasts over a weight.
 
-    >>> scale_axis(np.ones((2, 2)), np.array([2.0, 3.0]), axis=1)
+    >>> np.ones((2, 2)) * on_axis(np.array([2.0, 3.0]), 1, rank=2)
     array([[2., 3.],
            [2., 3.]])
     """
-    return weight * scale.reshape([-1 if index == axis else 1 for index in range(weight.ndim)])
+    return scale.reshape([-1 if index == axis else 1 for index in range(rank)])
 
 
-def scale_conv_inputs(weight: Exact, scale: Exact, *, groups: int) -> Exact:
-    """W'[o, i] = scale[g, i] W[o, i] for a convolution, where o is in group g."""
-    grouped = weight.reshape(groups, -1, *weight.shape[1:])
-    factors = scale.reshape(groups, 1, weight.shape[1], *[1] * (weight.ndim - 2))
-    return np.asarray((grouped * factors).reshape(weight.shape))
+def on_groups(scale: Exact, shape: tuple[int, ...], *, groups: int) -> Exact:
+    """One number per place on axis 1 of each group of rows, as a factor that broadcasts over a weight of that shape.
+
+    These are the input channels of a convolution and the output channels of a transposed one: W'[r, c] = scale[g, c]
+    W[r, c], where row r is in group g.
+
+    >>> on_groups(np.arange(4.0), (2, 2, 1), groups=2)[:, :, 0]
+    array([[0., 1.],
+           [2., 3.]])
+    """
+    rows = scale.reshape(groups, shape[1], *[1] * (len(shape) - 2))
+    return rows if groups == 1 else np.repeat(rows, shape[0] // groups, axis=0)
 
 
 def conv_response(weight: Exact, shift: Exact, *, groups: int) -> Exact:
@@ -47,11 +54,9 @@ def conv_constant(weight: Exact, shift: Exact, masks: Sequence[Exact], *, groups
     return np.asarray(result)
 
 
-def scale_transposed_outputs(weight: Exact, scale: Exact, *, groups: int) -> Exact:
-    """W'[g, :, j] = scale[g, j] W[g, :, j] for a transposed convolution."""
-    grouped = weight.reshape(groups, -1, *weight.shape[1:])
-    factors = scale.reshape(groups, 1, weight.shape[1], *[1] * (weight.ndim - 2))
-    return np.asarray((grouped * factors).reshape(weight.shape))
+def rows_of(weight: Exact) -> Exact:
+    """A convolution's weight as (C_out, K): what each output channel is made with."""
+    return weight.reshape(len(weight), -1)
 
 
 def transposed_rows(weight: Exact, *, groups: int) -> Exact:
@@ -92,9 +97,9 @@ __all__ = [
     "conv_response",
     "dirac",
     "embed",
+    "on_axis",
+    "on_groups",
     "point_response",
-    "scale_axis",
-    "scale_conv_inputs",
-    "scale_transposed_outputs",
+    "rows_of",
     "transposed_rows",
 ]

@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto
 from normcore.checkpoints.files import write_file
 from normcore.checkpoints.onnx import GraphLimits, load_onnx
 from normcore.checkpoints.onnx_checker import check_model
+from normcore.checkpoints.onnx_writer import serialize
 from normcore.folding.evidence import describe_folds
 from normcore.folding.onnx.options import FoldOptions
 from normcore.folding.onnx.rules import fold_graph
@@ -99,12 +100,13 @@ def fold_checkpoint(
         entries = _fold_in_place(folded, options | {"exclude": {*options.get("exclude", ()), *exclude}})
         outputs = tuple(entry.output for entry in entries if entry.status == "folded")
         report_progress("write", 2, total)
-        write_file(target, folded.SerializeToString() if outputs else source.read_bytes())
-        certificate = None
+        write_file(target, serialize(folded) if outputs else source.read_bytes())
+        outline, certificate = _outline(folded), None
+        del folded  # the proof reads the file: no need to hold all weights beside it
         if verify is not None and outputs:
             report_progress("verify", 3, total)
             certificate = certify(source, target, replace(verify, deadline_s=max(deadline - time.monotonic(), 0.0)))
-        return Trial((folded, entries), outputs, certificate)
+        return Trial((outline, entries), outputs, certificate)
 
     trial, withdrawn = fold_what_is_proven(attempt, deadline=deadline)
     folded, entries = trial.result

@@ -19,7 +19,7 @@ class Constants:
 
     def __init__(
         self,
-        initializers: Mapping[str, TensorProto],
+        initializers: Mapping[str, TensorProto | Value],
         overridable: set[str],
         types: Mapping[str, TensorType],
         producer: Callable[[str], NodeProto | None],
@@ -52,7 +52,8 @@ class Constants:
                 f"initializer {name!r} is also a graph input, which callers may override; "
                 "the option freeze_initializers removes such inputs"
             )
-        value = tensor_value(self._initializers[name], max_elements=_MAX_ELEMENTS)
+        held = self._initializers[name]
+        value = held if isinstance(held, np.ndarray) else tensor_value(held, max_elements=_MAX_ELEMENTS)
         if value is None:
             raise Refusal(f"initializer {name!r} is no numeric tensor of usable size")
         return value

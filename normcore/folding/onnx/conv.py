@@ -9,13 +9,13 @@ padded zeros would have to be `scale 0 + shift`: with a shift, only an unpadded 
 
 import numpy as np
 
-from normcore.folding.filters import conv_response, scale_axis, scale_conv_inputs
+from normcore.folding.filters import conv_response, on_axis, on_groups, rows_of
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.edit import Edit
 from normcore.folding.onnx.graph import Graph, label
 from normcore.folding.onnx.operands import attributes_of, read_bias, read_weight
 from normcore.folding.onnx.refusal import Refusal, ShiftRefusal
-from normcore.folding.onnx.rounding import store
+from normcore.folding.onnx.rounding import store, store_scaled
 
 
 class ConvRule:
@@ -30,10 +30,10 @@ class ConvRule:
             raise Refusal(f"the convolution's weight has shape {weight.shape}, which is no filter")
         channels = weight.shape[0]
         affine = demand.on(1, channels, where=label(graph.node(index)))
-        exact = scale_axis(weight.astype(np.float64), affine.scale, axis=0)
+        factor = on_axis(affine.scale, 0, rank=weight.ndim)
         bias = affine.scale * read_bias(graph, index, channels=channels) + affine.shift
         operands = {
-            1: store(exact, weight.dtype, "weight", rows=exact.reshape(channels, -1)),
+            1: store_scaled(weight, factor, weight.dtype, "weight", rows=rows_of),
             2: store(bias, weight.dtype, "bias"),
         }
         return Edit(index, "conv", "W'[o] = scale[o] W[o]; b' = scale b + shift", operands)
@@ -50,11 +50,11 @@ class ConvRule:
         affine = demand.on(1, weight.shape[1] * groups, where=label(node))
         if affine.is_shifting and is_padded(graph, index):
             raise ShiftRefusal(f"{label(node)} pads with zeros, which the shift would have to reach too")
-        exact = scale_conv_inputs(weight.astype(np.float64), affine.scale, groups=groups)
-        operands = {1: store(exact, weight.dtype, "weight", rows=exact.reshape(len(exact), -1))}
+        factor = on_groups(affine.scale, weight.shape, groups=groups)
+        operands = {1: store_scaled(weight, factor, weight.dtype, "weight", rows=rows_of)}
         if affine.is_shifting:
             response = conv_response(weight.astype(np.float64), affine.shift, groups=groups)
-            bias = read_bias(graph, index, channels=len(exact)) + response
+            bias = read_bias(graph, index, channels=len(weight)) + response
             operands[2] = store(bias, weight.dtype, "bias")
         return Edit(index, "conv_input", "W'[:, i] = scale[i] W[:, i]; b' = b + sum over i, k of W shift", operands)
 

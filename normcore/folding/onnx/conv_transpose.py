@@ -10,16 +10,18 @@ A shift of the input reaches each output position by other taps; only a kernel o
 The number of groups comes from the node: a square weight fits several.
 """
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
-from normcore.folding.filters import point_response, scale_axis, scale_transposed_outputs, transposed_rows
+from normcore.folding.filters import on_axis, on_groups, point_response, transposed_rows
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.edit import Edit
 from normcore.folding.onnx.graph import Graph, label
 from normcore.folding.onnx.operands import attributes_of, read_bias, read_weight
 from normcore.folding.onnx.refusal import Refusal, ShiftRefusal
-from normcore.folding.onnx.rounding import store
+from normcore.folding.onnx.rounding import store, store_scaled
 
 
 class ConvTransposeRule:
@@ -32,10 +34,10 @@ class ConvTransposeRule:
         weight, groups = _read(graph, index)
         channels = groups * weight.shape[1]
         affine = demand.on(1, channels, where=label(graph.node(index)))
-        exact = scale_transposed_outputs(weight.astype(np.float64), affine.scale, groups=groups)
+        factor = on_groups(affine.scale, weight.shape, groups=groups)
         bias = affine.scale * read_bias(graph, index, channels=channels) + affine.shift
         operands = {
-            1: store(exact, weight.dtype, "weight", rows=transposed_rows(exact, groups=groups)),
+            1: store_scaled(weight, factor, weight.dtype, "weight", rows=partial(transposed_rows, groups=groups)),
             2: store(bias, weight.dtype, "bias"),
         }
         return Edit(index, "conv_transpose", "W'[g, :, j] = scale[g, j] W[g, :, j]; b' = scale b + shift", operands)
@@ -49,8 +51,10 @@ class ConvTransposeRule:
         affine = demand.on(1, weight.shape[0], where=label(node))
         if affine.is_shifting and not _is_pointwise(graph, index, weight):
             raise ShiftRefusal(f"{label(node)} spreads the shift unevenly over its output")
-        exact = scale_axis(weight.astype(np.float64), affine.scale, axis=0)
-        operands = {1: store(exact, weight.dtype, "weight", rows=transposed_rows(exact, groups=groups))}
+        factor = on_axis(affine.scale, 0, rank=weight.ndim)
+        operands = {
+            1: store_scaled(weight, factor, weight.dtype, "weight", rows=partial(transposed_rows, groups=groups))
+        }
         if affine.is_shifting:
             response = point_response(weight.astype(np.float64), affine.shift, groups=groups)
             bias = read_bias(graph, index, channels=response.size) + response

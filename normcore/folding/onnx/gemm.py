@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normcore.folding.filters import Exact
+from normcore.folding.filters import Exact, on_axis, rows_of
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.edit import Edit
 from normcore.folding.onnx.graph import Graph, label
 from normcore.folding.onnx.operands import attributes_of, read_operand, read_weight
 from normcore.folding.onnx.refusal import Refusal
-from normcore.folding.onnx.rounding import store
+from normcore.folding.onnx.rounding import store, store_scaled
 
 
 class GemmRule:
@@ -29,36 +29,36 @@ class GemmRule:
 
     def check_backward(self, graph: Graph, index: int, demand: Demand) -> Edit:
         """Take a map of the output. Raises Refusal."""
-        weight, columns, attributes = _read(graph, index)
-        affine = demand.on(1, columns.shape[1], where=label(graph.node(index)))
-        exact = float(attributes.get("alpha", 1.0)) * columns * affine.scale
-        bias = _addend(graph, index, columns.shape[1], attributes) * affine.scale + affine.shift
+        weight, attributes = _read(graph, index)
+        axis = 0 if attributes.get("transB", 0) else 1
+        affine = demand.on(1, weight.shape[axis], where=label(graph.node(index)))
+        factor = on_axis(float(attributes.get("alpha", 1.0)) * affine.scale, axis, rank=2)
+        bias = _addend(graph, index, weight.shape[axis], attributes) * affine.scale + affine.shift
         formula = "B'[:, n] = alpha scale[n] B[:, n]; C' = beta scale C + shift; alpha' = beta' = 1"
-        return _edit(index, "gemm", formula, weight, exact, bias, attributes)
+        return _edit(index, "gemm", formula, weight, factor, bias, attributes)
 
     def check_forward(self, graph: Graph, index: int, slot: int, demand: Demand) -> Edit:
         """Take a map of the first operand. Raises Refusal."""
         node = graph.node(index)
         if slot != 0:
             raise Refusal(f"it is {'the weight' if slot == 1 else 'an addend'} of {label(node)}")
-        weight, columns, attributes = _read(graph, index)
+        weight, attributes = _read(graph, index)
+        columns = (weight.T if attributes.get("transB", 0) else weight).astype(np.float64)
         axis = 0 if attributes.get("transA", 0) else 1
         affine = demand.on(axis, columns.shape[0], where=label(node))
         alpha = float(attributes.get("alpha", 1.0))
         bias = _addend(graph, index, columns.shape[1], attributes) + alpha * (affine.shift @ columns)
-        exact = alpha * affine.scale[:, None] * columns
+        factor = on_axis(alpha * affine.scale, 1 if attributes.get("transB", 0) else 0, rank=2)
         formula = "B'[k, :] = alpha scale[k] B[k, :]; C' = beta C + alpha shift B; alpha' = beta' = 1"
-        return _edit(index, "gemm_input", formula, weight, exact, bias, attributes)
+        return _edit(index, "gemm_input", formula, weight, factor, bias, attributes)
 
 
-def _read(graph: Graph, index: int) -> tuple[NDArray[Any], Exact, dict[str, Any]]:
-    """The stored weight, the same as (K, N) in float64, and the attributes. Raises Refusal."""
+def _read(graph: Graph, index: int) -> tuple[NDArray[Any], dict[str, Any]]:
+    """The stored weight and the attributes. Raises Refusal."""
     weight = read_weight(graph, index)
     if weight.ndim != 2:
         raise Refusal(f"the weight of the Gemm has rank {weight.ndim} instead of 2")
-    attributes = attributes_of(graph.node(index))
-    columns = weight.T if attributes.get("transB", 0) else weight
-    return weight, columns.astype(np.float64), attributes
+    return weight, attributes_of(graph.node(index))
 
 
 def _addend(graph: Graph, index: int, columns: int, attributes: dict[str, Any]) -> Exact:
@@ -72,9 +72,10 @@ def _addend(graph: Graph, index: int, columns: int, attributes: dict[str, Any]) 
 
 
 def _edit(
-    index: int, rule: str, formula: str, weight: NDArray[Any], exact: Exact, bias: Exact, attributes: dict[str, Any]
+    index: int, rule: str, formula: str, weight: NDArray[Any], factor: Exact, bias: Exact, attributes: dict[str, Any]
 ) -> Edit:
-    stored = store(exact.T if attributes.get("transB", 0) else exact, weight.dtype, "weight", rows=exact.T)
+    rows = rows_of if attributes.get("transB", 0) else np.transpose
+    stored = store_scaled(weight, factor, weight.dtype, "weight", rows=rows)
     operands = {1: stored, 2: store(bias, weight.dtype, "bias")}
     return Edit(index, rule, formula, operands, resets=("alpha", "beta"))
 

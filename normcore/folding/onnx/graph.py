@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto
 
 from normcore.checkpoints.onnx import opset_of
 from normcore.checkpoints.onnx_constants import Value
 from normcore.checkpoints.onnx_shapes import TensorType, infer_types
 from normcore.folding.onnx.constants import Constants, label
 from normcore.folding.onnx.names import all_names, used_names
-from normcore.folding.onnx.ordering import drop, write_nodes
+from normcore.folding.onnx.ordering import drop, fill, write_nodes
 from normcore.folding.onnx.refusal import Refusal
 
 _FIRST_IR_WITH_PRIVATE_INITIALIZERS = 4
@@ -37,12 +37,12 @@ class Graph:
         self._next = len(self._nodes)
         self._producers: dict[str, int] = {}
         self._uses: defaultdict[str, list[int]] = defaultdict(list)
-        self._initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._initializers: dict[str, TensorProto | Value] = {each.name: each for each in model.graph.initializer}
         self._outputs = {info.name for info in model.graph.output}
         listed = {info.name for info in model.graph.input} & set(self._initializers)
         self._overridable = set() if freeze_initializers else listed
         self._frozen = listed if freeze_initializers else set()
-        self._new: dict[str, TensorProto] = {}
+        self._new: dict[str, Value] = {}
         self._gone: set[str] = set()
         self._locked = frozenset(locked)
         self.opset = opset_of(model)
@@ -221,16 +221,14 @@ class Graph:
         is_visible = instead_of in self._outputs or instead_of in self._overridable
         is_private = instead_of in self._initializers and len(self._uses[instead_of]) == 1 and not is_visible
         name = instead_of if is_private else self.fresh(fallback)
-        tensor = numpy_helper.from_array(np.array(array, order="C"), name)
-        self._initializers[name] = self._new[name] = tensor
-        self._types[name] = TensorType(tensor.data_type, array.shape)
+        self._initializers[name] = self._new[name] = array
+        self._types[name] = TensorType(onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
         return name
 
     def bake(self, name: str, array: NDArray[Any]) -> None:
         """Make a computed tensor an initializer of the same name."""
-        tensor = numpy_helper.from_array(np.array(array, order="C"), name)
         producer = self._producers.pop(name)
-        self._initializers[name] = self._new[name] = tensor
+        self._initializers[name] = self._new[name] = array
         node = self._nodes[producer]
         if not self._is_used(node, but=name):
             self.remove(producer)
@@ -258,9 +256,9 @@ class Graph:
         self._initializers.clear()  # each weight is let go as it is written: together they are as large as the file
         for tensor in graph.initializer:
             if tensor.name in self._new:
-                tensor.CopyFrom(self._new.pop(tensor.name))
+                fill(tensor, tensor.name, self._new.pop(tensor.name))
         for name in list(self._new):
-            graph.initializer.append(self._new.pop(name))
+            fill(graph.initializer.add(), name, self._new.pop(name))
         if self._frozen or has_new:
             # Older files must list every initializer among the inputs.
             self._model.ir_version = max(self._model.ir_version, _FIRST_IR_WITH_PRIVATE_INITIALIZERS)

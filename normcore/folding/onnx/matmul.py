@@ -9,15 +9,16 @@ behind it takes the shift, or a new one.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from normcore.folding.affine import Affine
-from normcore.folding.filters import Exact
+from normcore.folding.filters import Exact, on_axis
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.edit import Edit
 from normcore.folding.onnx.graph import Graph, label
 from normcore.folding.onnx.operands import read_weight
 from normcore.folding.onnx.refusal import Refusal
-from normcore.folding.onnx.rounding import Stored, store
+from normcore.folding.onnx.rounding import Stored, store, store_scaled
 
 
 class MatMulRule:
@@ -39,7 +40,7 @@ class MatMulRule:
                 f"last axis, those of the norm on axis {demand.axis}, and with batch norm these are the same only at "
                 "rank 2"
             ) from None
-        stored = store(weight * affine.scale, graph_dtype(graph, index), "weight", rows=(weight * affine.scale).T)
+        stored = store_scaled(weight, on_axis(affine.scale, 1, rank=2), weight.dtype, "weight", rows=np.transpose)
         return _edit(graph, index, stored, affine, rank=rank, rule="matmul", formula="W'[:, n] = scale[n] W[:, n]")
 
     def check_forward(self, graph: Graph, index: int, slot: int, demand: Demand) -> Edit:
@@ -49,9 +50,8 @@ class MatMulRule:
             raise Refusal(f"it is the second operand of {label(node)}, whose rows make no channels")
         weight, rank = _read(graph, index)
         affine = demand.on(rank - 1, weight.shape[0], where=label(node))
-        exact = affine.scale[:, None] * weight
-        stored = store(exact, graph_dtype(graph, index), "weight", rows=exact.T)
-        response = Affine(np.ones(weight.shape[1]), affine.shift @ weight)
+        stored = store_scaled(weight, on_axis(affine.scale, 0, rank=2), weight.dtype, "weight", rows=np.transpose)
+        response = Affine(np.ones(weight.shape[1]), affine.shift @ weight.astype(np.float64))
         formula = "W'[k, :] = scale[k] W[k, :]; b' = b + shift W"
         addition = _addition_behind(graph, index, weight.shape[1])
         if addition is not None and response.is_shifting and rank > 2:
@@ -64,13 +64,8 @@ class MatMulRule:
         return _edit(graph, index, stored, response, rank=rank, rule="matmul_input", formula=formula)
 
 
-def graph_dtype(graph: Graph, index: int) -> np.dtype[np.floating]:
-    """Datatype of the weight."""
-    return read_weight(graph, index).dtype
-
-
-def _read(graph: Graph, index: int) -> tuple[Exact, int]:
-    """The weight (K, N) in float64 and the rank of the first operand. Raises Refusal."""
+def _read(graph: Graph, index: int) -> tuple[NDArray[np.floating], int]:
+    """The weight (K, N) and the rank of the first operand. Raises Refusal."""
     node = graph.node(index)
     if graph.is_constant(node.input[0]):
         raise Refusal(f"the constant of {label(node)} is its first operand: its rows do not make the channels")
@@ -83,7 +78,7 @@ def _read(graph: Graph, index: int) -> tuple[Exact, int]:
             f"{label(node)} multiplies a tensor of rank {rank} with a weight of rank {weight.ndim}: its channels are "
             "no axis that it scales alone"
         )
-    return weight.astype(np.float64), rank
+    return weight, rank
 
 
 def _edit(graph: Graph, index: int, weight: Stored, shift: Affine, *, rank: int, rule: str, formula: str) -> Edit:

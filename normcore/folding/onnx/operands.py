@@ -10,7 +10,7 @@ from onnx import NodeProto
 from normcore.folding.filters import Exact
 from normcore.folding.onnx.graph import Graph, label
 from normcore.folding.onnx.refusal import Refusal
-from normcore.folding.onnx.rounding import check_float
+from normcore.folding.onnx.rounding import check_float, largest_of
 
 
 def attributes_of(node: NodeProto) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def read_weight(graph: Graph, index: int) -> NDArray[Any]:
     weight = read_operand(graph, index, 1, "weight")
     if weight is None:
         raise Refusal(f"{label(graph.node(index))} has no weight")
-    if not np.isfinite(weight.astype(np.float64)).all():
+    if not np.isfinite(largest_of(weight)):
         raise Refusal(f"the weight of {label(graph.node(index))} holds NaN or infinity")
     return weight
 

@@ -1,9 +1,11 @@
-"""Nodes back into a graph, each behind what it reads."""
+"""Nodes back into a graph, each behind what it reads, and constants."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from onnx import GraphProto, NodeProto
+import onnx
+from numpy.typing import NDArray
+from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
 
 from normcore.folding.onnx.names import used_names
 
@@ -28,6 +30,15 @@ def drop(items: Any, names: set[str]) -> None:
             del items[index]
 
 
+def fill(tensor: TensorProto, name: str, array: NDArray[Any]) -> None:
+    """Make a constant of a graph another one."""
+    tensor.Clear()
+    tensor.name = name
+    tensor.dims.extend(array.shape)
+    tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor.raw_data = numpy_helper.tobytes_little_endian(array)
+
+
 def _sort(nodes: Mapping[int, NodeProto]) -> list[int]:
     """Positions, stably: each node where it was, unless it has to wait for one behind it."""
     producers = {name: index for index, node in nodes.items() for name in node.output if name}
@@ -47,4 +58,4 @@ def _sort(nodes: Mapping[int, NodeProto]) -> list[int]:
     return ordered
 
 
-__all__ = ["drop", "write_nodes"]
+__all__ = ["drop", "fill", "write_nodes"]

@@ -10,7 +10,7 @@ bias per position, for a fixed size.
 import numpy as np
 
 from normcore.folding.affine import Affine
-from normcore.folding.filters import Exact, conv_constant, conv_response, scale_conv_inputs
+from normcore.folding.filters import Exact, conv_constant, conv_response, on_groups, rows_of
 from normcore.folding.onnx.constants import label
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.edit import Edit, Padding
@@ -18,7 +18,7 @@ from normcore.folding.onnx.graph import Graph
 from normcore.folding.onnx.operands import attributes_of, read_bias, read_weight
 from normcore.folding.onnx.options import ZeroPadding
 from normcore.folding.onnx.refusal import Refusal
-from normcore.folding.onnx.rounding import Stored, store
+from normcore.folding.onnx.rounding import Stored, store, store_scaled
 
 PADDED = frozenset({"conv_padded", "conv_mapped"})
 
@@ -33,13 +33,14 @@ def check_padded(graph: Graph, index: int, demand: Demand, *, option: ZeroPaddin
         raise Refusal(f"the output of {label(node)} without its shift could overflow in float16")
     groups = int(attributes_of(node).get("group", 1))
     affine = demand.on(1, weight.shape[1] * groups, where=label(node))
-    exact = scale_conv_inputs(weight.astype(np.float64), affine.scale, groups=groups)
-    stored = store(exact, weight.dtype, "weight", rows=exact.reshape(len(exact), -1))
+    stored = store_scaled(
+        weight, on_groups(affine.scale, weight.shape, groups=groups), weight.dtype, "weight", rows=rows_of
+    )
     if option == "map":
         addend = _bias_map(graph, index, weight.astype(np.float64), affine.shift, groups)
         formula = "W'[:, i] = scale[i] W[:, i]; Add(W * shift), per position"
         return Edit(index, "conv_mapped", formula, {1: stored}, addend=store(addend[None], weight.dtype, "bias"))
-    bias = read_bias(graph, index, channels=len(exact))
+    bias = read_bias(graph, index, channels=len(weight))
     bias = bias + conv_response(weight.astype(np.float64), affine.shift, groups=groups)
     return Edit(
         index,

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from normcore.folding.state_dict.modules import Linear, Modules, Norm, leaf_of
-from normcore.folding.state_dict.naming import sounds_transposed
-from normcore.folding.state_dict.report import Evidence, Kind
+from normcore.folding.state_dict.modules import Linear, Modules, Norm, join, leaf_of, parent_of
+from normcore.folding.state_dict.naming import sounds_downward, sounds_transposed
+from normcore.folding.state_dict.report import Evidence
 
 _FEW_CHANNELS = 16
 _SMOOTH_MINIMUM = -0.376  # HardSwish reaches -0.375, Mish -0.31, SiLU -0.28, GELU -0.17: no mean of theirs is lower
@@ -38,7 +38,8 @@ class Family:
         blocked: a pair whose running means may be those of an activation's output, if there is one.
         low: share of the norms that have a running mean below what smooth activations give.
         biased: how many operators have a bias.
-        convolutions: by last part of the name, an operator whose shape is a convolution's.
+        convolutions: by last part of the name, an operator that no transposed convolution can be.
+        kinds: by last part of the name, and of all under "", whether all operators may be transposed convolutions.
     """
 
     def __init__(self, instances: Sequence[Instance], modules: Modules) -> None:
@@ -51,10 +52,11 @@ class Family:
         self.blocked = next((each for each in instances if len(each.mean) >= _FEW_CHANNELS and _low(each) >= 0), None)
         self.low = sum(_low(each) < _SMOOTH_MINIMUM for each in instances) / len(instances)
         self.biased = sum(each.linear.bias is not None for each in instances)
-        self.convolutions = {
-            leaf_of(each.linear.name): each.linear.name
-            for each in instances
-            if linear_kind(each.linear, each.norm.num_features) == "conv"
+        self.convolutions = {leaf_of(each.linear.name): each.linear.name for each in instances if _is_convolution(each)}
+        leaves = {leaf_of(each.linear.name) for each in instances}
+        self.kinds = {
+            leaf: _may_be_transposed([each for each in instances if leaf in ("", leaf_of(each.linear.name))])
+            for leaf in ("", *leaves)
         }
 
 
@@ -62,20 +64,11 @@ def judge(instance: Instance, family: Family, modules: Modules, *, keeps_order: 
     """Every check of one pair."""
     return [
         family.shapes,
-        _kind(instance, family),
+        _kind(instance, family, modules),
         _order(instance, family, modules, keeps_order=keeps_order),
         _activation(instance, family),
         _bias(instance, family),
     ]
-
-
-def linear_kind(linear: Linear, channels: int) -> Kind | None:
-    """What an operator is if its output has that many channels and its weight is no square; else None."""
-    if len(linear.shape) == 2:
-        return "linear" if linear.shape[0] == channels else None
-    if linear.shape[0] == channels and (linear.shape[1] != channels or channels == 1):
-        return "conv"
-    return None
 
 
 def could_be_transposed(linear: Linear, channels: int) -> bool:
@@ -101,7 +94,7 @@ def _shapes(family: Sequence[Instance]) -> Evidence:
     )
 
 
-def _kind(instance: Instance, family: Family) -> Evidence:
+def _kind(instance: Instance, family: Family, modules: Modules) -> Evidence:
     """A square weight scaled along the wrong axis gives no error, so its kind must be known from its siblings."""
     linear, channels = instance.linear, instance.norm.num_features
     kernel = linear.shape[2:]
@@ -116,15 +109,60 @@ def _kind(instance: Instance, family: Family) -> Evidence:
         return Evidence("kind", False, f"a kernel of {list(kernel)} fits a transposed convolution as well")
     if sounds_transposed(linear.name) and could_be_transposed(linear, channels):
         return Evidence("kind", False, f"the name {linear.name} may be that of a transposed convolution")
-    if linear_kind(linear, channels) is not None:
+    if not could_be_transposed(linear, channels):
         return Evidence("kind", True, f"{list(linear.shape)} with {channels} outputs is a convolution's")
-    own = leaf_of(linear.name)
+    return _kind_by_siblings(instance, family, modules)
+
+
+def _kind_by_siblings(instance: Instance, family: Family, modules: Modules) -> Evidence:
+    """What operators of the same lines of code are, this one is; elements of a sequence come from different ones."""
+    linear = instance.linear
+    shape, own = list(linear.shape), leaf_of(linear.name)
     sibling = family.convolutions.get(own) if own.isdigit() else next(iter(family.convolutions.values()), None)
     if sibling is not None:
-        return Evidence("kind", True, f"square, but {sibling} of the same template is a convolution")
-    return Evidence(
-        "kind", False, f"the weight {list(linear.shape)} is square, and could be a transposed convolution's as well"
-    )
+        return Evidence("kind", True, f"{shape} fits both kinds, but {sibling} of the same template is a convolution")
+    if not family.kinds[own if own.isdigit() else ""]:
+        return Evidence(
+            "kind",
+            True,
+            f"{shape} fits both kinds, but transposed convolutions of this template would "
+            "have different numbers of groups",
+        )
+    before = _outputs_before(linear.name, modules)
+    if linear.shape[1] == before != linear.shape[0]:
+        return Evidence("kind", True, f"{shape} fits both kinds, but the sequence has {before} channels before it")
+    groups = instance.norm.num_features // linear.shape[1]
+    if groups > 1 and sounds_downward(linear.name):
+        return Evidence(
+            "kind", True, f"{shape} fits both kinds, but the name {linear.name} is none of a transposed one"
+        )
+    square = "is square, and " if groups == 1 else ""
+    grouped = "" if groups == 1 else f" in {groups} groups"
+    return Evidence("kind", False, f"the weight {shape} {square}could be a transposed convolution's{grouped} as well")
+
+
+def _outputs_before(name: str, modules: Modules) -> int | None:
+    """Outputs of the operator before this one in a sequence."""
+    parent, leaf = parent_of(name), leaf_of(name)
+    for number in range(int(leaf) - 1 if leaf.isdigit() else -1, -1, -1):
+        linear = modules.linears.get(join(parent, str(number)))
+        if linear is not None:
+            return linear.shape[0]
+    return None
+
+
+def _is_convolution(instance: Instance) -> bool:
+    linear, channels = instance.linear, instance.norm.num_features
+    is_fitting = len(linear.shape) > 2 and linear.shape[0] == channels
+    return is_fitting and not could_be_transposed(linear, channels)
+
+
+def _may_be_transposed(instances: Sequence[Instance]) -> bool:
+    """Whether one definition of a transposed convolution, of a fixed number or size of groups, can make them all."""
+    sizes = {each.linear.shape[1] for each in instances}
+    groups = {each.norm.num_features // each.linear.shape[1] for each in instances}
+    is_possible = all(could_be_transposed(each.linear, each.norm.num_features) for each in instances)
+    return is_possible and (len(groups) == 1 or len(sizes) == 1)
 
 
 def _order(instance: Instance, family: Family, modules: Modules, *, keeps_order: bool) -> Evidence:
@@ -195,4 +233,4 @@ def uniqueness(claims: Mapping[str, Sequence[str]], norm: str, proposals: Sequen
     return Evidence("name", True, f"no other batch norm points to {proposals[0]}")
 
 
-__all__ = ["Family", "Instance", "could_be_transposed", "judge", "linear_kind", "uniqueness"]
+__all__ = ["Family", "Instance", "could_be_transposed", "judge", "uniqueness"]

@@ -28,6 +28,8 @@ _TRANSPOSED = re.compile(
     r"deconv|transp|(?<![a-z])up|upsampl|unpool|convt|conv_t|tconv|dec(?:oder)?\d*(?![a-z])|gen", re.I
 )
 
+_DOWNWARD = re.compile(r"down|shortcut", re.I)
+
 # Classes whose leaves do not match by name, told apart by the siblings that they have: (linear, norm, with, without).
 _CLASSES: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("_conv_stem", "_bn0", (), ()),
@@ -72,6 +74,11 @@ def sounds_transposed(name: str) -> bool:
     return _TRANSPOSED.search(name) is not None
 
 
+def sounds_downward(name: str) -> bool:
+    """Whether a name has a word of shortcuts that make images smaller, which transposed convolutions never do."""
+    return _DOWNWARD.search(name) is not None
+
+
 def _proposals(norm: str, linears: Mapping[str, Linear]) -> Iterator[tuple[str, str]]:
     parent, leaf = parent_of(norm), leaf_of(norm)
     if leaf.isdigit():
@@ -109,4 +116,4 @@ def _by_word(leaf: str) -> Iterator[tuple[str, str]]:
             yield leaf.replace(word, replacement), f"the same name with {replacement} for {word}"
 
 
-__all__ = ["IN_SEQUENCE", "Counterpart", "find_counterparts", "sounds_transposed", "template"]
+__all__ = ["IN_SEQUENCE", "Counterpart", "find_counterparts", "sounds_downward", "sounds_transposed", "template"]

@@ -14,6 +14,7 @@ All in float64 with one rounding; weights pass in blocks of rows, so that no ten
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,16 +23,16 @@ from numpy.typing import NDArray
 from normcore.checkpoints.safetensors_writer import Computed
 from normcore.checkpoints.tensors import DATATYPES, TensorFile, read_rows, read_tensor
 from normcore.folding.affine import Affine
-from normcore.folding.filters import scale_transposed_outputs, transposed_rows
+from normcore.folding.filters import on_axis, on_groups, rows_of, transposed_rows
 from normcore.folding.onnx.refusal import Refusal
-from normcore.folding.onnx.rounding import Stored, store
+from normcore.folding.onnx.rounding import Stored, store, store_scaled
 from normcore.folding.report import TensorHash
 from normcore.folding.state_dict.hashing import Hashing, bytes_of
 from normcore.folding.state_dict.modules import Linear, Norm, join
 from normcore.folding.state_dict.report import Form, Kind, Pairing
 from normcore.folding.state_dict.weights import Exact, effective_weight, gain_axes, read_exact
 
-_BLOCK_ELEMENTS = 1 << 16
+_BLOCK_ELEMENTS = 1 << 18  # handing smaller blocks to the thread that hashes costs more than hashing them
 
 FORMULAS: dict[Form, str] = {
     "deploy": "W' = scale W; b' = scale b + shift",
@@ -224,24 +225,18 @@ def _plain_weight(pen: _Pen, fold: Fold, factor: Exact) -> dict[str, Computed]:
 
 def _store_rows(block: NDArray[Any], fold: Fold, factor: Exact, row: int) -> Stored:
     """A block of rows as it is written. Raises Refusal."""
-    exact, rows = _scale(block, fold, factor, row)
+    dtype = DATATYPES[fold.linear.datatype]
     try:
-        return store(exact, DATATYPES[fold.linear.datatype], "weight", rows=rows)
+        if fold.kind == "conv_transpose":
+            groups = fold.norm.num_features // block.shape[1]
+            spread = on_groups(factor, block.shape, groups=groups)
+            return store_scaled(block, spread, dtype, "weight", rows=partial(transposed_rows, groups=groups))
+        own = on_axis(factor[row : row + len(block)], 0, rank=block.ndim)
+        return store_scaled(block, own, dtype, "weight", rows=rows_of)
     except Refusal:
         if not np.isfinite(block).all():
             raise Refusal(f"the weight of {fold.linear.name} has NaN or infinite elements") from None
         raise
-
-
-def _scale(block: NDArray[Any], fold: Fold, factor: Exact, row: int) -> tuple[Exact, Exact]:
-    """A block of rows, scaled in float64, and the same as one row per output channel."""
-    if fold.kind == "conv_transpose":
-        groups = fold.norm.num_features // block.shape[1]
-        scaled = scale_transposed_outputs(block.astype(np.float64), factor, groups=groups)
-        return scaled, transposed_rows(scaled, groups=groups)
-    own = factor[row : row + len(block)].reshape(-1, *[1] * (block.ndim - 1))
-    scaled = np.multiply(block, own, dtype=np.float64)
-    return scaled, scaled.reshape(len(block), -1)
 
 
 def _shaped_weight(pen: _Pen, fold: Fold, factor: Exact) -> dict[str, Computed]:

@@ -125,7 +125,8 @@ def _as_told(entry: Pairing, norm: Norm, told: Told, modules: Modules, *, defaul
     problem = (entry.reason if entry.standing == "refused" else None) or linear.problem
     if problem:
         raise FoldError(f"pairs[{norm.name!r}]: {problem}")
-    kind = _kind(norm, linear, told.kind)
+    is_assumed = told.kind is None and entry.into == linear.name
+    kind = entry.kind if is_assumed else _kind(norm, linear, told.kind)
     return replace(
         entry,
         standing="told",
@@ -155,9 +156,7 @@ def _kind(norm: Norm, linear: Linear, told: Kind | None) -> Kind:
     if not fitting:
         raise FoldError(f"{where} cannot have the {channels} outputs that the batch norm has channels")
     is_depthwise = shape[1] == 1 and shape[0] == channels  # scaled alike either way
-    is_square = shape[0] == shape[1]
-    is_doubtful = shape[0] != channels or is_square or any(size % 2 == 0 for size in shape[2:])
-    if "conv_transpose" in fitting and is_doubtful and not is_depthwise:
+    if "conv_transpose" in fitting and not is_depthwise:
         raise FoldError(f"{where} could be {' or '.join(fitting)}: say which as its kind")
     return fitting[0]
 

@@ -39,9 +39,9 @@ def whole_weight_norm() -> nn.Module:
 OPERATORS: list[tuple[str, Callable[[], nn.Module], int, tuple[int, ...], Kind | None]] = [
     ("conv1d", lambda: nn.Conv1d(3, 20, 3, bias=False), 20, (2, 3, 9), None),
     ("conv2d", lambda: nn.Conv2d(3, 20, 3, padding=1), 20, (2, 3, 7, 9), None),
-    ("conv3d", lambda: nn.Conv3d(2, 6, 3), 6, (1, 2, 5, 6, 7), None),
+    ("conv3d", lambda: nn.Conv3d(2, 6, 3), 6, (1, 2, 5, 6, 7), "conv"),
     ("square", lambda: nn.Conv2d(8, 8, 3, bias=False), 8, (2, 8, 7, 9), "conv"),
-    ("grouped", lambda: nn.Conv2d(8, 12, 3, groups=4), 12, (2, 8, 7, 9), None),
+    ("grouped", lambda: nn.Conv2d(8, 12, 3, groups=4), 12, (2, 8, 7, 9), "conv"),
     ("depthwise", lambda: nn.Conv2d(8, 8, 3, groups=8), 8, (2, 8, 7, 9), None),
     ("transposed", lambda: nn.ConvTranspose2d(6, 10, 3), 10, (2, 6, 5, 7), "conv_transpose"),
     ("transposed-square", lambda: nn.ConvTranspose2d(8, 8, 4, 2, bias=False), 8, (2, 8, 5, 7), "conv_transpose"),

@@ -111,6 +111,33 @@ TRAPS: list[tuple[str, Callable[[], nn.Module], str, str]] = [
         "transposed",
     ),
     (
+        "grouped-transposed",
+        lambda: Block(conv=nn.ConvTranspose2d(32, 32, 3, groups=2), bn=nn.BatchNorm2d(32)),
+        "bn",
+        "in 2 groups as well",
+    ),
+    (
+        "grouped-transposed-everywhere",
+        lambda: Block(
+            layer1=Block(conv=nn.ConvTranspose2d(32, 32, 3, groups=2), bn=nn.BatchNorm2d(32)),
+            layer2=Block(conv=nn.ConvTranspose2d(64, 64, 3, groups=2), bn=nn.BatchNorm2d(64)),
+        ),
+        "layer2.bn",
+        "in 2 groups as well",
+    ),
+    (
+        "grouped-transposed-in-sequence",
+        lambda: sequence(
+            nn.Conv2d(3, 32, 3),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.ConvTranspose2d(32, 32, 3, groups=4),
+            nn.BatchNorm2d(32),
+        ),
+        "4",
+        "in 4 groups as well",
+    ),
+    (
         "sequence-mixes-kinds",
         lambda: sequence(
             nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.ConvTranspose2d(32, 32, 3), nn.BatchNorm2d(32)
@@ -410,3 +437,12 @@ def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
     assert residual is not None
     assert 0 < residual < 2**-11
     assert np.isfinite(residual)
+
+
+@pytest.mark.parametrize("operator", [nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 3, groups=2)], ids=["dense", "grouped"])
+def test_a_told_weight_that_groups_make_transposed_needs_its_kind(operator: nn.Module, tmp_path: Path) -> None:
+    source = save(trained(Block(conv=operator, bn=nn.BatchNorm2d(32))), tmp_path / "in.pth")
+    with pytest.raises(FoldError, match=r"\[32, 16, 3, 3\] could be conv or conv_transpose: say which as its kind"):
+        plan_state_dict(source, options=StateDictOptions(pairs={"bn": Told("conv", eps=1e-5)}))
+    told = StateDictOptions(pairs={"bn": Told("conv", eps=1e-5, kind="conv")})
+    assert plan_state_dict(source, options=told).entries[0].kind == "conv"
