@@ -3,7 +3,6 @@
 from typing import Any
 
 from normcore.statistics import NAN_POLICIES
-from service.api.examples import BATCH
 from service.api.statistics_schemas import Posted
 from service.codecs.media import CODECS
 
@@ -58,7 +57,7 @@ def operation() -> dict[str, Any]:
         ],
         "requestBody": {
             "required": True,
-            "content": {_JSON: {"schema": {"type": "object", "properties": properties}, "example": BATCH}} | binary,
+            "content": {_JSON: {"schema": {"type": "object", "properties": properties}}} | binary,
         },
         "responses": {
             "200": {

@@ -1,12 +1,10 @@
-"""The documentation: complete, true (every example is executed), and readable without internet."""
+"""The documentation: complete, and readable without internet."""
 
 import re
 from typing import Any
 
 import httpx
 import pytest
-
-CREATING = ("/v1/statistics", "/v1/statistics/merge")
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -45,26 +43,6 @@ async def test_every_reference_resolves(client: httpx.AsyncClient) -> None:
     references = set(re.findall(r'"#/components/schemas/([^"]+)"', content.text))
     assert references
     assert references <= set(schemas)
-
-
-async def test_every_self_contained_example_runs(client: httpx.AsyncClient) -> None:
-    ran = []
-    for path, item in (await document(client))["paths"].items():
-        body = item.get("post", {}).get("requestBody", {}).get("content", {}).get("application/json", {})
-        if "example" not in body or "checkpoint" in f"{path}{body['example']}":
-            continue  # examples that need an uploaded file run in the README's test
-        if "{name}/" in path and "/repository/" in path:
-            continue  # a model that can be loaded needs a file too
-        values = {parameter["name"]: parameter.get("example") for parameter in item["post"].get("parameters", [])}
-        made = [(await client.post("/v1/statistics", json={"num_features": 2})).json()["id"] for _ in range(2)]
-        values["statistics_id"] = made[0]
-        example = {"ids": made} if path == "/v1/statistics/merge" else body["example"]
-        url = path.format(**values)
-        answer = await client.post(url, json=example)
-        assert answer.status_code == (201 if path in CREATING else 200), (url, answer.text)
-        ran.append(path)
-    assert {*CREATING, "/v1/statistics/{statistics_id}/batches", "/v2/models/{name}/infer"} <= set(ran)
-    assert "/v2/repository/index" in ran
 
 
 @pytest.mark.parametrize("page", ["/docs", "/redoc"])
