@@ -66,7 +66,9 @@ async def upload_checkpoint(
     request: Request,
     response: Response,
     services: ServicesDep,
-    filename: Annotated[str, Query(max_length=255, description="Name to show; it decides nothing.")] = "",
+    filename: Annotated[
+        str, Query(max_length=255, description="Name to show; it decides nothing. Empty: the form's.")
+    ] = "",
 ) -> Checkpoint:
     """Upload a checkpoint and see every normalization in it.
 

@@ -19,7 +19,8 @@ statistics, fold, serve. Its checkpoint is a network of one convolution and one 
     curl.block(f"printf %s {NETWORK} | base64 -d > model.onnx")
 }
 
-A field that may be null says what null means; in a query string it is the text null, or the parameter is left out."""
+A field or parameter that may be null says what null means. In the query string of a normalization it is the text null;
+elsewhere the parameter is left out. In an answer null stands for what there is not, or what cannot be told."""
 
 
 class Illustrations:

@@ -35,8 +35,8 @@ _DESCRIPTIONS = {
     "checkpoint_id": "Id of the checkpoint: the SHA-256 of its file.",
     "other_id": "Id of the checkpoint to compare it with.",
     "job_id": "Id of the job.",
-    "bins": "Bins of equal width, at most NORMSERVE_MAX_HISTOGRAM_BINS.",
-    "channel": "Index of the channel; all together if omitted.",
+    "bins": "Bins of equal width, from 1 to NORMSERVE_MAX_HISTOGRAM_BINS.",
+    "channel": "Index of the channel; null: all together.",
 }
 
 
@@ -210,15 +210,16 @@ def _nested_schemas(operation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _simplify_parameters(operation: dict[str, Any]) -> None:
-    """A route with two paths may declare what only one of them has as optional, but in a path nothing is null.
+    """In a path nothing is null, and in the query string of a document's fields null is to leave the parameter out.
 
     A header that may come several times is one text to a client.
     """
     for parameter in operation.get("parameters", ()):
         if parameter["in"] == "header" and parameter["schema"].get("type") == "array":
             parameter["schema"] = {"type": "string"}
-        if parameter["in"] == "path" and "anyOf" in parameter["schema"]:
-            (parameter["schema"],) = [one for one in parameter["schema"]["anyOf"] if one != {"type": "null"}]
+        kinds = [kind for kind in parameter["schema"].get("anyOf", ()) if kind != {"type": "null"}]
+        if len(kinds) == 1:
+            parameter["schema"] = kinds[0]
 
 
 def _summarize(operation: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The documentation: complete, and readable without internet."""
 
+import json
 import re
 from typing import Any
 
@@ -28,6 +29,28 @@ async def test_every_operation_is_described(client: httpx.AsyncClient) -> None:
                 assert parameter.get("description"), (method, path, parameter["name"])
             named = {parameter["name"] for parameter in operation.get("parameters", ()) if parameter["in"] == "path"}
             assert named == set(re.findall(r"{(\w+)}", path)), (method, path)
+
+
+async def test_what_may_be_null_says_what_null_means(client: httpx.AsyncClient) -> None:
+    content = await document(client)
+    asked = [content["components"]["schemas"][name] for name in ("VerifyRequest", "PairRequest")]
+    nullable = {}
+    for item in content["paths"].values():
+        for operation in item.values():
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+            asked.append(body.get("schema", {}))
+            for parameter in operation.get("parameters", ()):
+                if parameter["in"] == "query" and "default" not in parameter["schema"]:
+                    nullable[f"{operation['operationId']}?{parameter['name']}"] = parameter
+    for schema in asked:
+        nullable |= {
+            name: field for name, field in schema.get("properties", {}).items() if '"null"' in json.dumps(field)
+        }
+    assert {"momentum", "eps", "version", "max_batch_size", "probes", "architecture", "read_histogram?channel"} <= set(
+        nullable
+    )
+    for name, field in nullable.items():
+        assert re.search(r"\bnull\b|where not given|binary encodings only", field["description"]), name
 
 
 async def test_operation_ids_are_names_of_their_own(client: httpx.AsyncClient) -> None:
