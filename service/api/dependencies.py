@@ -32,9 +32,7 @@ async def read_document(request: Request, kind: type[Document]) -> Document:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise InvalidDocumentError(
-            error.errors(include_url=False, include_context=False, include_input=False)
-        ) from error
+        raise InvalidDocumentError(error.errors(include_url=False, include_context=False)) from error
 
 
 def document_schema(kind: type[BaseModel], *, is_required: bool = True) -> dict[str, Any]:
