@@ -16,12 +16,11 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 import onnxruntime
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 from onnxruntime.capi import onnxruntime_pybind11_state as state
-from torch.utils.dlpack import from_dlpack
 
+from normcore.bound_execution import cuda_device, run_bound, to_numpy
 from normcore.errors import CheckpointError, DeadlineError, NormcoreError
 
 CPU = ("CPUExecutionProvider",)
@@ -226,6 +225,9 @@ def _invoke(
     output_names: Sequence[str] | None,
     options: onnxruntime.RunOptions,
 ) -> list[NDArray[Any]]:
+    device = cuda_device(session.get_providers(), session.get_provider_options())
+    if device is not None and not any(isinstance(feed, np.ndarray) and feed.dtype == object for feed in feeds.values()):
+        return run_bound(session, feeds, output_names, options, device=("cuda", device))
     if not any(node.type == "tensor(bfloat16)" for node in session.get_outputs()):
         return list(session.run(output_names, feeds, options))
     values = {
@@ -234,7 +236,7 @@ def _invoke(
         else onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(feed, order="C"))
         for name, feed in feeds.items()
     }
-    return [_from_onnxruntime(value) for value in session.run_with_ort_values(output_names, values, options)]
+    return [to_numpy(value) for value in session.run_with_ort_values(output_names, values, options)]
 
 
 def _to_onnxruntime(name: str, array: NDArray[Any]) -> Any:
@@ -258,13 +260,6 @@ def _decode_strings(name: str, array: NDArray[Any]) -> NDArray[Any]:
     except UnicodeDecodeError as error:
         raise ExecutionError(f"input {name}: onnxruntime takes strings in UTF-8, received {error.reason}") from error
     return decoded
-
-
-def _from_onnxruntime(value: onnxruntime.OrtValue) -> NDArray[Any]:
-    if value.element_type() != TensorProto.BFLOAT16:
-        return np.asarray(value.numpy())
-    bits: NDArray[Any] = from_dlpack(value).view(torch.int16).numpy()  # numpy has no bfloat16 of its own
-    return bits.view(ml_dtypes.bfloat16)
 
 
 def _tensor_info(role: str, node: onnxruntime.NodeArg) -> TensorInfo:

@@ -44,7 +44,7 @@ def _run() -> int:
     except ValidationError as error:
         for problem in error.errors():
             name = "NORMSERVE_" + "_".join(str(part) for part in problem["loc"]).upper()
-            sys.stderr.write(f"{name}: {problem['msg']}\n")
+            sys.stderr.write(f"{name}: {problem['msg']}, received {str(problem['input'])[:80]!r}\n")
         return 2
     configure_logging(settings.log_level)
     for sentence in unknown_variables(os.environ):

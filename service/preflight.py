@@ -76,7 +76,8 @@ def _check_data_dir(folder: Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise StartError("NORMSERVE_DATA_DIR", f"{folder} cannot be written: {error.strerror or error}") from error
+        reason = "it is a file" if folder.is_file() else error.strerror or error
+        raise StartError("NORMSERVE_DATA_DIR", f"{folder} cannot be written: {reason}") from error
 
 
 def _lock(file: TextIO, folder: Path) -> None:

@@ -12,7 +12,9 @@ MIB = 1024 * 1024
 class Settings(BaseSettings):
     """Immutable; tests pass an instance, nothing reads the environment afterwards."""
 
-    model_config = SettingsConfigDict(env_prefix="NORMSERVE_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="NORMSERVE_", env_ignore_empty=True, frozen=True, extra="forbid", allow_inf_nan=False
+    )
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
@@ -24,9 +26,11 @@ class Settings(BaseSettings):
         "info", description="Least severe log level; a request that went well is logged at debug, others at info."
     )
     otlp_endpoint: str | None = Field(
-        None, description="OTLP/HTTP collector for traces, such as http://host:4318; empty sends none."
+        None,
+        pattern="^https?://",
+        description="OTLP/HTTP collector for traces, such as http://host:4318; empty sends none.",
     )
-    root_path: str = Field("", description="Path prefix under which a proxy publishes the service.")
+    root_path: str = Field("", description="Path prefix under which a proxy publishes the service; empty: none.")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Host names a request may ask for, comma separated; empty allows every host."
     )

@@ -68,6 +68,17 @@ def session(folder: Path, *, language: str, environment: dict[str, str]) -> Iter
         process.kill()
 
 
+def run_in_shell(lines: str, folder: Path, **variables: str) -> bytes:
+    """What lines print in a shell of their own, where curl fails when the answer is an error."""
+    (folder / ".curlrc").write_text("fail-with-body\n")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "CURL_HOME": str(folder)} | variables
+    done = subprocess.run(["sh", "-ec", lines], cwd=folder, env=environment, capture_output=True, timeout=_TIMEOUT_S)
+    assert done.returncode == 0, (lines[:500], done.stdout[:500], done.stderr)
+    assert done.stderr == b""
+    return done.stdout
+
+
 def _in_shell(block: str) -> bytes:
     """No command of the block may read the blocks after it."""
     return f"{{\n{block}\n}} </dev/null\nprintf '\\0'\n".encode()

@@ -15,7 +15,7 @@ ADVICE: dict[Format, str] = {
     "tar": "this is a tar archive, PyTorch's format before 2017; export the model to ONNX",
     "exported_program": "this is a PyTorch exported program (.pt2); export the model to ONNX",
     "zip": "this is a zip archive; upload the ONNX file itself",
-    "unknown": "the content is of no known format; upload an ONNX file",
+    "unknown": "the content is of no known format; upload an ONNX model, a safetensors file or a PyTorch checkpoint",
 }
 """What to tell the owner of a file that is not ONNX."""
 

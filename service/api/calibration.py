@@ -24,7 +24,6 @@ router = APIRouter(prefix="/v1", tags=["checkpoints"])
 
 Freeze = Annotated[bool, Query(description="Treat initializers that are also graph inputs as constants.")]
 
-EXAMPLE = {"x.0": [[1, 2, 3], [3, 5, 1], [4, 4, 9]], "x.1": [[0, 2, 2], [1, 7, 5]]}
 _JSON = "application/json"
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 _TENSORS: dict[str, Any] = {
@@ -33,7 +32,7 @@ _TENSORS: dict[str, Any] = {
         "description": "Tensors by the names of the network's inputs; several batches with numbers, `x.0`, `x.1`. "
         "A .npy file is one batch of the network's only input.",
         "content": {
-            _JSON: {"schema": {"type": "object"}, "example": EXAMPLE},
+            _JSON: {"schema": {"type": "object"}},
             **{media_type: _BINARY for media_type in media.CODECS if media_type != _JSON},
         },
     }

@@ -66,7 +66,9 @@ async def upload_checkpoint(
     request: Request,
     response: Response,
     services: ServicesDep,
-    filename: Annotated[str, Query(max_length=255, description="Name to show; it decides nothing.")] = "",
+    filename: Annotated[
+        str, Query(max_length=255, description="Name to show; it decides nothing. Empty: the form's.")
+    ] = "",
 ) -> Checkpoint:
     """Upload a checkpoint and see every normalization in it.
 
@@ -141,7 +143,7 @@ async def plan_fold(checkpoint_id: str, query: Annotated[PlanQuery, Query()], se
     response_model=FoldAnswer,
     responses=ASYNCHRONOUS
     | {200: {"model": FoldAnswer, "description": "Nothing new: nothing folds, or this fold is kept already."}},
-    openapi_extra=document_schema(FoldRequest, example={"verify": {"probes": 6, "seed": 0}}, is_required=False),
+    openapi_extra=document_schema(FoldRequest, is_required=False),
 )
 async def fold_checkpoint(checkpoint_id: str, request: Request, services: ServicesDep, prefer: Prefer = ()) -> Response:
     """Fold a checkpoint into a new one, with a report and a certificate.
@@ -177,7 +179,7 @@ async def read_report(checkpoint_id: str, services: ServicesDep) -> FoldReport |
 
 @router.post(
     "/checkpoints/{checkpoint_id}/compare/{other_id}",
-    openapi_extra=document_schema(VerifyRequest, example={"probes": 6, "seed": 0}, is_required=False),
+    openapi_extra=document_schema(VerifyRequest, is_required=False),
 )
 async def compare_checkpoints(
     checkpoint_id: str, other_id: str, request: Request, services: ServicesDep

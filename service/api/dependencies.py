@@ -32,13 +32,10 @@ async def read_document(request: Request, kind: type[Document]) -> Document:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise InvalidDocumentError(
-            error.errors(include_url=False, include_context=False, include_input=False)
-        ) from error
+        raise InvalidDocumentError(error.errors(include_url=False, include_context=False)) from error
 
 
-def document_schema(kind: type[BaseModel], *, example: dict[str, Any], is_required: bool = True) -> dict[str, Any]:
+def document_schema(kind: type[BaseModel], *, is_required: bool = True) -> dict[str, Any]:
     """The OpenAPI request body of a route that uses `read_document`."""
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    content = {"application/json": {"schema": schema, "example": example}}
-    return {"requestBody": {"required": is_required, "content": content}}
+    return {"requestBody": {"required": is_required, "content": {"application/json": {"schema": schema}}}}

@@ -4,7 +4,7 @@
 Protocol's `{"error": sentence}`.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI
@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 import normcore.errors as numerical
 import service.errors as own
+from service.codecs.json_text import describe
 from service.telemetry import request_id
 
 
@@ -149,11 +150,23 @@ async def _answer_document(request: Request, error: Exception) -> Response:
 
 
 def _answer_problems(request: Request, problems: Sequence[Any]) -> Response:
-    """Names every argument at fault, without echoing what was sent."""
+    """Names every argument at fault, with the start of what was sent."""
     row = TABLE[numerical.ParameterError]
     status = row.v2_status if _is_v2(request) and row.v2_status else row.status
-    found = [f"{'.'.join(str(part) for part in problem['loc']) or 'body'}: {problem['msg']}" for problem in problems]
+    found = [
+        f"{'.'.join(str(part) for part in problem['loc']) or 'body'}: {_sentence(problem)}" for problem in problems
+    ]
     return envelope(status, row.code, "; ".join(found), details={"problems": found})
+
+
+def _sentence(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "missing":
+        return "expected a value, received none"
+    if problem["type"] == "extra_forbidden":
+        return "expected no field of this name"
+    if problem["type"] == "model_type":
+        return f"expected an object, received {describe(problem['input'])}"
+    return f"{problem['msg']}, received {describe(problem['input'])}"
 
 
 def _is_v2(request: Request) -> bool:

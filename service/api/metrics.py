@@ -52,8 +52,8 @@ def _counters(entries: Iterable[Entry]) -> Iterable[Family]:
     failure = Family("nv_inference_request_failure", "counter", "Number of failed inference requests, all batch sizes")
     count = Family("nv_inference_count", "counter", "Number of inferences performed (does not include cached requests)")
     executions = Family("nv_inference_exec_count", "counter", "Number of model executions performed")
-    received = Family("normserve_request_bytes", "counter", "Bytes of the bodies of successful requests")
-    sent = Family("normserve_response_bytes", "counter", "Bytes of the bodies of their answers")
+    received = Family("normserve_request_bytes_total", "counter", "Bytes of the bodies of successful requests")
+    sent = Family("normserve_response_bytes_total", "counter", "Bytes of the bodies of their answers")
     durations = {
         name: Family(f"nv_inference_{name}_duration_us", "counter", text) for name, (_, text) in _TRITON_PARTS.items()
     }

@@ -10,10 +10,8 @@ from service.api.schemas import Model, ModelList, ModelRequest, ServedModel, Ser
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
-_EXAMPLE = {"name": "cls", "checkpoint": "<id of an uploaded checkpoint>", "fold": True}
 
-
-@router.post("", status_code=201, openapi_extra=document_schema(ModelRequest, example=_EXAMPLE))
+@router.post("", status_code=201, openapi_extra=document_schema(ModelRequest))
 async def serve_model(request: Request, response: Response, services: ServicesDep) -> Model:
     """Serve a checkpoint under a name, over the Open Inference Protocol.
 

@@ -8,7 +8,7 @@ from fastapi.routing import APIRoute
 from normcore.normalization import Method, Parameter
 from service.api import curl, statistics_openapi
 from service.api.errors import TABLE
-from service.api.examples import NORMALIZATIONS
+from service.api.illustrations import DESCRIPTION, Illustrations
 from service.api.schemas import Problem
 from service.application.methods import METHODS
 from service.codecs.media import CODECS
@@ -26,15 +26,6 @@ _PROBLEM = {"$ref": "#/components/schemas/Problem"}
 _JSON = "application/json"
 _DEVICE = {"type": "string", "description": "auto, cpu or cuda:N; NORMSERVE_DEVICE where not given."}
 
-INFER_EXAMPLE: dict[str, Any] = {
-    "id": "1",
-    "inputs": [
-        {"name": "input", "datatype": "FP32", "shape": [3, 2], "data": [1, 2, 3, 4, 5, 9]},
-    ],
-    "outputs": [{"name": "output"}],
-    "parameters": {"training": True},
-}
-
 # What a route's own code does not say of its parameters.
 _DESCRIPTIONS = {
     "name": "Name of the model.",
@@ -44,8 +35,8 @@ _DESCRIPTIONS = {
     "checkpoint_id": "Id of the checkpoint: the SHA-256 of its file.",
     "other_id": "Id of the checkpoint to compare it with.",
     "job_id": "Id of the job.",
-    "bins": "Bins of equal width, at most NORMSERVE_MAX_HISTOGRAM_BINS.",
-    "channel": "Index of the channel; all together if omitted.",
+    "bins": "Bins of equal width, from 1 to NORMSERVE_MAX_HISTOGRAM_BINS.",
+    "channel": "Index of the channel; null: all together.",
 }
 
 
@@ -56,6 +47,8 @@ def install(app: FastAPI) -> None:
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = framework()
+            schema["info"]["description"] = DESCRIPTION
+            illustrations = Illustrations()
             schema["components"]["schemas"].setdefault("Problem", Problem.model_json_schema())
             for path, item in _tensor_paths().items():
                 schema["paths"].setdefault(path, {}).update(item)
@@ -66,6 +59,7 @@ def install(app: FastAPI) -> None:
                     _summarize(operation)
                     _describe_parameters(operation)
                     _describe_errors(operation)
+                    illustrations.add(operation)
             app.openapi_schema = schema
         return app.openapi_schema
 
@@ -86,9 +80,8 @@ def _tensor_paths() -> dict[str, Any]:
         "in": "path",
         "required": True,
         "schema": {"type": "string"},
-        "example": "normcore.batch_norm",
     }
-    version = {"name": "version", "in": "path", "required": True, "schema": {"type": "integer"}, "example": 1}
+    version = {"name": "version", "in": "path", "required": True, "schema": {"type": "integer"}}
     paths["/v2/models/{name}/infer"] = {"post": _infer("infer", [name])}
     paths["/v2/models/{name}/versions/{version}/infer"] = {"post": _infer("infer_version", [name, version])}
     paths[statistics_openapi.PATH] = {"post": statistics_openapi.operation()}
@@ -110,16 +103,14 @@ def _normalize(method: Method) -> dict[str, Any]:
             },
         },
     }
-    content: dict[str, Any] = {media: {"schema": _BINARY} for media in CODECS if media != _JSON}
-    json_content = {"schema": schema, "example": NORMALIZATIONS[method.name]}
+    answers: dict[str, Any] = {media: {"schema": _BINARY} for media in CODECS if media != _JSON}
+    bodies = {media: answers[media] for media in curl.file_media_types(method)}
     return {
         "tags": ["normalizations"],
         "operationId": f"normalize_{method.name}",
         "summary": method.summary,
         "description": f"`{method.formula}`\n\nSource: {method.source}\n\nA tensor is nested lists (FP32) or "
-        '`{"shape", "datatype", "data"}`. In the binary encodings the parameters travel in the query '
-        "string, here with numpy:"
-        f"{curl.block(curl.method_npz_lines(method.name))}",
+        '`{"shape", "datatype", "data"}`. In the binary encodings the parameters travel in the query string:',
         "parameters": [
             {
                 "name": parameter.name,
@@ -139,11 +130,11 @@ def _normalize(method: Method) -> dict[str, Any]:
                 "schema": _DEVICE,
             }
         ],
-        "requestBody": {"required": True, "content": {_JSON: json_content} | content},
+        "requestBody": {"required": True, "content": {_JSON: {"schema": schema}} | bodies},
         "responses": {
             "200": {
                 "description": "Named outputs, and diagnostics where the data makes the result questionable.",
-                "content": {_JSON: {"schema": {"type": "object"}}} | content,
+                "content": {_JSON: {"schema": {"type": "object"}}} | answers,
             }
         },
     }
@@ -175,15 +166,13 @@ def _query_schema(parameter: Parameter) -> dict[str, Any]:
 
 def _infer(operation: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
     binary = {"application/octet-stream": {"schema": _BINARY}}
-    path = "/v2/models/normcore.layer_norm" + ("/versions/1" if operation == "infer_version" else "") + "/infer"
-    lines = curl.method_infer_lines("layer_norm", f"{curl.LOCAL}{path}")["binary"]
     return {
         "tags": ["open inference protocol"],
         "operationId": operation,
         "summary": "Infer: tensors in, tensors out",
         "description": "The body is JSON, or JSON followed by raw tensors, with the length of the JSON in the header "
         "`Inference-Header-Content-Length`. The Content-Type is not looked at. `GET /v1/models/{name}` "
-        f"gives such a request for every model, here a built-in one, binary:{curl.block(lines)}",
+        "gives such a request for every model; here a binary one:",
         "parameters": [
             *parameters,
             {
@@ -196,7 +185,12 @@ def _infer(operation: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
         ],
         "requestBody": {
             "required": True,
-            "content": {_JSON: {"schema": {"type": "object"}, "example": INFER_EXAMPLE}} | binary,
+            "content": {
+                _JSON: {
+                    "schema": {"type": "object"},
+                }
+            }
+            | binary,
         },
         "responses": {
             "200": {
@@ -216,15 +210,16 @@ def _nested_schemas(operation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _simplify_parameters(operation: dict[str, Any]) -> None:
-    """A route with two paths may declare what only one of them has as optional, but in a path nothing is null.
+    """In a path nothing is null, and in the query string of a document's fields null is to leave the parameter out.
 
     A header that may come several times is one text to a client.
     """
     for parameter in operation.get("parameters", ()):
         if parameter["in"] == "header" and parameter["schema"].get("type") == "array":
             parameter["schema"] = {"type": "string"}
-        if parameter["in"] == "path" and "anyOf" in parameter["schema"]:
-            (parameter["schema"],) = [one for one in parameter["schema"]["anyOf"] if one != {"type": "null"}]
+        kinds = [kind for kind in parameter["schema"].get("anyOf", ()) if kind != {"type": "null"}]
+        if len(kinds) == 1:
+            parameter["schema"] = kinds[0]
 
 
 def _summarize(operation: dict[str, Any]) -> None:

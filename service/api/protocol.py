@@ -23,18 +23,16 @@ from service.state import Services
 _INLINE_JSON_BYTES = 64 * 1024
 
 
-def _body(example: dict[str, Any], **properties: Any) -> dict[str, Any]:
+def _body(**properties: Any) -> dict[str, Any]:
     """The OpenAPI request body of a route whose body may also be empty."""
     schema = {"type": "object", "properties": properties}
-    return {"requestBody": {"required": False, "content": {"application/json": {"schema": schema, "example": example}}}}
+    return {"requestBody": {"required": False, "content": {"application/json": {"schema": schema}}}}
 
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
 _VERSIONED = {
-    "parameters": [
-        {"name": "version", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 1}, "example": 1}
-    ]
+    "parameters": [{"name": "version", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 1}}]
 }
 
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics")
@@ -133,7 +131,7 @@ async def read_model_metadata(name: str, request: Request, services: ServicesDep
     }
 
 
-@router.post("/repository/index", openapi_extra=_body({"ready": True}, ready={"type": "boolean"}))
+@router.post("/repository/index", openapi_extra=_body(ready={"type": "boolean"}))
 async def index_repository(request: Request, services: ServicesDep) -> list[dict[str, str]]:
     """Every version of every model and its state; `{"ready": true}` asks for the ready ones only."""
     document = await _document(request, services)
@@ -147,7 +145,7 @@ async def index_repository(request: Request, services: ServicesDep) -> list[dict
     ]
 
 
-@router.post("/repository/models/{name}/load", openapi_extra=_body({}, parameters={"type": "object"}))
+@router.post("/repository/models/{name}/load", openapi_extra=_body(parameters={"type": "object"}))
 async def load_model(name: str, request: Request, services: ServicesDep) -> Response:
     """Load every version of a registered model; a loaded one is swapped only when the new one is ready.
 
@@ -168,7 +166,7 @@ async def load_model(name: str, request: Request, services: ServicesDep) -> Resp
     return Response(status_code=200)
 
 
-@router.post("/repository/models/{name}/unload", openapi_extra=_body({}, parameters={"type": "object"}))
+@router.post("/repository/models/{name}/unload", openapi_extra=_body(parameters={"type": "object"}))
 async def unload_model(name: str, request: Request, services: ServicesDep) -> Response:
     """Unload every version of a model, once the requests that it has accepted are answered; it stays registered.
 

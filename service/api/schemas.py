@@ -26,7 +26,7 @@ class VerifyRequest(Request):
     """How to prove."""
 
     probes: int | None = Field(
-        None, ge=4, le=64, description="Probes of the certificate; default NORMSERVE_VERIFY_PROBES."
+        None, ge=4, le=64, description="Probes of the certificate; null: NORMSERVE_VERIFY_PROBES."
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the probes.")
 
@@ -38,9 +38,14 @@ class PairRequest(Request):
     """A pairing that the caller vouches for."""
 
     linear: str = Field(max_length=1000, description="Prefix of the operator's keys, such as layer1.0.conv1.")
-    eps: float | None = Field(None, ge=0, allow_inf_nan=False, description="Default: the eps of the request.")
+    eps: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="What this batch norm adds to its variance; null: the eps of the request.",
+    )
     kind: Literal["conv", "conv_transpose", "linear"] | None = Field(
-        None, description="Needed where the weight's shape fits several."
+        None, description="Needed where the weight's shape fits several; null: what the shape says."
     )
 
 
@@ -54,7 +59,9 @@ class FoldFields(BaseModel):
         False, description="Fold initializers that are also graph inputs, and remove those inputs."
     )
     zero_padding: Literal["auto", "pad", "map", "offset", "refuse"] = Field(
-        "auto", description="How a norm goes forward into a convolution that pads with zeros."
+        "auto",
+        description="How a norm goes forward into a convolution that pads with zeros: offset leaves one Add before it, "
+        "pad pads with the right constant, map adds a bias per position, refuse keeps the norm; auto is offset.",
     )
     cross_activations: bool = Field(False, description="Move positive scales forward through Relu and its kin.")
     move_gains: bool = Field(False, description="Move gains of layer, RMS, group and instance norms forward.")
@@ -63,11 +70,18 @@ class FoldFields(BaseModel):
         "deploy", description="Batch norms gone and biases added, or a file that loads into the unchanged class."
     )
     eps: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="What every batch norm adds to its variance; no file says it."
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="What every batch norm adds to its variance; no file says it. null: as pairs or the class say.",
     )
     accept_assumed: bool = Field(False, description="Fold what rests on evidence alone; needs eps.")
-    architecture: str | None = Field(None, max_length=200, description="Class, such as torchvision/resnet18.")
-    group: str | None = Field(None, max_length=1000, description="Which state_dict of a file with several.")
+    architecture: str | None = Field(
+        None, max_length=200, description="Class, such as torchvision/resnet18; null: unknown."
+    )
+    group: str | None = Field(
+        None, max_length=1000, description="Which state_dict of a file with several; null: the only one."
+    )
     bake: bool = Field(False, description="Replace weight norm and spectral norm by the weights they compute.")
 
     def fold_options(self, pairs: Pairs) -> Options:
@@ -99,7 +113,9 @@ class PlanQuery(FoldFields):
 class FoldQuery(PlanQuery):
     """The options of a fold and its proof as a query string."""
 
-    probes: int | None = Field(None, ge=4, le=64, description="Probes of the certificate.")
+    probes: int | None = Field(
+        None, ge=4, le=64, description="Probes of the certificate; null: NORMSERVE_VERIFY_PROBES."
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the probes.")
 
     def fold(self) -> FoldOptions:
@@ -111,7 +127,9 @@ class ModelRequest(Request):
 
     name: str = Field(description="Letters, digits, dots, underscores, hyphens and spaces, at most 128.")
     checkpoint: str = Field(description="Id of an uploaded checkpoint.")
-    version: int | None = Field(None, ge=1, le=2**31 - 1, description="Default: the highest version plus one.")
+    version: int | None = Field(
+        None, ge=1, le=2**31 - 1, description="A number of its own; null: the highest version plus one."
+    )
     fold: bool = Field(True, description="Serve the certified fold where there is one.")
     freeze_training: bool = Field(
         False,
@@ -121,7 +139,7 @@ class ModelRequest(Request):
         None,
         ge=0,
         le=65536,
-        description="Rows that requests are joined up to; 0 runs every request alone. Default: 32 where a check finds "
+        description="Rows that requests are joined up to; 0 runs every request alone; null: 32 where a check finds "
         "that every row is computed by itself, else 0.",
     )
     max_queue_delay_us: int = Field(

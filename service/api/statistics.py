@@ -23,7 +23,6 @@ _BYTES_PER_CHANNEL = 200  # of nine numbers as text
 
 router = APIRouter(prefix="/v1/statistics", tags=["statistics"])
 
-_EXAMPLE = {"name": "stem", "num_features": 2, "momentum": 0.1, "convention": "torch"}
 _IF_MATCH: dict[str, Any] = {
     "parameters": [
         {
@@ -37,9 +36,7 @@ _IF_MATCH: dict[str, Any] = {
 }
 
 
-@router.post(
-    "", status_code=201, response_model=Statistics, openapi_extra=document_schema(StatisticsRequest, example=_EXAMPLE)
-)
+@router.post("", status_code=201, response_model=Statistics, openapi_extra=document_schema(StatisticsRequest))
 async def create_statistics(request: Request, services: ServicesDep) -> Response:
     """Start to collect statistics of batches.
 
@@ -59,7 +56,7 @@ async def list_statistics(services: ServicesDep) -> StatisticsList:
     "/merge",
     status_code=201,
     response_model=Statistics,
-    openapi_extra=document_schema(MergeRequest, example={"ids": ["<id>", "<another id>"]}),
+    openapi_extra=document_schema(MergeRequest),
 )
 async def merge_statistics(request: Request, services: ServicesDep) -> Response:
     """Merge statistics into a new resource; the sources stay as they are.

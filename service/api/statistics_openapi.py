@@ -3,7 +3,6 @@
 from typing import Any
 
 from normcore.statistics import NAN_POLICIES
-from service.api.examples import BATCH
 from service.api.statistics_schemas import Posted
 from service.codecs.media import CODECS
 
@@ -44,8 +43,8 @@ def operation() -> dict[str, Any]:
                 "name": "nan_policy",
                 "in": "query",
                 "required": False,
-                "description": "A batch with values that are not finite: raise refuses it, skip leaves it uncounted, "
-                "propagate makes its channels NaN for ever.",
+                "description": "A batch with values that are not finite: raise refuses it, skip_update leaves it "
+                "uncounted, propagate makes its channels NaN for ever.",
                 "schema": {"type": "string", "enum": list(NAN_POLICIES), "default": "raise"},
             },
             _header(
@@ -58,7 +57,7 @@ def operation() -> dict[str, Any]:
         ],
         "requestBody": {
             "required": True,
-            "content": {_JSON: {"schema": {"type": "object", "properties": properties}, "example": BATCH}} | binary,
+            "content": {_JSON: {"schema": {"type": "object", "properties": properties}}} | binary,
         },
         "responses": {
             "200": {

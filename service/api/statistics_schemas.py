@@ -21,7 +21,7 @@ class StatisticsRequest(Request):
     """What to collect."""
 
     num_features: int = Field(ge=1, description="Channels; at most NORMSERVE_MAX_NUM_FEATURES.")
-    name: str | None = Field(None, description="For people; need not be unique.")
+    name: str | None = Field(None, description="For people; need not be unique. null: none.")
     channel_axis: int = Field(1, ge=-64, le=63, description="Axis of the channels in posted tensors.")
     momentum: float | None = Field(
         CONVENTIONS["torch"].momentum,
@@ -48,7 +48,7 @@ class MergeRequest(Request):
     """What to merge."""
 
     ids: list[str] = Field(min_length=1, description="Resources of the same channels and convention, each once.")
-    name: str | None = Field(None, description="Name of the new resource.")
+    name: str | None = Field(None, description="Name of the new resource; null: none.")
 
 
 class StatisticsSummary(BaseModel):

@@ -18,7 +18,7 @@ _STATISTICS = Parameter(
     "str",
     None,
     "Id of a statistics resource (/v1/statistics): inference by its running mean and variance, in place of the tensors "
-    "running_mean and running_var.",
+    "running_mean and running_var; null: none.",
     is_nullable=True,
 )
 _DEFINITION = Parameter(

@@ -9,11 +9,14 @@ import pytest
 
 from deploy.requirements import requirements
 from service import __version__
+from service.app import create_app
+from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text()
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+PROMETHEUS = (ROOT / "deploy" / "prometheus.yml").read_text()
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 
 
@@ -45,8 +48,15 @@ def test_the_label_names_the_packages_version() -> None:
 
 def test_prometheus_scrapes_the_services_of_the_compose_file() -> None:
     services = set(re.findall(r"^  (normserve\S*):$", COMPOSE, re.MULTILINE))
-    targets = re.findall(r"targets: \[(\S+):8000\]", (ROOT / "deploy" / "prometheus.yml").read_text())
+    targets = re.findall(r"targets: \[(\S+):8000\]", PROMETHEUS)
     assert set(targets) == services == {"normserve", "normserve-gpu"}
+
+
+def test_prometheus_asks_for_a_path_that_the_service_has(tmp_path: Path) -> None:
+    (path,) = re.findall(r"metrics_path: (\S+)$", PROMETHEUS, re.MULTILINE)
+    assert create_app(Settings(data_dir=tmp_path)).openapi()["paths"][path]["get"]["operationId"] == "read_metrics"
+    assert "./deploy/prometheus.yml:/etc/prometheus/prometheus.yml:ro" in COMPOSE
+    assert "EXPOSE 8000" in DOCKERFILE
 
 
 def test_docker_test_fails_without_an_engine(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
 
+from service.errors import StartError
 from service.preflight import check_start, unknown_variables
 from service.settings import Settings
 from tests.server import running
+from tests.service.conftest import small_settings
 
 
 def _start(tmp_path: Path, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -35,39 +38,55 @@ def _newer_database(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("settings", "code", "words"),
     [
-        ({"NORMSERVE_PORT": "x"}, 2, "NORMSERVE_PORT"),
-        ({"NORMSERVE_QUEUE_SIZE": "0"}, 2, "NORMSERVE_QUEUE_SIZE"),
-        ({"NORMSERVE_DATA_DIR": "/proc/nowhere"}, 3, "NORMSERVE_DATA_DIR: /proc/nowhere cannot be written"),
-        ({"NORMSERVE_DATABASE_URL": "sqlite:////nowhere/x.db"}, 3, "NORMSERVE_DATABASE_URL: the database cannot be"),
-        ({"NORMSERVE_DATABASE_URL": "nonsense"}, 3, "NORMSERVE_DATABASE_URL: "),
-        ({"NORMSERVE_DATABASE_URL": "oracle://x"}, 3, "NORMSERVE_DATABASE_URL: "),
+        ({"NORMSERVE_PORT": "x"}, 2, "NORMSERVE_PORT: Input should be a valid integer, unable to parse"),
         ({"NORMSERVE_DEVICE": "cuda:99"}, 3, "NORMSERVE_DEVICE: expected "),
-        ({"NORMSERVE_DEVICE": "tpu"}, 3, "NORMSERVE_DEVICE: expected auto, cpu or cuda:N, received 'tpu'"),
-        ({"NORMSERVE_HOST": "203.0.113.7"}, 3, "NORMSERVE_HOST, NORMSERVE_PORT: cannot listen on 203.0.113.7"),
-        ({"NORMSERVE_HOST": "no such host"}, 3, "NORMSERVE_HOST: 'no such host' is no address"),
     ],
 )
 def test_a_wrong_setting_is_one_line(tmp_path: Path, settings: dict[str, str], code: int, words: str) -> None:
     done = _start(tmp_path, **settings)
     assert done.returncode == code
     assert done.stderr.startswith(words)
+    (value,) = settings.values()
+    assert re.search(rf"received '?{value}'?\n$", done.stderr), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stdout == ""
 
 
-def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"data_dir": Path("/proc/nowhere")}, "NORMSERVE_DATA_DIR: /proc/nowhere cannot be written: No such file"),
+        ({"data_dir": Path(__file__)}, f"NORMSERVE_DATA_DIR: {__file__} cannot be written: it is a file"),
+        ({"database_url": "sqlite:////nowhere/x.db"}, "NORMSERVE_DATABASE_URL: the database cannot be"),
+        ({"database_url": "nonsense"}, "NORMSERVE_DATABASE_URL: "),
+        ({"database_url": "oracle://x"}, "NORMSERVE_DATABASE_URL: "),
+        ({"device": "tpu"}, "NORMSERVE_DEVICE: expected auto, cpu or cuda:N, received 'tpu'"),
+        ({"host": "203.0.113.7"}, "NORMSERVE_HOST, NORMSERVE_PORT: cannot listen on 203.0.113.7"),
+        ({"host": "no such host"}, "NORMSERVE_HOST: 'no such host' is no address"),
+    ],
+)
+async def test_what_a_start_lacks_is_one_line(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(StartError) as caught:
+        await check_start(small_settings(tmp_path, port=0).model_copy(update=settings))
+    assert str(caught.value).startswith(words)
+    assert "\n" not in str(caught.value)
+
+
+async def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = _start(tmp_path, NORMSERVE_PORT=str(port))
-    assert done.returncode == 3
-    assert done.stderr == f"NORMSERVE_HOST, NORMSERVE_PORT: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+        with pytest.raises(StartError) as caught:
+            await check_start(small_settings(tmp_path, port=port))
+    sentence = f"NORMSERVE_HOST, NORMSERVE_PORT: cannot listen on 127.0.0.1:{port}: Address already in use"
+    assert str(caught.value) == sentence
 
 
-def test_a_newer_database_is_one_line(tmp_path: Path) -> None:
-    done = _start(tmp_path, NORMSERVE_DATABASE_URL=_newer_database(tmp_path))
-    assert done.returncode == 3
-    assert done.stderr.startswith("NORMSERVE_DATABASE_URL: the database has schema version 999, this program knows")
-    assert done.stderr.count("\n") == 1
+async def test_a_newer_database_is_one_line(tmp_path: Path) -> None:
+    settings = small_settings(tmp_path, port=0, database_url=_newer_database(tmp_path))
+    with pytest.raises(StartError) as caught:
+        await check_start(settings)
+    assert str(caught.value).startswith("NORMSERVE_DATABASE_URL: the database has schema version 999, this program")
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_variables_are_reported_with_what_was_meant() -> None:

@@ -1,9 +1,6 @@
-"""Every request that the documentation shows, and every one that a model's own page shows, is run by a shell."""
+"""Every request that a model's own page shows is run by a shell."""
 
-import os
-import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +12,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from normcore.normalization import METHODS
-from service.api.examples import NORMALIZATIONS
 from tests.server import Server, running
 from tests.service.engine import graphs
-
-BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+from tests.sessions import run_in_shell
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +25,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, ocr_cls: Path) -> Path:
-    """Where the shell stands: with a checkpoint to upload, and a curl that fails where the answer is an error."""
+    """Where the shell stands, with a checkpoint to upload."""
     made = tmp_path_factory.mktemp("shell")
     (made / "model.onnx").write_bytes(ocr_cls.read_bytes())
-    (made / ".curlrc").write_text("fail-with-body\n")
     return made
-
-
-def _shell(lines: str, folder: Path, **variables: str) -> bytes:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "CURL_HOME": str(folder)} | variables
-    done = subprocess.run(["sh", "-ec", lines], cwd=folder, env=environment, capture_output=True, timeout=120)
-    assert done.returncode == 0, (lines[:500], done.stdout[:500], done.stderr)
-    assert done.stderr == b""
-    return done.stdout
 
 
 def _serve(server: Server, name: str, content: bytes) -> dict[str, Any]:
@@ -57,39 +42,11 @@ def _serve(server: Server, name: str, content: bytes) -> dict[str, Any]:
         return document
 
 
-def test_every_block_of_the_documentation_runs(server: Server, folder: Path) -> None:
-    content = (folder / "model.onnx").read_bytes()
-    checkpoint = httpx.post(f"{server.url}/v1/checkpoints", content=content).json()["id"]
-    ran = []
-    for path, item in httpx.get(f"{server.url}/openapi.json").json()["paths"].items():
-        for operation in item.values():
-            for lines in BLOCK.findall(operation["description"]):
-                _shell(lines.replace("127.0.0.1:8000", server.address), folder, ID=checkpoint)
-                ran.append(path)
-    assert set(ran) >= {
-        "/v1/checkpoints",
-        "/v1/checkpoints/{checkpoint_id}/content",
-        "/v1/fold",
-        "/v2/models/{name}/infer",
-        "/v2/models/{name}/versions/{version}/infer",
-        *(f"/v1/normalizations/{name}" for name in METHODS),
-    }
-
-
-def test_numpy_reads_what_the_block_of_a_method_writes(server: Server, folder: Path) -> None:
-    document = httpx.get(f"{server.url}/openapi.json").json()
-    (lines,) = BLOCK.findall(document["paths"]["/v1/normalizations/batch_norm"]["post"]["description"])
-    _shell(lines.replace("127.0.0.1:8000", server.address), folder)
-    answer = httpx.post(f"{server.url}/v1/normalizations/batch_norm", json=NORMALIZATIONS["batch_norm"]).json()
-    with np.load(folder / "output.npz") as arrays:
-        assert arrays["output"].ravel().tolist() == pytest.approx(answer["outputs"]["output"]["data"])
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_shows_requests_that_work(server: Server, folder: Path, name: str) -> None:
     (page,) = httpx.get(f"{server.url}/v1/models/normcore.{name}").json()["models"]
-    outputs = orjson.loads(_shell(page["requests"]["json"], folder))["outputs"]
-    _shell(page["requests"]["binary"], folder)
+    outputs = orjson.loads(run_in_shell(page["requests"]["json"], folder))["outputs"]
+    run_in_shell(page["requests"]["binary"], folder)
     content = (folder / "output.bin").read_bytes()
     for output in outputs:
         if output["datatype"] == "FP32":
@@ -99,8 +56,8 @@ def test_a_method_shows_requests_that_work(server: Server, folder: Path, name: s
 def test_a_network_with_free_axes_shows_requests_that_work(server: Server, folder: Path) -> None:
     page = _serve(server, "cls", (folder / "model.onnx").read_bytes())
     assert [tensor["shape"] for tensor in page["inputs"]] == [[-1, 3, -1, -1]]
-    (output,) = orjson.loads(_shell(page["requests"]["json"], folder))["outputs"]
-    _shell(page["requests"]["binary"], folder)
+    (output,) = orjson.loads(run_in_shell(page["requests"]["json"], folder))["outputs"]
+    run_in_shell(page["requests"]["binary"], folder)
     assert (folder / "output.bin").read_bytes().endswith(np.array(output["data"], np.float32).tobytes())
 
 
@@ -118,9 +75,9 @@ def _mixed() -> bytes:
 
 def test_every_datatype_and_name_gives_requests_that_work(server: Server, folder: Path) -> None:
     page = _serve(server, "mixed one", _mixed())
-    outputs = orjson.loads(_shell(page["requests"]["json"], folder))["outputs"]
+    outputs = orjson.loads(run_in_shell(page["requests"]["json"], folder))["outputs"]
     assert [output["data"] for output in outputs] == [["", ""], [False] * 40, [0, 0]]
-    _shell(page["requests"]["binary"], folder)
+    run_in_shell(page["requests"]["binary"], folder)
     assert (folder / "output.bin").read_bytes().endswith(bytes(2 * 4 + 40 + 2 * 8))
 
 

@@ -354,3 +354,20 @@ async def test_an_unforeseen_error_is_a_fixed_500(tmp_path: Path) -> None:
 
     async with http(unopened) as client:
         refused(await client.get("/v1/info"), 500, "internal", "internal error")
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({"num_features": "x"}, "num_features: Input should be a valid integer, received 'x'"),
+        ({}, "num_features: expected a value, received none"),
+        ([1], "body: expected an object, received a list of 1"),
+        ({"num_features": 1, "nope": 2}, "nope: expected no field of this name"),
+    ],
+    ids=["type", "missing", "list", "unknown"],
+)
+async def test_a_document_that_does_not_fit_is_told_what_came(
+    client: httpx.AsyncClient, body: object, sentence: str
+) -> None:
+    answer = await client.post("/v1/statistics", json=body)
+    assert (answer.status_code, answer.json()["error"]) == (422, sentence)
