@@ -2,6 +2,7 @@
 
 import math
 from array import array as packed
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import cast
@@ -11,6 +12,7 @@ import orjson
 
 from service import datatypes
 from service.codecs.buffers import MAX_RANK
+from service.codecs.json_pieces import Pieces, UnusualError
 from service.codecs.json_text import describe, name_of
 from service.datatypes import BOOL, BYTES, FP32, Datatype
 from service.engine.protocol import Tensor
@@ -22,23 +24,25 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 def to_array(data: object, datatype: Datatype, shape: tuple[int, ...], *, field: str) -> Tensor:
     """Return flat or nested row-major data as an array of the shape; its number of elements has to agree."""
     elements = _flatten(data, field)
-    count, nested = len(elements.flat), elements.shape
-    if count != math.prod(shape):
-        raise PayloadMalformedError(
-            f"{field}: expected {math.prod(shape)} elements for shape {list(shape)}, received {count}"
-        )
-    if len(nested) == len(shape) and nested != shape:
-        raise PayloadMalformedError(f"{field}: expected lists nested as {list(shape)}, received {list(nested)}")
+    if elements.has_pieces:
+        array = _pack_pieces(elements, lambda _: datatype)
+        _check_nesting(array.size, array.shape, shape, field)
+        return array.reshape(shape)
+    _check_nesting(len(elements.flat), elements.shape, shape, field)
     return _pack(elements, datatype).reshape(shape)
 
 
 def to_nested_array(data: object, datatype: Datatype, *, field: str) -> Tensor:
     """Return nested lists as an array of the shape of their nesting; all booleans make a BOOL array."""
+
+    def choose(flat: list[object]) -> Datatype:
+        is_bool = flat and type(flat[0]) is bool and all(type(element) is bool for element in flat)
+        return BOOL if is_bool else datatype
+
     elements = _flatten(data, field)
-    flat = elements.flat
-    if flat and type(flat[0]) is bool and all(type(element) is bool for element in flat):
-        datatype = BOOL
-    return _pack(elements, datatype).reshape(elements.shape)
+    if elements.has_pieces:
+        return _pack_pieces(elements, choose)
+    return _pack(elements, choose(elements.flat)).reshape(elements.shape)
 
 
 def to_json(array: Tensor, *, are_tokens_bare: bool) -> Tensor | list[str] | orjson.Fragment:
@@ -69,6 +73,10 @@ class _Elements:
     shape: tuple[int, ...]
     field: str
 
+    @property
+    def has_pieces(self) -> bool:
+        return bool(self.flat) and type(self.flat[0]) is Pieces
+
     def refusal(self, index: int, expected: str) -> PayloadMalformedError:
         place: list[str] = []
         position = index
@@ -93,6 +101,35 @@ def _flatten(data: object, field: str) -> _Elements:
             raise level.refusal(odd, f"a list of {width} like the first one")
         level = _Elements(list(chain.from_iterable(rows)), (*level.shape, width), field)
     return level
+
+
+def _check_nesting(count: int, nested: tuple[int, ...], shape: tuple[int, ...], field: str) -> None:
+    if count != math.prod(shape):
+        raise PayloadMalformedError(
+            f"{field}: expected {math.prod(shape)} elements for shape {list(shape)}, received {count}"
+        )
+    if len(nested) == len(shape) and nested != shape:
+        raise PayloadMalformedError(f"{field}: expected lists nested as {list(shape)}, received {list(nested)}")
+
+
+def _pack_pieces(elements: _Elements, choose: Callable[[list[object]], Datatype]) -> Tensor:
+    """Large arrays of one shape, each read in pieces. Raises UnusualError where they are not that."""
+    arrays: list[Tensor] = []
+    shapes = set[tuple[int, ...]]()
+    for pieces in elements.flat:
+        if not isinstance(pieces, Pieces):
+            raise UnusualError("large arrays beside other elements")
+        count = len(arrays)
+        for part in pieces:
+            inner = _flatten(part, elements.field)
+            arrays.append(_pack(inner, choose(inner.flat)).reshape(inner.shape))
+        shapes |= {(sum(map(len, arrays[count:])), *array.shape[1:]) for array in arrays[count:]}
+    if len(shapes) != 1 or len({array.dtype for array in arrays}) != 1:
+        raise UnusualError("arrays of several shapes or datatypes")
+    shape = (*elements.shape, *shapes.pop())
+    if len(shape) > MAX_RANK:
+        raise UnusualError("too many levels of lists")
+    return np.concatenate(arrays).reshape(shape)
 
 
 def _pack(elements: _Elements, datatype: Datatype) -> Tensor:

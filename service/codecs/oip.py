@@ -7,7 +7,7 @@ from functools import lru_cache
 import orjson
 
 from service import datatypes
-from service.codecs import json_tensors, oip_binary
+from service.codecs import json_pieces, json_tensors, oip_binary
 from service.codecs.body import EncodedBody
 from service.codecs.buffers import Buffer, check_shape
 from service.codecs.json_text import (
@@ -81,7 +81,7 @@ def decode_request(body: Buffer, header_length: int | str | None) -> InferReques
     text = memoryview(body)[:json_length]
     # Clients send the same JSON before ever new tensors; without tensors behind it, it is seldom the same.
     is_repeated = json_length < len(body) and json_length <= _REMEMBERED_BYTES
-    head = _remembered_head(bytes(text)) if is_repeated else _head(text)
+    head = _remembered_head(bytes(text)) if is_repeated else json_pieces.decode(text, _head)
     inputs: dict[str, Tensor] = {}
     offset = json_length
     for name, place in head.inputs.items():
@@ -99,8 +99,7 @@ def decode_request(body: Buffer, header_length: int | str | None) -> InferReques
     return InferRequest(head.id, head.parameters, inputs, head.outputs, head.wants_binary)
 
 
-def _head(text: Buffer) -> _Head:
-    document = parse_object(text)
+def _head(document: dict[str, object]) -> _Head:
     parameters = _parameters(document.get("parameters"), "parameters")
     for name in parameters:
         if name.startswith(_RESERVED_PREFIX):
@@ -120,7 +119,7 @@ def _head(text: Buffer) -> _Head:
 
 @lru_cache(maxsize=_REMEMBERED)
 def _remembered_head(text: bytes) -> _Head:
-    head = _head(text)
+    head = _head(parse_object(text))
     for array in head.inputs.values():
         if not isinstance(array, _Place):
             array.flags.writeable = False  # several requests will share it
