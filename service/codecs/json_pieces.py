@@ -8,7 +8,9 @@ whole text, which alone words the refusals. It is also faster: elements become a
 """
 
 import secrets
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,13 +20,12 @@ import pydantic_core
 from numpy.typing import NDArray
 
 from service.codecs.buffers import MAX_RANK, Buffer
-from service.codecs.json_text import parse_object
-from service.errors import ServiceError
+from service.codecs.json_text import UnusualError, parse_object
+from service.errors import PayloadMalformedError
 
 T = TypeVar("T")
 
 PIECE_BYTES = 128 * 1024
-_LARGE_BYTES = 64 * 1024  # of an array that is cut out
 _REST_BYTES = 256 * 1024
 _GAP_BYTES = 1024  # in which the next comma is looked for
 _QUOTE, _OPEN, _CLOSE = b'"[]'
@@ -32,41 +33,39 @@ _QUOTE, _OPEN, _CLOSE = b'"[]'
 Places = NDArray[np.intp]
 
 
-class UnusualError(ServiceError):
-    """The whole text has to be parsed at once, to be understood or to be refused with the right words."""
-
-
 @dataclass(slots=True)
 class Pieces:
     """A large array that is still text. Iterate once: lists of its elements, in order."""
 
     texts: list[memoryview]
-    is_read: bool = False
 
     def __iter__(self) -> Iterator[list[object]]:
-        for text in self.texts:
-            elements = _parsed(b"".join((b"[", text, b"]")))
+        while self.texts:
+            elements = _parsed(b"".join((b"[", self.texts.pop(), b"]")))
             if not elements:
-                raise UnusualError("nothing between two commas")
+                raise UnusualError
             yield elements
-        self.is_read = True
 
 
-def decode(text: Buffer, reader: Callable[[dict[str, object]], T]) -> T:
-    """What `reader` makes of the JSON object; it may be called again after a failure, and must not mind `Pieces`.
+def decode(text: Buffer, reader: Callable[[dict[str, object]], T], *, piece_bytes: int = PIECE_BYTES) -> T:
+    """What `reader` makes of a JSON object in which large arrays may be `Pieces`; it may be called a second time.
 
     Raises:
         PayloadMalformedError: the text is no JSON object.
     """
-    if len(text) > _LARGE_BYTES:
-        try:
-            document, arrays = _taken_apart(memoryview(text))
-            result = reader(document)
-            if all(array.is_read for array in arrays):
-                return result
-        except ServiceError:
-            pass  # said again below, about the whole text
+    if len(text) > piece_bytes:
+        with suppress(UnusualError):
+            return _decode_in_pieces(memoryview(text), reader, piece_bytes)
     return reader(parse_object(text))
+
+
+def _decode_in_pieces(text: memoryview, reader: Callable[[dict[str, object]], T], piece_bytes: int) -> T:
+    document, arrays = _taken_apart(text, piece_bytes)
+    try:
+        return reader(document)
+    finally:
+        for array in arrays:  # that the reader did not need, or not to the end: that it is no JSON is said first
+            deque(array, maxlen=0)
 
 
 def _parsed(text: bytes) -> list[object]:
@@ -74,37 +73,40 @@ def _parsed(text: bytes) -> list[object]:
         elements: list[object] = orjson.loads(text)
     except orjson.JSONDecodeError:
         if b"NaN" not in text and b"Infinity" not in text:
-            raise UnusualError("not JSON") from None
+            raise UnusualError from None
         try:
             elements = pydantic_core.from_json(text)
         except ValueError:
-            raise UnusualError("not JSON") from None
+            raise UnusualError from None
     return elements
 
 
-def _taken_apart(text: memoryview) -> tuple[dict[str, object], list[Pieces]]:
+def _taken_apart(text: memoryview, piece_bytes: int) -> tuple[dict[str, object], list[Pieces]]:
     """The object with its large arrays as Pieces, and these."""
-    spans = _spans(np.frombuffer(text, np.uint8))
+    spans = list(_spans(np.frombuffer(text, np.uint8), piece_bytes // 2))
+    if not spans or len(text) - sum(end - start for start, end, _ in spans) > _REST_BYTES:
+        raise UnusualError
     first = 2**61 + secrets.randbits(60)
     rest, held, position = bytearray(), dict[int, Pieces](), 0
     for number, (start, end, children) in enumerate(spans, first):
         rest += text[position:start]
         rest += b" %d " % number
-        held[number] = Pieces(_cut(text, start + 1, end, children))
+        held[number] = Pieces(_cut(text[start + 1 : end], children - start - 1, piece_bytes))
         position = end + 1
     rest += text[position:]
-    if not held or len(rest) > _REST_BYTES:
-        raise UnusualError("no arrays to take out, or too much beside them")
     arrays = list(held.values())
-    document = {name: _put_back(value, held) for name, value in parse_object(rest).items()}
+    try:
+        document = {name: _put_back(value, held) for name, value in parse_object(rest).items()}
+    except PayloadMalformedError:
+        raise UnusualError from None
     if held:
-        raise UnusualError("a number in the place of an array is not among the values")
+        raise UnusualError
     return document, arrays
 
 
 def _put_back(value: object, held: dict[int, Pieces], *, levels: int = MAX_RANK) -> object:
     if not levels:
-        raise UnusualError("a document so deep")
+        raise UnusualError
     if type(value) is dict:
         return {key: _put_back(item, held, levels=levels - 1) for key, item in value.items()}
     if type(value) is list:
@@ -112,16 +114,16 @@ def _put_back(value: object, held: dict[int, Pieces], *, levels: int = MAX_RANK)
     return held.pop(value, value) if type(value) is int else value
 
 
-def _spans(codes: NDArray[np.uint8]) -> Iterator[tuple[int, int, Places]]:
+def _spans(codes: NDArray[np.uint8], large_bytes: int) -> Iterator[tuple[int, int, Places]]:
     """Where large arrays open and close, and where the arrays that are their elements close."""
     marks = _marks(codes)
     kinds = codes[marks]
     quotes = np.flatnonzero(kinds == _QUOTE)
     bounds = np.concatenate(([-1], quotes, [len(marks)]))
     edges = np.concatenate(([0], marks[quotes], [len(codes)]))
-    for index in np.flatnonzero(np.diff(edges) > _LARGE_BYTES).tolist():
+    for index in np.flatnonzero(np.diff(edges) > large_bytes).tolist():
         between = slice(bounds[index] + 1, bounds[index + 1])
-        yield from _spans_without_strings(marks[between], kinds[between] == _OPEN)
+        yield from _spans_without_strings(marks[between], kinds[between] == _OPEN, large_bytes)
 
 
 def _marks(codes: NDArray[np.uint8]) -> Places:
@@ -132,7 +134,9 @@ def _marks(codes: NDArray[np.uint8]) -> Places:
     return np.concatenate(found)
 
 
-def _spans_without_strings(marks: Places, is_open: NDArray[np.bool_]) -> Iterator[tuple[int, int, Places]]:
+def _spans_without_strings(
+    marks: Places, is_open: NDArray[np.bool_], large_bytes: int
+) -> Iterator[tuple[int, int, Places]]:
     """In the first array here, the arrays of the deepest level on which all are large."""
     skipped = int(is_open.argmax()) if is_open.any() else len(marks)
     depths = np.cumsum(np.where(is_open[skipped:], 1, -1))
@@ -145,7 +149,7 @@ def _spans_without_strings(marks: Places, is_open: NDArray[np.bool_]) -> Iterato
     opens = closes = marks[:0]
     for depth in range(1, MAX_RANK):
         deeper_opens, deeper_closes = marks[is_open & (depths == depth)], marks[~is_open & (depths == depth - 1)]
-        if not len(deeper_opens) or not (deeper_closes - deeper_opens > _LARGE_BYTES).all():
+        if not len(deeper_opens) or not (deeper_closes - deeper_opens > large_bytes).all():
             break
         level, opens, closes = depth, deeper_opens, deeper_closes
     children = marks[~is_open & (depths == level)]
@@ -154,20 +158,20 @@ def _spans_without_strings(marks: Places, is_open: NDArray[np.bool_]) -> Iterato
         yield start, end, children[first:last]
 
 
-def _cut(text: memoryview, start: int, end: int, children: Places) -> list[memoryview]:
-    """The text between two brackets, cut at commas between the elements that are arrays, or at any without such."""
+def _cut(text: memoryview, children: Places, piece_bytes: int) -> list[memoryview]:
+    """The last piece first: cut at commas between the elements that are arrays, or at any without such."""
     pieces: list[memoryview] = []
-    while end - start > PIECE_BYTES:
-        place = start + PIECE_BYTES
+    start = 0
+    while len(text) - start > piece_bytes:
+        place = start + piece_bytes
         if len(children):
             following = int(np.searchsorted(children, place))
             if following == len(children):
                 break
             place = int(children[following])
-        gap = bytes(text[place : min(place + _GAP_BYTES, end)])
-        comma = place + gap.find(b",")
-        if comma < place:
+        comma = bytes(text[place : place + _GAP_BYTES]).find(b",")
+        if comma < 0:
             break
-        pieces.append(text[start:comma])
-        start = comma + 1
-    return [*pieces, text[start:end]]
+        pieces.append(text[start : place + comma])
+        start = place + comma + 1
+    return [*pieces, text[start:]][::-1]

@@ -2,8 +2,6 @@
 
 from collections.abc import Collection, Mapping
 
-import orjson
-
 from service import datatypes
 from service.codecs import json_pieces, json_tensors
 from service.codecs.body import EncodedBody, TensorBody
@@ -54,19 +52,20 @@ def _decode(document: dict[str, object], tensor_names: Collection[str], exact_na
 
 def encode(method: str, outputs: Tensors, diagnostics: Mapping[str, object]) -> EncodedBody:
     """Encode outputs as objects of shape, datatype and flat data; NaN and infinities are strings."""
+    writer = json_tensors.Writer(are_tokens_bare=False)
     document = {
         "method": method,
         "outputs": {
             name: {
                 "shape": array.shape,
                 "datatype": datatypes.of(array).name,
-                "data": json_tensors.to_json(array, are_tokens_bare=False),
+                "data": writer.data(array),
             }
             for name, array in outputs.items()
         },
         "diagnostics": printable(diagnostics, are_tokens_bare=False),
     }
-    return EncodedBody([orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)], MEDIA_TYPE)
+    return EncodedBody([*writer.chunks(document)], MEDIA_TYPE)
 
 
 def _default_datatype(value: object) -> Datatype:

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import orjson
-
 from service import datatypes
 from service.codecs import json_pieces, json_tensors, oip_binary
 from service.codecs.body import EncodedBody
@@ -142,7 +140,8 @@ def encode_response(
     if parameters:
         document["parameters"] = printable(parameters, are_tokens_bare=True)
     entries: list[dict[str, object]] = []
-    chunks: list[bytes | memoryview] = [b""]
+    binary: list[bytes | memoryview] = []
+    writer = json_tensors.Writer(are_tokens_bare=True)
     is_binary_by_name = {output.name: output.is_binary for output in requested} or dict.fromkeys(outputs, wants_binary)
     for name, is_binary in is_binary_by_name.items():
         array = _output(outputs, name)
@@ -150,15 +149,15 @@ def encode_response(
         if is_binary:
             chunk = oip_binary.encode(array)
             entry["parameters"] = {"binary_data_size": len(chunk)}
-            chunks.append(chunk)
+            binary.append(chunk)
         else:
-            entry["data"] = json_tensors.to_json(array, are_tokens_bare=True)
+            entry["data"] = writer.data(array)
         entries.append(entry)
     document["outputs"] = entries
-    chunks[0] = header = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    texts = writer.chunks(document)
     if any(is_binary_by_name.values()):
-        return EncodedBody(chunks, "application/octet-stream", json_length=len(header))
-    return EncodedBody(chunks, "application/json")
+        return EncodedBody([*texts, *binary], "application/octet-stream", json_length=sum(map(len, texts)))
+    return EncodedBody([*texts], "application/json")
 
 
 def _json_length(header_length: int | str | None, body_length: int) -> int:
