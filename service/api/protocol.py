@@ -14,7 +14,7 @@ from service.api.dependencies import ServicesDep
 from service.api.infer import find_entry
 from service.application.models import Entry
 from service.codecs.json_text import describe, expect_object
-from service.codecs.model_config import decode_overrides
+from service.codecs.model_config import decode_overrides, encode_policy
 from service.datatypes import by_name
 from service.engine.protocol import TensorSpec
 from service.errors import PayloadMalformedError, UnsupportedError
@@ -100,7 +100,7 @@ async def read_config(name: str, request: Request, services: ServicesDep) -> dic
         "name": spec.name,
         "platform": spec.platform,
         "backend": spec.backend,
-        "version_policy": {"all": {}},
+        "version_policy": encode_policy(options),
         "max_batch_size": options.max_batch_size,
         "input": [_config_input(tensor, is_batched=is_batched) for tensor in spec.inputs],
         "output": [_config_tensor(tensor, is_batched=is_batched) for tensor in spec.outputs],

@@ -13,6 +13,7 @@ from normcore.errors import CheckpointError, ParameterError
 from service.application.checkpoints import Checkpoints
 from service.application.preparation import Preparation, check_name
 from service.application.usage import Usage
+from service.application.versions import LEFT_OUT, served_versions, with_policy_of
 from service.engine.protocol import Engine, ModelOptions
 from service.errors import ConflictError, ModelNotFoundError, ModelNotReadyError
 from service.storage.metadata import Metadata, ModelRecord
@@ -111,6 +112,8 @@ class Models:
             number = version if version is not None else max(versions, default=0) + 1
             if number in versions:
                 raise ConflictError(f"version: model {name!r} already has a version {number}")
+            if versions:
+                options = with_policy_of(self.find(name).options, options)
             async with self._preparation.prepared(
                 name,
                 number,
@@ -123,14 +126,24 @@ class Models:
                 return await self._serve(record)
 
     async def load(self, name: str) -> None:
-        """Load every version of a model; where one is loaded, the new engine is ready before the old one closes."""
+        """Load the versions that the model's policy serves, and unload the others.
+
+        Where one is loaded, the new engine is ready before the old one closes.
+        """
         async with self._lock(name):
-            for entry in self._registered(name):
-                await self._load(entry)
-                await self._set_loaded(entry, is_loaded=True)
+            entries = self._registered(name)
+            served = served_versions([entry.version for entry in entries], entries[-1].options)
+            for entry in entries:
+                if entry.version in served:
+                    await self._load(entry)
+                    await self._set_loaded(entry, is_loaded=True)
+            for entry in entries:
+                if entry.version not in served:
+                    await self._unload(entry, reason=LEFT_OUT)
+                    await self._set_loaded(entry, is_loaded=False)
 
     async def load_files(self, name: str, checkpoints: Mapping[int, str], change: Mapping[str, Any]) -> None:
-        """Serve these checkpoints as the versions of a model, and no others; `change` replaces options.
+        """Make these checkpoints the versions of a model, and no others; `change` replaces options.
 
         All of them are ready before the old versions close; when one fails, the old ones stay.
         """
@@ -140,7 +153,7 @@ class Models:
             await self._replace(name, {number: (checkpoint, options) for number, checkpoint in checkpoints.items()})
 
     async def load_changed(self, name: str, change: Mapping[str, Any]) -> None:
-        """Load every version of a model with these options replaced."""
+        """Load a model with these options of every version replaced."""
         async with self._lock(name):
             served = {}
             for entry in self._registered(name):
@@ -199,6 +212,7 @@ class Models:
         before = self._entries.get(name, {})
         if any(entry.record is None for entry in before.values()):
             raise ConflictError(f"model {name!r} is built in: it is always loaded")
+        served = {n for _, options in versions.values() for n in served_versions(versions, options)}
         async with AsyncExitStack() as stack:
             loaded: dict[int, Entry] = {}
             async with AsyncExitStack() as undo:
@@ -209,11 +223,15 @@ class Models:
                     record = await stack.enter_async_context(preparing)
                     old = before.get(number)
                     if old is not None and old.record is not None and old.record.served_checkpoint == checkpoint:
-                        record = replace(old.record, options=record.options, is_loaded=True)
-                    entry = Entry(name=name, version=number, record=record, usage=old.usage if old else Usage())
-                    await self._load(entry)
-                    undo.push_async_callback(self._unload, entry)
-                    loaded[number] = entry
+                        record = replace(old.record, options=record.options)
+                    record = replace(record, is_loaded=number in served)
+                    usage = old.usage if old else Usage()
+                    loaded[number] = entry = Entry(
+                        name=name, version=number, record=record, usage=usage, reason=LEFT_OUT
+                    )
+                    if record.is_loaded:
+                        await self._load(entry)
+                        undo.push_async_callback(self._unload, entry)
                 await self._metadata.replace_models(name, [entry.record for entry in loaded.values() if entry.record])
                 undo.pop_all()
             self._entries[name] = loaded
@@ -249,9 +267,9 @@ class Models:
             finally:
                 await previous.close()
 
-    async def _unload(self, entry: Entry) -> None:
+    async def _unload(self, entry: Entry, *, reason: str = "unloaded") -> None:
         engine, entry.loaded = entry.loaded, None
-        entry.reason = "unloaded"
+        entry.reason = reason
         if engine is not None:
             entry.state = "UNLOADING"
             try:

@@ -2,6 +2,7 @@
 
 import math
 from array import array as packed
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import cast
@@ -11,38 +12,70 @@ import orjson
 
 from service import datatypes
 from service.codecs.buffers import MAX_RANK
-from service.codecs.json_text import describe, name_of
+from service.codecs.json_pieces import Pieces
+from service.codecs.json_text import UnusualError, describe, name_of
 from service.datatypes import BOOL, BYTES, FP32, Datatype
 from service.engine.protocol import Tensor
 from service.errors import NotAcceptableError, PayloadMalformedError
 
+_PIECE_ELEMENTS = 16 * 1024
+_MARK = b"\0"  # a byte that no JSON has: in strings it is escaped
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def to_array(data: object, datatype: Datatype, shape: tuple[int, ...], *, field: str) -> Tensor:
     """Return flat or nested row-major data as an array of the shape; its number of elements has to agree."""
     elements = _flatten(data, field)
-    count, nested = len(elements.flat), elements.shape
-    if count != math.prod(shape):
-        raise PayloadMalformedError(
-            f"{field}: expected {math.prod(shape)} elements for shape {list(shape)}, received {count}"
-        )
-    if len(nested) == len(shape) and nested != shape:
-        raise PayloadMalformedError(f"{field}: expected lists nested as {list(shape)}, received {list(nested)}")
+    if elements.has_pieces:
+        array = _pack_pieces(elements, lambda _: datatype)
+        _check_nesting(array.size, array.shape, shape, field)
+        return array.reshape(shape)
+    _check_nesting(len(elements.flat), elements.shape, shape, field)
     return _pack(elements, datatype).reshape(shape)
 
 
 def to_nested_array(data: object, datatype: Datatype, *, field: str) -> Tensor:
     """Return nested lists as an array of the shape of their nesting; all booleans make a BOOL array."""
+
+    def choose(flat: list[object]) -> Datatype:
+        is_bool = flat and type(flat[0]) is bool and all(type(element) is bool for element in flat)
+        return BOOL if is_bool else datatype
+
     elements = _flatten(data, field)
-    flat = elements.flat
-    if flat and type(flat[0]) is bool and all(type(element) is bool for element in flat):
-        datatype = BOOL
-    return _pack(elements, datatype).reshape(elements.shape)
+    if elements.has_pieces:
+        return _pack_pieces(elements, choose)
+    return _pack(elements, choose(elements.flat)).reshape(elements.shape)
+
+
+class Writer:
+    """Writes a JSON document with tensors in it, large ones in chunks: nobody holds the interpreter for long."""
+
+    def __init__(self, *, are_tokens_bare: bool) -> None:
+        self._are_tokens_bare = are_tokens_bare
+        self._large: list[Tensor] = []
+
+    def data(self, array: Tensor) -> object:
+        """What stands in the document for the flat row-major list of the elements."""
+        if array.size <= _PIECE_ELEMENTS:
+            return to_json(array, are_tokens_bare=self._are_tokens_bare)
+        self._large.append(array.reshape(-1))
+        return orjson.Fragment(_MARK)
+
+    def chunks(self, document: object) -> list[bytes]:
+        """The document's text; its tensors were asked for in the order in which they stand in it."""
+        first, *others = _dumps(document).split(_MARK)
+        texts = [first]
+        for array, text in zip(self._large, others, strict=True):
+            for start in range(0, array.size, _PIECE_ELEMENTS):
+                piece = array[start : start + _PIECE_ELEMENTS]
+                elements = _dumps(to_json(piece, are_tokens_bare=self._are_tokens_bare))
+                texts.append((b"," if start else b"[") + memoryview(elements)[1:-1])
+            texts.append(b"]" + text)
+        return texts
 
 
 def to_json(array: Tensor, *, are_tokens_bare: bool) -> Tensor | list[str] | orjson.Fragment:
-    """Return what orjson writes as the flat row-major list of the elements."""
+    """What orjson writes as the flat row-major list of the elements."""
     if array.dtype == np.object_:
         return _texts(array)
     flat = np.ascontiguousarray(array).reshape(-1)
@@ -57,8 +90,12 @@ def to_json(array: Tensor, *, are_tokens_bare: bool) -> Tensor | list[str] | orj
     names = [name_of(value) for value in flat[~is_finite].tolist()]
     tokens = names if are_tokens_bare else [f'"{name}"' for name in names]
     # in a flat list of numbers orjson writes null for these elements and for nothing else
-    pieces = orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY).decode().split("null")
+    pieces = _dumps(flat).decode().split("null")
     return orjson.Fragment("".join(chain.from_iterable(zip(pieces, [*tokens, ""], strict=True))))
+
+
+def _dumps(value: object) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +105,10 @@ class _Elements:
     flat: list[object]
     shape: tuple[int, ...]
     field: str
+
+    @property
+    def has_pieces(self) -> bool:
+        return bool(self.flat) and type(self.flat[0]) is Pieces
 
     def refusal(self, index: int, expected: str) -> PayloadMalformedError:
         place: list[str] = []
@@ -93,6 +134,38 @@ def _flatten(data: object, field: str) -> _Elements:
             raise level.refusal(odd, f"a list of {width} like the first one")
         level = _Elements(list(chain.from_iterable(rows)), (*level.shape, width), field)
     return level
+
+
+def _check_nesting(count: int, nested: tuple[int, ...], shape: tuple[int, ...], field: str) -> None:
+    if count != math.prod(shape):
+        raise PayloadMalformedError(
+            f"{field}: expected {math.prod(shape)} elements for shape {list(shape)}, received {count}"
+        )
+    if len(nested) == len(shape) and nested != shape:
+        raise PayloadMalformedError(f"{field}: expected lists nested as {list(shape)}, received {list(nested)}")
+
+
+def _pack_pieces(elements: _Elements, choose: Callable[[list[object]], Datatype]) -> Tensor:
+    """Large arrays of one shape, each read in pieces. Raises UnusualError where they are not that."""
+    arrays: list[Tensor] = []
+    shapes = set[tuple[int, ...]]()
+    for pieces in elements.flat:
+        if not isinstance(pieces, Pieces):
+            raise UnusualError
+        count = len(arrays)
+        for part in pieces:
+            try:
+                inner = _flatten(part, elements.field)
+                arrays.append(_pack(inner, choose(inner.flat)).reshape(inner.shape))
+            except PayloadMalformedError:  # it has to name the place in the whole array
+                raise UnusualError from None
+        shapes |= {(sum(map(len, arrays[count:])), *array.shape[1:]) for array in arrays[count:]}
+    if len(shapes) != 1 or len({array.dtype for array in arrays}) != 1:
+        raise UnusualError
+    shape = (*elements.shape, *shapes.pop())
+    if len(shape) > MAX_RANK:
+        raise UnusualError
+    return np.concatenate(arrays).reshape(shape)
 
 
 def _pack(elements: _Elements, datatype: Datatype) -> Tensor:

@@ -18,6 +18,10 @@ _BARE = {
 }
 
 
+class UnusualError(Exception):
+    """Not seen outside of this package: the text has to be parsed as a whole. See json_pieces."""
+
+
 def parse(text: bytearray | memoryview | bytes, *, field: str = "body") -> object:
     """Parse JSON; a second parser, which knows the bare tokens, runs only where the first met one."""
     try:
@@ -79,6 +83,8 @@ def describe(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return repr(value) if len(value) <= _SHOWN_CHARACTERS else f"{value[:_SHOWN_CHARACTERS]!r}..."
+    if not isinstance(value, int | float):
+        raise UnusualError
     shown = repr(value)
     return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
 

@@ -2,13 +2,11 @@
 
 from collections.abc import Collection, Mapping
 
-import orjson
-
 from service import datatypes
-from service.codecs import json_tensors
+from service.codecs import json_pieces, json_tensors
 from service.codecs.body import EncodedBody, TensorBody
 from service.codecs.buffers import Buffer, check_shape
-from service.codecs.json_text import describe, expect_list, expect_scalar, expect_string, parse_object, printable
+from service.codecs.json_text import describe, expect_list, expect_scalar, expect_string, printable
 from service.datatypes import BYTES, FP32, FP64, Datatype
 from service.engine.protocol import ParameterValue, Tensor, Tensors
 from service.errors import PayloadMalformedError
@@ -33,7 +31,10 @@ def decode(
     """
     for name in query_parameters or {}:
         raise PayloadMalformedError(f"query parameter {name[:60]!r}: expected as a field of the JSON body")
-    document = parse_object(body)
+    return json_pieces.decode(body, lambda document: _decode(document, tensor_names, exact_names))
+
+
+def _decode(document: dict[str, object], tensor_names: Collection[str], exact_names: Collection[str]) -> TensorBody:
     default = _default_datatype(document.get("input") if "input" in tensor_names else None)
     tensors: dict[str, Tensor] = {}
     parameters: dict[str, ParameterValue] = {}
@@ -51,19 +52,20 @@ def decode(
 
 def encode(method: str, outputs: Tensors, diagnostics: Mapping[str, object]) -> EncodedBody:
     """Encode outputs as objects of shape, datatype and flat data; NaN and infinities are strings."""
+    writer = json_tensors.Writer(are_tokens_bare=False)
     document = {
         "method": method,
         "outputs": {
             name: {
                 "shape": array.shape,
                 "datatype": datatypes.of(array).name,
-                "data": json_tensors.to_json(array, are_tokens_bare=False),
+                "data": writer.data(array),
             }
             for name, array in outputs.items()
         },
         "diagnostics": printable(diagnostics, are_tokens_bare=False),
     }
-    return EncodedBody([orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)], MEDIA_TYPE)
+    return EncodedBody([*writer.chunks(document)], MEDIA_TYPE)
 
 
 def _default_datatype(value: object) -> Datatype:

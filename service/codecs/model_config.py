@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from service.codecs.json_text import describe
+from service.engine.protocol import ModelOptions
 from service.errors import PayloadMalformedError, UnsupportedError
 
 _FILE = re.compile(r"file:([1-9][0-9]{0,8})/model\.onnx")
@@ -25,10 +26,10 @@ _DESCRIPTIVE = frozenset(
 _FIXED: Mapping[str, tuple[object, ...]] = {
     "platform": ("onnxruntime_onnx", ""),
     "backend": ("onnxruntime", ""),
-    "version_policy": ({"all": {}},),
     "parameters": ({},),
     "model_warmup": ([],),
 }
+_MAX_VERSION = 10**9 - 1
 _KINDS = ("KIND_AUTO", "KIND_CPU")
 
 
@@ -96,6 +97,8 @@ def _options(config: Mapping[str, Any], model: str) -> dict[str, Any]:
             options["max_queue_delay_us"] = _number(delay, place, limit=10_000_000)
         elif name == "instance_group":
             options["instances"] = _instances(value)
+        elif name == "version_policy":
+            options |= _policy(value)
         elif name == "name":
             if value not in (model, ""):
                 expected = f"the model's own name {model!r}"
@@ -105,6 +108,35 @@ def _options(config: Mapping[str, Any], model: str) -> dict[str, Any]:
         elif name not in _DESCRIPTIVE:
             raise UnsupportedError(f"parameters.config.{name[:80]}: no model here can do this")
     return options
+
+
+def encode_policy(options: ModelOptions) -> dict[str, Any]:
+    """The `version_policy` of a configuration."""
+    if options.specific_versions:
+        return {"specific": {"versions": list(options.specific_versions)}}
+    if options.latest_versions:
+        return {"latest": {"num_versions": options.latest_versions}}
+    return {"all": {}}
+
+
+def _policy(value: object) -> dict[str, Any]:
+    policy = _object(value, "version_policy")
+    if len(policy) != 1 or not policy.keys() <= {"all", "latest", "specific"}:
+        raise PayloadMalformedError("parameters.config.version_policy: expected one of all, latest and specific")
+    ((name, content),) = policy.items()
+    place = f"version_policy.{name}"
+    limits = _object(content, place)
+    chosen: dict[str, Any] = {"latest_versions": 0, "specific_versions": ()}
+    if name == "latest":
+        count = _number(limits.get("num_versions", 1), f"{place}.num_versions", limit=_MAX_VERSION)
+        return chosen | {"latest_versions": max(1, count)}
+    if name == "specific":
+        versions = limits.get("versions")
+        if not isinstance(versions, list) or not versions:
+            raise PayloadMalformedError(f"parameters.config.{place}.versions: expected a list of version numbers")
+        numbers = {_number(version, f"{place}.versions", limit=_MAX_VERSION) for version in versions}
+        return chosen | {"specific_versions": sorted(numbers)}
+    return chosen
 
 
 def _check_fixed(name: str, value: object) -> None:

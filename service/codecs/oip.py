@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import orjson
-
 from service import datatypes
-from service.codecs import json_tensors, oip_binary
+from service.codecs import json_pieces, json_tensors, oip_binary
 from service.codecs.body import EncodedBody
 from service.codecs.buffers import Buffer, check_shape
 from service.codecs.json_text import (
@@ -81,7 +79,7 @@ def decode_request(body: Buffer, header_length: int | str | None) -> InferReques
     text = memoryview(body)[:json_length]
     # Clients send the same JSON before ever new tensors; without tensors behind it, it is seldom the same.
     is_repeated = json_length < len(body) and json_length <= _REMEMBERED_BYTES
-    head = _remembered_head(bytes(text)) if is_repeated else _head(text)
+    head = _remembered_head(bytes(text)) if is_repeated else json_pieces.decode(text, _head)
     inputs: dict[str, Tensor] = {}
     offset = json_length
     for name, place in head.inputs.items():
@@ -99,8 +97,7 @@ def decode_request(body: Buffer, header_length: int | str | None) -> InferReques
     return InferRequest(head.id, head.parameters, inputs, head.outputs, head.wants_binary)
 
 
-def _head(text: Buffer) -> _Head:
-    document = parse_object(text)
+def _head(document: dict[str, object]) -> _Head:
     parameters = _parameters(document.get("parameters"), "parameters")
     for name in parameters:
         if name.startswith(_RESERVED_PREFIX):
@@ -120,7 +117,7 @@ def _head(text: Buffer) -> _Head:
 
 @lru_cache(maxsize=_REMEMBERED)
 def _remembered_head(text: bytes) -> _Head:
-    head = _head(text)
+    head = _head(parse_object(text))
     for array in head.inputs.values():
         if not isinstance(array, _Place):
             array.flags.writeable = False  # several requests will share it
@@ -143,7 +140,8 @@ def encode_response(
     if parameters:
         document["parameters"] = printable(parameters, are_tokens_bare=True)
     entries: list[dict[str, object]] = []
-    chunks: list[bytes | memoryview] = [b""]
+    binary: list[bytes | memoryview] = []
+    writer = json_tensors.Writer(are_tokens_bare=True)
     is_binary_by_name = {output.name: output.is_binary for output in requested} or dict.fromkeys(outputs, wants_binary)
     for name, is_binary in is_binary_by_name.items():
         array = _output(outputs, name)
@@ -151,15 +149,15 @@ def encode_response(
         if is_binary:
             chunk = oip_binary.encode(array)
             entry["parameters"] = {"binary_data_size": len(chunk)}
-            chunks.append(chunk)
+            binary.append(chunk)
         else:
-            entry["data"] = json_tensors.to_json(array, are_tokens_bare=True)
+            entry["data"] = writer.data(array)
         entries.append(entry)
     document["outputs"] = entries
-    chunks[0] = header = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    texts = writer.chunks(document)
     if any(is_binary_by_name.values()):
-        return EncodedBody(chunks, "application/octet-stream", json_length=len(header))
-    return EncodedBody(chunks, "application/json")
+        return EncodedBody([*texts, *binary], "application/octet-stream", json_length=sum(map(len, texts)))
+    return EncodedBody([*texts], "application/json")
 
 
 def _json_length(header_length: int | str | None, body_length: int) -> int:

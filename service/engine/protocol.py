@@ -73,6 +73,8 @@ class ModelOptions:
         optimization: how far onnxruntime rewrites the graph.
         warmup: shapes by input name, each run once before the model is ready.
         is_cost_known: found at the first load: what a run takes follows from its input shapes.
+        latest_versions: how many of a model's versions, the highest, a load serves; 0 is all of them.
+        specific_versions: the versions that a load serves; empty leaves it to `latest_versions`.
     """
 
     max_batch_size: int = 0
@@ -82,6 +84,8 @@ class ModelOptions:
     optimization: Optimization = "all"
     warmup: tuple[Mapping[str, Sequence[int]], ...] = ()
     is_cost_known: bool = False
+    latest_versions: int = 0
+    specific_versions: Sequence[int] = ()
 
 
 class Engine(Protocol):

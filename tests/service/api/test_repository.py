@@ -91,6 +91,70 @@ async def test_what_was_loaded_so_is_there_after_a_restart(tmp_path: Path) -> No
             assert (await client.get("/v2/models/m/config")).json()["max_batch_size"] == 4
 
 
+async def _served(client: httpx.AsyncClient) -> tuple[list[str], list[str]]:
+    """Versions in the metadata, and those in the index, ready ones with a star."""
+    index = (await client.post("/v2/repository/index")).json()
+    of_model = [entry["version"] + "*" * (entry["state"] == "READY") for entry in index if entry["name"] == "m"]
+    return (await _metadata(client)).get("versions", []), of_model
+
+
+@pytest.mark.parametrize(
+    ("policy", "served", "index"),
+    [
+        ({"all": {}}, ["1", "3", "7"], ["1*", "3*", "7*"]),
+        ({"latest": {}}, ["7"], ["1", "3", "7*"]),
+        ({"latest": {"num_versions": 2}}, ["3", "7"], ["1", "3*", "7*"]),
+        ({"latest": {"num_versions": "9"}}, ["1", "3", "7"], ["1*", "3*", "7*"]),
+        ({"specific": {"versions": ["3", 1]}}, ["1", "3"], ["1*", "3*", "7"]),
+    ],
+    ids=["all", "latest", "two latest", "more than there are", "specific"],
+)
+async def test_a_version_policy_chooses_what_is_served(
+    tmp_path: Path, policy: dict[str, Any], served: list[str], index: list[str]
+) -> None:
+    async with running_app(small_settings(tmp_path)) as app, http(app) as client:
+        answer = await _load(client, {"version_policy": policy}, v1=FILE, v3=FILE, v7=OTHER)
+        assert answer.status_code == 200, answer.text
+        assert await _served(client) == (served, index)
+        for version in ("1", "3", "7"):
+            status = 200 if version in served else 503
+            assert (await client.get(f"/v2/models/m/versions/{version}/ready")).status_code == status
+            assert (await client.get(f"/v2/models/m/versions/{version}/config")).status_code == status
+        shown = (await client.get("/v2/models/m/config")).json()["version_policy"]
+        assert (await _load(client, {"version_policy": shown})).status_code == 200  # as it was told
+        assert await _served(client) == (served, index)
+        assert (await client.post("/v2/repository/models/m/unload")).status_code == 200
+        assert (await client.post(LOAD)).status_code == 200  # and remembered
+        assert await _served(client) == (served, index)
+    async with running_app(small_settings(tmp_path)) as app, http(app) as client:
+        assert await _served(client) == (served, index)
+
+
+async def test_another_policy_loads_and_unloads_versions(apart: httpx.AsyncClient) -> None:
+    assert (await _load(apart, {}, v1=FILE, v2=OTHER)).status_code == 200
+    assert (await _load(apart, {"version_policy": {"specific": {"versions": [1]}}})).status_code == 200
+    assert await _served(apart) == (["1"], ["1*", "2"])
+    assert await _infer(apart) == [2, 4, 6]
+    path = "/v2/models/m/versions/2/infer"
+    refused(await apart.post(path, json={"inputs": []}), 503, "model_not_ready", "version policy")
+    absent = {"version_policy": {"specific": {"versions": [1, 5]}}}
+    refused(await _load(apart, absent), 400, "parameter_invalid", "versions among 1, 2", "5")
+    assert await _served(apart) == (["1"], ["1*", "2"])
+    refused(await apart.get("/v2/models/m/versions/5"), 404, "model_not_found", "no version 5")
+    assert (await _load(apart, {"version_policy": {"latest": {}}})).status_code == 200
+    assert await _served(apart) == (["2"], ["1", "2*"])
+
+
+async def test_a_new_version_is_served_and_the_policy_counts_at_the_next_load(apart: httpx.AsyncClient) -> None:
+    assert (await _load(apart, {"version_policy": {"latest": {}}}, v1=FILE)).status_code == 200
+    checkpoint = (await apart.get("/v1/models/m")).json()["models"][0]["checkpoint"]
+    document = {"name": "m", "checkpoint": checkpoint, "fold": False}
+    assert (await apart.post("/v1/models", json=document)).status_code == 201
+    assert (await _served(apart))[0] == ["1", "2"]
+    assert (await apart.post(LOAD)).status_code == 200
+    assert await _served(apart) == (["2"], ["1", "2*"])
+
+
 async def test_a_load_that_fails_leaves_the_old_versions_serving(apart: httpx.AsyncClient) -> None:
     assert (await _load(apart, {}, v1=FILE)).status_code == 200
     broken = base64.b64encode(b"no model at all").decode()
@@ -122,7 +186,12 @@ async def test_a_load_that_fails_leaves_the_old_versions_serving(apart: httpx.As
         ({"config": '{"sequence_batching": {}}'}, 501, "sequence_batching"),
         ({"config": '{"name": "another"}'}, 400, "own name"),
         ({"config": '{"platform": "tensorflow_graphdef"}'}, 501, "onnxruntime_onnx"),
-        ({"config": '{"version_policy": {"latest": {"num_versions": 1}}}'}, 501, "version_policy"),
+        ({"config": '{"version_policy": {}}'}, 400, "all, latest and specific"),
+        ({"config": '{"version_policy": {"all": {}, "latest": {}}}'}, 400, "all, latest and specific"),
+        ({"config": '{"version_policy": {"newest": {}}}'}, 400, "all, latest and specific"),
+        ({"config": '{"version_policy": {"latest": {"num_versions": -1}}}'}, 400, "latest.num_versions"),
+        ({"config": '{"version_policy": {"specific": {}}}'}, 400, "specific.versions"),
+        ({"config": '{"version_policy": {"specific": {"versions": [1.5]}}}'}, 400, "specific.versions"),
         ({"config": '{"model_warmup": [{}]}'}, 501, "model_warmup"),
         ({"config": '{"parameters": {"a": {"string_value": "b"}}}'}, 501, "parameters"),
         ({"config": '{"instance_group": [{"kind": "KIND_GPU"}]}'}, 501, "KIND_AUTO"),

@@ -211,7 +211,8 @@ async def test_options_are_there_after_a_restart(storage: tuple[Settings, Blobs,
     entry = await registry.models.register("m", checkpoint=checkpoint, version=1, fold=False, options=options)
     again = Entry(name="m", version=1, record=(await registry.metadata.models())[0])
     assert list(again.options.warmup) == [{"x": [1, 2]}]
-    assert replace(again.options, warmup=()) == replace(entry.options, warmup=())
+    assert list(again.options.specific_versions) == []
+    assert replace(again.options, warmup=(), specific_versions=()) == replace(entry.options, warmup=())
 
 
 async def test_a_warm_up_larger_than_any_body_is_refused(storage: tuple[Settings, Blobs, Metadata]) -> None:
