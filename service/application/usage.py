@@ -4,7 +4,7 @@ import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from service.engine.protocol import InferResult
 
@@ -33,8 +33,7 @@ class Duration:
         self.ns += ns
 
 
-@dataclass(slots=True)
-class Timing:
+class Timing(NamedTuple):
     """Nanoseconds of one request's parts."""
 
     queue_ns: int

@@ -1,18 +1,20 @@
-"""What a worker runs: calls, alone or joined into batches."""
+"""What a worker runs: calls, alone or joined into batches.
+
+What is made for every call is a named tuple, which takes a third of the time of a frozen dataclass.
+"""
 
 import asyncio
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from service.errors import DeadlineExceededError
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """What a call would bring into a batch. Calls of one group may run together.
 
     Attributes:
@@ -36,7 +38,8 @@ class Batching:
         max_rows: rows of one batch.
         max_bytes: bytes of its inputs.
         max_delay_s: how long the first call of a batch may wait for others; 0 joins only what waits already.
-        is_cost_known: what a run takes follows from its group and rows; those known to be brief run in the event loop.
+        is_cost_known: what a run takes follows from its group and rows, and is all computed in the thread that runs
+            it; those known to be brief run in the event loop.
         run: takes the contents of several parts and the seconds until the last of their deadlines; returns one result
             each. If it raises, the calls are run one by one, so that a call fails by its own fault only.
     """
@@ -48,8 +51,7 @@ class Batching:
     run: Callable[[Sequence[Any], float], Sequence[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Ran(Generic[T]):
+class Ran(NamedTuple, Generic[T]):
     """A call's result, nanoseconds in the queue and in the run, and the execution it was in.
 
     `batch_rows` are the rows of that execution; `is_first` is true for one of its calls, so that executions can be
@@ -63,34 +65,34 @@ class Ran(Generic[T]):
     is_first: bool
 
 
+_NO_PART = Part(None, 1, 0, None)
+
+
 class Batch:
     """Calls that will run together."""
 
     def __init__(self, first: "Task[Any]") -> None:
         self.tasks = [first]
-        self.group = first.part.group if first.part is not None else None
-        self.rows = first.rows
-        self.size_bytes = first.part.size_bytes if first.part is not None else 0
+        self.group, self.rows, self.size_bytes, _ = first.part or _NO_PART
 
     def takes(self, task: "Task[Any]", limits: Batching) -> bool:
-        return (
-            task.part is not None
-            and task.part.group == self.group
-            and self.rows + task.rows <= limits.max_rows
-            and self.size_bytes + task.part.size_bytes <= limits.max_bytes
-        )
-
-    def add(self, task: "Task[Any]") -> None:
-        assert task.part is not None
+        """Add the task if there is room for it, and it is of this group."""
+        if task.part is None:
+            return False
+        group, rows, size_bytes, _ = task.part
+        rows += self.rows
+        size_bytes += self.size_bytes
+        if rows > limits.max_rows or size_bytes > limits.max_bytes or group != self.group:
+            return False
         self.tasks.append(task)
-        self.rows += task.rows
-        self.size_bytes += task.part.size_bytes
+        self.rows, self.size_bytes = rows, size_bytes
+        return True
 
 
 class Task(Generic[T]):
     """A call, who waits for it and until when, and what came of it."""
 
-    __slots__ = ("_deadline_s", "_ended_ns", "_error", "_ran", "_started_ns", "call", "enqueued_ns", "future", "part")
+    __slots__ = ("_deadline_s", "_error", "_ran", "_started_ns", "call", "enqueued_ns", "future", "part", "timer")
 
     def __init__(
         self, call: Callable[[], T], future: asyncio.Future[Ran[T]], deadline_s: float, part: Part | None
@@ -98,6 +100,7 @@ class Task(Generic[T]):
         self.future = future
         self.call = call
         self.part = part
+        self.timer: asyncio.TimerHandle | None = None
         self._deadline_s = deadline_s
         self.enqueued_ns = time.perf_counter_ns()
         self._started_ns = 0
@@ -111,17 +114,18 @@ class Task(Generic[T]):
     def remaining_s(self) -> float:
         return max(0.0, self._deadline_s - (time.perf_counter_ns() - self.enqueued_ns) / 1e9)
 
-    def begin(self, name: str) -> bool:
-        """In the worker thread: False if it is too late, or nobody waits any more, and the call must not run."""
-        self._started_ns = time.perf_counter_ns()
-        if self._started_ns - self.enqueued_ns > self._deadline_s * 1e9:
+    def begin(self, name: str, now_ns: int) -> bool:
+        """Where it runs: False if it is too late, or nobody waits any more, and the call must not run."""
+        self._started_ns = now_ns
+        if now_ns - self.enqueued_ns > self._deadline_s * 1e9:
             self._error = self.deadline_error(name)
         return self._error is None and not self.future.done()
 
-    def end(self, result: T | None, error: BaseException | None, *, batch_rows: int, is_first: bool) -> None:
-        ended_ns = time.perf_counter_ns()
+    def end(
+        self, result: T | None, error: BaseException | None, now_ns: int, *, batch_rows: int, is_first: bool
+    ) -> None:
         self._error = error
-        queue_ns, compute_ns = self._started_ns - self.enqueued_ns, ended_ns - self._started_ns
+        queue_ns, compute_ns = self._started_ns - self.enqueued_ns, now_ns - self._started_ns
         self._ran = Ran(cast("T", result), queue_ns, compute_ns, batch_rows, is_first)
 
     def deliver(self) -> None:

@@ -5,8 +5,9 @@ import ctypes
 import gc
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -15,7 +16,7 @@ from normcore.errors import CheckpointError, DeadlineError, NormcoreError, Param
 from normcore.execution import TensorInfo, describe, open_session, run
 from service.datatypes import BYTES, Datatype, by_name
 from service.engine.batch import Batching, Part
-from service.engine.devices import providers_for
+from service.engine.devices import Providers, providers_for
 from service.engine.protocol import InferResult, ModelOptions, ModelSpec, Parameters, Tensor, Tensors, TensorSpec
 from service.engine.worker import Worker
 from service.errors import DeadlineExceededError, ModelNotReadyError
@@ -27,16 +28,19 @@ BACKEND = "onnxruntime"
 class OnnxEngine:
     """Implements Engine. Make it with `load`."""
 
-    def __init__(self, name: str, *, queue_size: int, max_batch_bytes: int, options: ModelOptions) -> None:
+    def __init__(
+        self, name: str, *, queue_size: int, max_batch_bytes: int, providers: Providers, options: ModelOptions
+    ) -> None:
         self._session: onnxruntime.InferenceSession | None = None
         self._spec: ModelSpec | None = None
+        self._output_names: tuple[str, ...] = ()
         batching = None
         if options.max_batch_size:
             batching = Batching(
                 max_rows=options.max_batch_size,
                 max_bytes=max_batch_bytes,
                 max_delay_s=options.max_queue_delay_us / 1e6,
-                is_cost_known=options.is_cost_known,
+                is_cost_known=options.is_cost_known and providers == providers_for("cpu"),
                 run=self._compute_together,
             )
         self._worker = Worker(name, queue_size, threads=options.instances, batching=batching)
@@ -63,11 +67,17 @@ class OnnxEngine:
             DeadlineExceededError: all this takes longer than `deadline_s`.
         """
         title = f"model {name} version {version}"
-        engine = cls(title, queue_size=queue_size, max_batch_bytes=max_batch_bytes, options=options)
+        providers = await asyncio.to_thread(providers_for, options.device)
+        engine = cls(
+            title, queue_size=queue_size, max_batch_bytes=max_batch_bytes, providers=providers, options=options
+        )
         until = time.monotonic() + deadline_s
 
         def start() -> None:
-            engine._session, engine._spec = _open(path, name=name, version=version, threads=threads, options=options)
+            engine._session, engine._spec = _open(
+                path, name=name, version=version, threads=threads, providers=providers, options=options
+            )
+            engine._output_names = tuple([tensor.name for tensor in engine._spec.outputs])
             for shapes in options.warmup:
                 engine._warm_up(shapes, deadline_s=max(0.0, until - time.monotonic()))
 
@@ -103,7 +113,7 @@ class OnnxEngine:
         """
         if self._session is None:
             raise ModelNotReadyError(f"{self._worker.name} is unloaded")
-        names = tuple(spec.name for spec in self.spec.outputs) if outputs is None else tuple(outputs)
+        names = self._output_names if outputs is None else tuple(outputs)
         until = time.monotonic() + deadline_s
         rows = _rows(inputs) if self.options.max_batch_size else 0
         part = None if is_alone or not rows else _part(inputs, names, rows)
@@ -144,7 +154,7 @@ class OnnxEngine:
             raise ParameterError("warmup", expected=expected, received=", ".join(sorted(shapes)) or "none")
         feeds = {name: _zeros(by_name(known[name].datatype), shape) for name, shape in shapes.items()}
         try:
-            self._compute(feeds, [tensor.name for tensor in self.spec.outputs], deadline_s)
+            self._compute(feeds, self._output_names, deadline_s)
         except NormcoreError as error:
             raise CheckpointError(f"warmup of shapes {dict(shapes)}: {error}") from error
 
@@ -158,19 +168,17 @@ class OnnxEngine:
         """One run for requests of one group; each gets its rows of every output, as views."""
         joined = {name: np.concatenate([request.inputs[name] for request in requests]) for name in requests[0].inputs}
         outputs = self._compute(joined, requests[0].outputs, deadline_s)
-        bounds = np.cumsum([request.rows for request in requests]).tolist()
+        *starts, rows = accumulate([request.rows for request in requests], initial=0)
         for name, array in outputs.items():
-            if array.ndim == 0 or array.shape[0] != bounds[-1]:
-                raise ShapeError(name, expected=f"{bounds[-1]} rows", received=f"shape {array.shape}")
-        starts = [0, *bounds[:-1]]
+            if array.ndim == 0 or array.shape[0] != rows:
+                raise ShapeError(name, expected=f"{rows} rows", received=f"shape {array.shape}")
         return [
-            {name: array[start:end] for name, array in outputs.items()}
-            for start, end in zip(starts, bounds, strict=True)
+            {name: array[start : start + request.rows] for name, array in outputs.items()}
+            for start, request in zip(starts, requests, strict=True)
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
+class _Request(NamedTuple):
     """What a batch needs to know of a request."""
 
     inputs: Tensors
@@ -206,13 +214,13 @@ def _check_batch_axis(spec: ModelSpec) -> None:
 
 
 def _open(
-    path: Path, *, name: str, version: str, threads: int, options: ModelOptions
+    path: Path, *, name: str, version: str, threads: int, providers: Providers, options: ModelOptions
 ) -> tuple[onnxruntime.InferenceSession, ModelSpec]:
     session = open_session(
         path,
         threads=max(1, threads // options.instances),
         optimization=options.optimization,
-        providers=providers_for(options.device),
+        providers=providers,
     )
     signature = describe(session)
     spec = ModelSpec(

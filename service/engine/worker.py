@@ -59,14 +59,14 @@ class Worker:
         """
         task = Task(call, self._loop.create_future(), deadline_s, part if self._batching is not None else None)
         self._enqueue(task)
-        timer = self._loop.call_later(deadline_s, self._expire, task)
         try:
             return await task.future
         except BaseException:
             self._drop(task)
             raise
         finally:
-            timer.cancel()
+            if task.timer is not None:
+                task.timer.cancel()
             del task  # for the reason given in _step
 
     async def drain(self) -> None:
@@ -113,6 +113,8 @@ class Worker:
     def _hand_over(self) -> None:
         if self._batching is not None and self._batching.is_cost_known and self._batching.max_delay_s == 0:
             self._run_brief(self._batching)
+        for task in self._arrived:  # a timer costs as much as a brief run: only those who wait for a thread need one
+            task.timer = self._loop.call_later(task.remaining_s(), self._expire, task)
         if self._arrived:
             with self._changed:
                 self._waiting.extend(self._arrived)
@@ -123,13 +125,11 @@ class Worker:
         """In the event loop: the batches that are brief, while the threads have nothing to do."""
         while self._arrived and not self._waiting and not self._running:
             batch = Batch(self._arrived[0])
-            for task in self._arrived[1:]:
-                if batch.takes(task, limits):
-                    batch.add(task)
+            others = [task for task in self._arrived[1:] if not batch.takes(task, limits)]
             if batch.group is None or not self._pace.is_brief(batch.group, batch.rows):
                 return
-            self._arrived = [task for task in self._arrived if task not in batch.tasks]
-            self._execute(batch)
+            self._arrived = others
+            self._execute(batch, in_thread=False)
             for task in batch.tasks:
                 task.deliver()
         self._wake_drains()
@@ -164,7 +164,7 @@ class Worker:
         batch = self._take()
         if batch is None:
             return False
-        self._execute(batch)
+        self._execute(batch, in_thread=True)
         tasks = batch.tasks
         with self._changed:
             self._running -= len(tasks)
@@ -194,38 +194,36 @@ class Worker:
         until = batch.tasks[0].enqueued_ns / 1e9 + limits.max_delay_s
         while True:
             for task in [task for task in self._waiting if batch.takes(task, limits)]:
-                if batch.takes(task, limits):
-                    self._waiting.remove(task)
-                    batch.add(task)
-                    self._running += 1
+                self._waiting.remove(task)
+                self._running += 1
             remaining_s = until - time.perf_counter()
             if self._waiting or batch.rows >= limits.max_rows or remaining_s <= 0 or self._is_closed:
                 return
             self._changed.wait(remaining_s)
 
-    def _execute(self, batch: Batch) -> None:
-        ready = [task for task in batch.tasks if task.begin(self.name)]
-        started = time.perf_counter()
+    def _execute(self, batch: Batch, *, in_thread: bool) -> None:
+        started_ns, computed_s = time.perf_counter_ns(), time.thread_time()
+        ready = [task for task in batch.tasks if task.begin(self.name, started_ns)]
         if len(ready) < 2 or not self._execute_together(ready):
             for task in ready:
-                if task.begin(self.name):
-                    task.end(*_outcome(task.call), batch_rows=task.rows, is_first=True)
+                if task.begin(self.name, time.perf_counter_ns()):
+                    task.end(*_outcome(task.call), time.perf_counter_ns(), batch_rows=task.rows, is_first=True)
                 del task  # for the reason given in _step
         if batch.group is not None:
-            self._pace.add(batch.group, batch.rows, time.perf_counter() - started)
+            self._pace.add(batch.group, batch.rows, time.thread_time() - computed_s, in_thread=in_thread)
         del batch, ready
 
     def _execute_together(self, tasks: list[Task[Any]]) -> bool:
         assert self._batching is not None
         run = self._batching.run
         contents = [task.part.content for task in tasks if task.part is not None]
-        remaining_s = max(task.remaining_s() for task in tasks)
+        remaining_s = max([task.remaining_s() for task in tasks])
         results, error = _outcome(lambda: run(contents, remaining_s))
         if error is not None or results is None:
             return False
-        rows = sum(task.rows for task in tasks)
+        rows, now_ns = sum([task.rows for task in tasks]), time.perf_counter_ns()
         for task, result in zip(tasks, results, strict=True):
-            task.end(result, None, batch_rows=rows, is_first=task is tasks[0])
+            task.end(result, None, now_ns, batch_rows=rows, is_first=task is tasks[0])
         return True
 
     def _deliver(self) -> None:

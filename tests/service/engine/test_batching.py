@@ -250,7 +250,9 @@ async def _threads(worker: Worker, calls: int, *, lasts_s: float, part: Part | N
     """In which threads calls ran, one after the other."""
 
     def call() -> str:
-        time.sleep(lasts_s)
+        started_s = time.thread_time()
+        while time.thread_time() - started_s < lasts_s:
+            pass
         return threading.current_thread().name
 
     return [(await worker.submit(call, deadline_s=10, part=part)).result for _ in range(calls)]

@@ -148,6 +148,7 @@ async def test_closed_engine_refuses(load: Load) -> None:
 async def test_load_of_a_broken_file_names_the_reason_and_leaves_no_thread(tmp_path: Path) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"\x08\x09nonsense")
+    await asyncio.to_thread(bool)  # starts the event loop's own thread
     before = threading.active_count()
     with pytest.raises(CheckpointError, match="onnxruntime cannot load the graph"):
         await OnnxEngine.load(
