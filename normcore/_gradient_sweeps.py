@@ -170,35 +170,21 @@ def _terms(x: Any, by: Any, means: Any, group: int) -> Any:
 
 @compiled_sum
 def _block_sums(x: Any, grad: Any, start: Any, length: int, center: Any) -> Any:
-    total, dot = 0.0 * center, 0.0 * center
-    quarter = np.uintp(length // 4)
-    for index in range(start, start + quarter):
-        second, third = index + quarter, index + quarter + quarter
-        fourth = third + quarter
-        a, b, c, d = load(grad, index), load(grad, second), load(grad, third), load(grad, fourth)
-        total += (a + b) + (c + d)
-        left = a * (load(x, index) - center) + b * (load(x, second) - center)
-        dot += left + (c * (load(x, third) - center) + d * (load(x, fourth) - center))
-    for index in range(start + quarter + quarter + quarter + quarter, start + np.uintp(length)):
-        a = load(grad, index)
-        total += a
-        dot += a * (load(x, index) - center)
+    total, dot = center - center, center - center
+    for index in range(start, start + np.uintp(length)):
+        value = load(grad, index)
+        total += value
+        dot += value * (load(x, index) - center)
     return total, dot
 
 
 @compiled_sum
 def _weighted_sums(x: Any, grad: Any, start: Any, weight: Any, center: Any) -> Any:
-    total, dot = 0.0 * center, 0.0 * center
-    half = np.uintp(weight.size // 2)
-    for channel in range(half):
-        a = load(grad, start + channel) * weight[channel]
-        b = load(grad, start + half + channel) * weight[half + channel]
-        total += a + b
-        dot += a * (load(x, start + channel) - center) + b * (load(x, start + half + channel) - center)
-    for channel in range(half + half, np.uintp(weight.size)):
-        a = load(grad, start + channel) * weight[channel]
-        total += a
-        dot += a * (load(x, start + channel) - center)
+    total, dot = center - center, center - center
+    for channel in range(np.uintp(weight.size)):
+        value = load(grad, start + channel) * weight[channel]
+        total += value
+        dot += value * (load(x, start + channel) - center)
     return total, dot
 
 

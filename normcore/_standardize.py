@@ -16,12 +16,12 @@ from torch import Tensor
 
 from normcore._box import Box, box_of
 
-# Channels of a group side by side are a vector from here on, else columns of their own.
-_LEAST_VECTOR = 16
 # Columns are repeated up to about so many bytes of a term, for loops that are worth their start.
 _WIDE_BYTES = 4096
 # Elements summed as one part.
 _PART = 2**16
+# Elements of a group that stay in a core's cache from one sweep to the next.
+_CACHED = 2**17
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,7 @@ class Operand:
 
     @property
     def has_columns(self) -> bool:
-        _, rows, _, channels, positions = self.box.sizes
-        return positions == 1 and channels < _LEAST_VECTOR and rows > 1
+        return self.box.sizes[4] == 1 and self.box.sizes[1] > 1
 
     @property
     def has_vectors(self) -> bool:
@@ -103,8 +102,8 @@ def standardize_own(
     values: Operand, out: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, has_mean: bool
 ) -> tuple[Any, int, bool]:
     """Statistics as `measure` gives them, and the output by them, as `standardize` gives it."""
-    samples, rows, groups, _, _ = values.box.sizes
-    if rows > 1 or values.array.size // samples > _PART:
+    samples, _, groups, _, _ = values.box.sizes
+    if values.has_columns or values.count > _CACHED:
         by, count = measure(values, eps=eps, has_mean=has_mean)
         return by, count, standardize(values, out, weight, bias, by)
     by = np.empty((5, samples * groups))

@@ -150,7 +150,7 @@ def _measure(
     count = rows * length
     center = 0.0
     if has_mean:
-        origin = load(x, first * length)
+        origin = np.float64(load(x, first * length))
         near = min(length, _NEAR)
         center = np.float64(as_computed(x, origin + _block_sums(x, np.uintp(first * length), near, origin)[0] / near))
     total, squares = _group_sums(x, first, rows, groups, length, as_computed(x, center))
@@ -170,26 +170,20 @@ def _group_sums(x: Any, first: int, rows: int, groups: int, length: int, center:
         start = (first + row * groups) * length
         for block in range(0, length, _BLOCK):
             sums = _block_sums(x, np.uintp(start + block), min(_BLOCK, length - block), center)
-            total += np.float64(sums[0])
-            squares += np.float64(sums[1])
+            total += sums[0]
+            squares += sums[1]
     return total, squares
 
 
-# Unsigned indices count from the front alone: a choice between front and back would keep loops from being vectors.
+# Unsigned indices count from the front alone: a choice between front and back would keep loops from being vectors. One
+# after the other: places apart that are read in turn are not fetched from memory ahead of the loop.
 @compiled_sum
 def _block_sums(x: Any, start: Any, length: int, center: Any) -> Any:
-    total, squares = 0.0 * center, 0.0 * center
-    quarter = np.uintp(length // 4)
-    # Four at a time: one sum would wait for itself.
-    for index in range(start, start + quarter):
-        a, b = load(x, index) - center, load(x, index + quarter) - center
-        c, d = load(x, index + quarter + quarter) - center, load(x, index + quarter + quarter + quarter) - center
-        total += (a + b) + (c + d)
-        squares += (a * a + b * b) + (c * c + d * d)
-    for index in range(start + quarter + quarter + quarter + quarter, start + np.uintp(length)):
-        a = load(x, index) - center
-        total += a
-        squares += a * a
+    total, squares = 0.0, 0.0
+    for index in range(start, start + np.uintp(length)):
+        deviation = np.float64(load(x, index) - center)
+        total += deviation
+        squares += deviation * deviation
     return total, squares
 
 

@@ -86,6 +86,9 @@ def standardize_by(
     out: Tensor | None = None,
 ) -> Standardized:
     """Standardize by given statistics, constants that broadcast against the input."""
+    if out is None and not torch.is_grad_enabled():
+        # Ahead of small tensors, which would split the memory that the last output of its size has left.
+        out = torch.empty_like(input)
     by = given_statistics(mean, var, eps=eps)
     return standardize_with(input, weight, bias, by, out=out)
 

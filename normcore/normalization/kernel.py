@@ -88,12 +88,12 @@ def backward(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, affine_shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; the last two of `affine_shape`, which broadcasts against the input."""
+    of_input = torch.empty_like(input)
     pair = _pair(grad_output, input, weight, by, affine_shape)
     if pair is None or not by.axes:
         sums = gradient_sums(grad_output, input, weight, by, affine_shape=affine_shape)
         return input_gradient(grad_output, input, weight, by, sums), sums.weight, sums.bias
     values, grads, found = pair
-    of_input = torch.empty_like(values.tensor)
     sums = _gradients.gradients(values, grads, of_input, weight, found, has_mean=by.has_mean)
     of_bias, of_weight = (_as_parameter(own, values.box, affine_shape) for own in sums)
     return of_input, of_weight, of_bias
