@@ -44,17 +44,22 @@ class Box:
         """Channels of all groups."""
         return self.sizes[2] * self.sizes[3]
 
+    @property
+    def is_kept_in_order(self) -> bool:
+        """Whether statistics have the order of the tensor's axes."""
+        return _is_ascending(self.kept)
+
     def statistics(self, tensors: Tensor) -> Tensor:
         """One per group: what broadcasts against the tensor, behind an axis of its own, as (*, B * G)."""
         count = self.sizes[0] * self.sizes[2]
-        if tensors.numel() == len(tensors) * count and _is_ascending(self.kept):
+        if tensors.numel() == len(tensors) * count and self.is_kept_in_order:
             return tensors.reshape(-1, count)
         return torch.stack([self._flat(tensor, self.kept) for tensor in tensors])
 
     def parameters(self, tensor: Tensor) -> Tensor:
         """Weight or bias that broadcasts against the tensor as (Q * G * K,)."""
         if tensor.numel() == self.rows // self.per * self.width and _is_ascending(self.affine):
-            return tensor.reshape(-1)
+            return tensor if tensor.ndim == 1 else tensor.reshape(-1)
         return self._flat(tensor, self.affine)
 
     def restore_statistics(self, values: Tensor) -> Tensor:
@@ -85,26 +90,24 @@ def box_of(tensor: Tensor, reduced: Sequence[int], *parameters: Tensor | tuple[i
 
     None where there is none: strides with gaps, or axes in more turns than a box has.
     """
-    rank = tensor.ndim
-    varying = 0
-    for parameter in parameters:
-        if parameter is not None:
-            shape = parameter if isinstance(parameter, tuple) else parameter.shape
-            for axis, size in enumerate(reversed(shape)):
-                if size != 1:
-                    varying |= 1 << (rank - 1 - axis)
-    return _box(tuple(tensor.shape), tensor.stride(), tuple(reduced), varying)
+    shapes = [term if term is None or isinstance(term, tuple) else term.shape for term in parameters]
+    return _box(tensor.shape, tensor.stride(), tuple(reduced), *shapes)
 
 
 @lru_cache(1024)
-def _box(shape: tuple[int, ...], strides: tuple[int, ...], reduced: tuple[int, ...], varying: int) -> Box | None:
+def _box(
+    shape: tuple[int, ...], strides: tuple[int, ...], reduced: tuple[int, ...], *parameters: tuple[int, ...] | None
+) -> Box | None:
+    shape, rank = tuple(shape), len(shape)
+    given = [tuple(term) for term in parameters if term is not None]
+    varying = {rank - len(term) + axis for term in given for axis, size in enumerate(term) if size != 1}
     order = tuple(sorted(range(len(shape)), key=lambda axis: (shape[axis] == 1, -strides[axis])))
     expected = 1
     for axis in reversed(order):
         if shape[axis] != 1 and strides[axis] != expected:
             return None
         expected *= shape[axis]
-    turns = [(axis, axis in reduced, bool(varying >> axis & 1)) for axis in order if shape[axis] != 1]
+    turns = [(axis, axis in reduced, axis in varying) for axis in order if shape[axis] != 1]
     return _parse(shape, order, turns)
 
 

@@ -52,7 +52,8 @@ def compiled_sum(function: Function) -> Function:
 def flat(tensor: Tensor) -> Any:
     """The values of a dense tensor as a flat array in memory order, which shares its memory."""
     bits = _BITS.get(tensor.dtype)
-    values = tensor.detach() if bits is None else tensor.detach().view(bits)
+    values = tensor.detach() if tensor.requires_grad else tensor
+    values = values if bits is None else values.view(bits)
     if values.is_contiguous():
         return values.numpy().reshape(-1)
     return torch.as_strided(values, (values.numel(),), (1,)).numpy()

@@ -65,8 +65,8 @@ class Operand:
         """Weight or bias as (Q * G * K,), in the datatype computed in; the value where there is none."""
         if tensor is None:
             return np.full(self.box.rows // self.box.per * self.box.width, value, self.dtype)
-        dtype = torch.float64 if self.array.itemsize == 8 else torch.float32
-        return self.box.parameters(tensor).to(dtype).numpy()
+        dtype, own = torch.float64 if self.array.itemsize == 8 else torch.float32, self.box.parameters(tensor)
+        return compiled().flat((own if own.dtype == dtype else own.to(dtype)).contiguous())
 
     def divide(self, kernel: Any, units: int, *arguments: Any) -> None:
         compiled().divide(kernel, units, self.array.size, *arguments)
@@ -74,14 +74,24 @@ class Operand:
 
 def operand_of(input: Tensor, reduced: Sequence[int], *parameters: Tensor | tuple[int, ...] | None) -> Operand | None:
     """The input for the compiled kernels, as a dense copy where it has gaps; None where they do not serve."""
-    if input.device.type != "cpu" or not input.numel():
+    if not input.is_cpu or not input.numel():
         return None
     box = box_of(input, reduced, *parameters)
     if box is not None:
         return Operand.of(input, box)
     dense = torch.empty_like(input)
     box = None if dense.stride() == input.stride() else box_of(dense, reduced, *parameters)
-    return None if box is None else Operand.of(dense.copy_(input), box)
+    return None if box is None else Operand.of(dense.copy_(input.detach()), box)
+
+
+def given(values: Operand, mean: Tensor, var: Tensor, *, eps: float) -> Any:
+    """Statistics (5, B * G) of a given mean and variance; None where they are not one of each group, in order."""
+    samples, _, groups, _, _ = values.box.sizes
+    if not mean.numel() == var.numel() == samples * groups or not values.box.is_kept_in_order:
+        return None
+    rows = np.empty((5, samples * groups))
+    sweeps().fill_given(*(compiled().flat(term.contiguous()) for term in (mean, var)), rows, eps)
+    return rows
 
 
 def measure(values: Operand, *, eps: float, has_mean: bool = True, mask: Tensor | None = None) -> tuple[Any, Any]:
@@ -136,8 +146,7 @@ def is_usual(values: Operand, by: Any) -> bool:
     """Whether float32 holds what is computed in it with these statistics."""
     if values.dtype == np.float64:
         return True
-    least, most = np.fmin.reduce(by[4]), np.fmax.reduce(by[4])
-    return not (least < sweeps().LEAST_SCALE or most > sweeps().MOST_SCALE)
+    return bool(sweeps().are_usual(by))
 
 
 def _measure_groups(values: Operand, out: Any, weight: Any, bias: Any, by: Any, *, eps: float, has_mean: bool) -> None:

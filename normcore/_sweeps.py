@@ -64,6 +64,25 @@ def standardize_vectors(
 
 
 @compiled
+def are_usual(by: Any) -> bool:
+    """Whether every scale is within the bounds, or no number."""
+    is_usual = True
+    for group in range(by.shape[1]):
+        is_usual &= not (by[INVSTD, group] < LEAST_SCALE or by[INVSTD, group] > MOST_SCALE)
+    return is_usual
+
+
+@compiled
+def fill_given(mean: Any, var: Any, by: Any, eps: float) -> None:
+    """Statistics of a mean and a variance of any datatype."""
+    for group in range(by.shape[1]):
+        by[CENTER, group] = by[MEAN, group] = load(mean, group)
+        by[OFFSET, group] = 0.0
+        by[VAR, group] = load(var, group)
+        by[INVSTD, group] = 1.0 / np.sqrt(by[VAR, group] + eps)
+
+
+@compiled
 def fill_terms(weight: Any, bias: Any, by: Any, terms: Any, sizes: Any, segment: int, per: int) -> bool:
     """Center, scale and shift, (3, P, W), of the channels of a segment of rows, repeated to the width W.
 

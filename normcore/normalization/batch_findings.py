@@ -80,13 +80,18 @@ class BatchFindings:
     def _distance_to_running(self) -> dict[str, JSON]:
         if self.count is None or self.running is None:
             return {}
-        var = self.running.var + self.eps
-        distance = ((self.mean - self.running.mean).abs() / var.sqrt()).nan_to_num(posinf=0.0).amax()
-        ratio = (self.var + self.eps) / var
-        ratio = torch.maximum(ratio, ratio.reciprocal()).nan_to_num(posinf=0.0).amax()
-        found: dict[str, JSON] = {}
-        if float(distance) > _NOTABLE_DISTANCE:
-            found["running_mean_distance"] = float(distance)
-        if float(ratio) > _NOTABLE_RATIO:
-            found["running_var_ratio"] = float(ratio)
-        return found
+        return distance_to_running(self.mean, self.var, self.running, eps=self.eps)
+
+
+def distance_to_running(mean: Tensor, var: Tensor, running: RunningStatistics, *, eps: float) -> dict[str, JSON]:
+    """How far the statistics (C,) of a batch are from the running ones, where that is notable."""
+    expected = running.var + eps
+    distance = ((mean - running.mean).abs() / expected.sqrt()).nan_to_num(posinf=0.0).amax()
+    ratio = (var + eps) / expected
+    ratio = torch.maximum(ratio, ratio.reciprocal()).nan_to_num(posinf=0.0).amax()
+    found: dict[str, JSON] = {}
+    if float(distance) > _NOTABLE_DISTANCE:
+        found["running_mean_distance"] = float(distance)
+    if float(ratio) > _NOTABLE_RATIO:
+        found["running_var_ratio"] = float(ratio)
+    return found

@@ -2,20 +2,15 @@
 
 from torch import Tensor
 
-from normcore._checks import check_eps, check_out
+from normcore._checks import check_out
 from normcore._precision import accumulation_dtype
 from normcore.errors import ParameterError, StatisticsError
-from normcore.normalization.batch_result import (
-    NAN_POLICIES,
-    BatchNormResult,
-    check_nan_policy,
-    refuse_non_finite,
-    update_running,
-)
+from normcore.normalization.batch_options import NAN_POLICIES, BatchOptions
+from normcore.normalization.batch_result import BatchNormResult
 from normcore.normalization.batch_view import BatchView
 from normcore.normalization.gradients import standardize_by, standardize_over
 from normcore.normalization.method import Method, Output, Parameter, TensorArgument
-from normcore.statistics.running import CONVENTIONS, Momentum, RunningStatistics, check_momentum
+from normcore.statistics.running import CONVENTIONS, Momentum, RunningStatistics
 
 
 def batch_norm(
@@ -94,9 +89,7 @@ def batch_norm(
             [ 1.,  0.]]), tensor([1., 0.]))
     """
     view = BatchView.of(input, channel_axis=channel_axis)
-    check_eps("eps", eps, is_zero_allowed=not training)
-    check_momentum(momentum, convention=convention)
-    check_nan_policy(nan_policy)
+    options = BatchOptions(training, eps, nan_policy, momentum, convention)
     view.check_grad_output(grad_output)
     running = view.running(running_mean, running_var, num_batches_tracked)
     if out is not None:
@@ -104,20 +97,8 @@ def batch_norm(
     if inverse:
         _check_invertible(weight, grad_output, out, training=training)
         return BatchNormResult(_inverse(view, running, *view.affine(weight, bias), eps=eps))
-    return normalize_batch(
-        view,
-        weight,
-        bias,
-        running,
-        grad_output=grad_output,
-        counted=view.mask(mask),
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        convention=convention,
-        nan_policy=nan_policy,
-        out=out,
-    )
+    counted = view.mask(mask)
+    return normalize_batch(view, weight, bias, running, options, grad_output=grad_output, counted=counted, out=out)
 
 
 def normalize_batch(
@@ -125,41 +106,38 @@ def normalize_batch(
     weight: Tensor | None,
     bias: Tensor | None,
     running: RunningStatistics | None,
+    options: BatchOptions,
     *,
     grad_output: Tensor | None,
     counted: Tensor | None,
-    training: bool,
-    momentum: Momentum,
-    eps: float,
-    convention: str,
-    nan_policy: str,
     out: Tensor | None = None,
 ) -> BatchNormResult:
     """Batch norm of operands that are checked, all but weight, bias, the number of values and the statistics."""
     affine = view.affine(weight, bias)
-    if training and view.counted(counted) == 0:
+    count = view.counted(counted) if options.training else None
+    if count == 0:
         return BatchNormResult.empty(view, weight, running=running, grad_output=grad_output)
-    if nan_policy == "raise":
-        refuse_non_finite(view.input, counted)
-    if training:
-        found = standardize_over(view.input, *affine, axes=view.axes, eps=eps, mask=counted, out=out)
+    options.check_values(view.input, counted)
+    updated = None
+    if count is None:
+        mean, var = _given(view, running)
+        found = standardize_by(view.input, *affine, mean=mean, var=var, eps=options.eps, out=out)
     else:
-        found = standardize_by(view.input, *affine, **_given(view, running), eps=eps, out=out)
-    result = BatchNormResult.of(found, view, running=running, nan_policy=nan_policy)
-    if training and running is not None:
-        batch = view.moments(found.statistics)
-        running = update_running(running, batch, momentum=momentum, convention=convention, nan_policy=nan_policy)
-        result = result.with_running(running)
-    if grad_output is None:
-        return result
-    return result.with_gradients(view.gradients(grad_output, weight, bias, found.statistics))
+        found = standardize_over(view.input, *affine, axes=view.axes, eps=options.eps, mask=counted, out=out)
+        if running is not None:
+            mean, var = found.statistics.mean.flatten(), found.statistics.var.flatten()
+            updated = options.updated(running, mean=mean, m2=var * count, count=count)
+    gradients = None if grad_output is None else view.gradients(grad_output, weight, bias, found.statistics)
+    return BatchNormResult.of(
+        found, view, before=running, updated=updated, gradients=gradients, nan_policy=options.nan_policy
+    )
 
 
-def _given(view: BatchView, running: RunningStatistics | None) -> dict[str, Tensor]:
+def _given(view: BatchView, running: RunningStatistics | None) -> tuple[Tensor, Tensor]:
     if running is None:
         expected = "running statistics in inference (training false)"
         raise StatisticsError("running_mean", expected=expected, received="none")
-    return {"mean": view.per_channel(running.mean), "var": view.per_channel(running.var)}
+    return view.in_front(running.mean), view.in_front(running.var)
 
 
 def _check_invertible(weight: Tensor | None, grad_output: Tensor | None, out: Tensor | None, *, training: bool) -> None:
@@ -175,8 +153,8 @@ def _check_invertible(weight: Tensor | None, grad_output: Tensor | None, out: Te
 def _inverse(
     view: BatchView, running: RunningStatistics | None, weight: Tensor | None, bias: Tensor | None, *, eps: float
 ) -> Tensor:
-    given = _given(view, running)
-    scale = (given["var"].double() + eps).sqrt()
+    mean, var = _given(view, running)
+    scale = (var.double() + eps).sqrt()
     if weight is not None:
         scale = scale / weight.double()
     # Without the mean between, as in the way forth: what is added last is rounded once.
@@ -184,7 +162,7 @@ def _inverse(
     values = view.input.to(dtype)
     if bias is not None:
         values = values - bias.to(dtype)
-    return (values * scale.to(dtype) + given["mean"].to(dtype)).to(view.input.dtype)
+    return (values * scale.to(dtype) + mean.to(dtype)).to(view.input.dtype)
 
 
 BATCH_NORM = Method(

@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from normcore._checks import check_eps, check_fraction
+from normcore._checks import check_fraction
 from normcore._precision import accumulation_dtype
 from normcore.errors import ParameterError, StatisticsError
-from normcore.normalization.batch_norm import BATCH_NORM, batch_norm
-from normcore.normalization.batch_result import BatchNormResult, check_nan_policy, refuse_non_finite
+from normcore.normalization.batch_norm import BATCH_NORM, normalize_batch
+from normcore.normalization.batch_options import BatchOptions
+from normcore.normalization.batch_result import BatchNormResult
 from normcore.normalization.batch_view import BatchView
 from normcore.normalization.gradients import Gradients, Statistics, standardize_gradients, standardize_with
 from normcore.normalization.kernel import own_statistics
@@ -16,7 +17,7 @@ from normcore.normalization.method import JSON, Method, Output, Parameter
 from normcore.statistics.running import RunningStatistics
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BatchRenormResult(BatchNormResult):
     """Outputs of batch renormalization; None for what does not apply.
 
@@ -32,9 +33,8 @@ class BatchRenormResult(BatchNormResult):
 
     def diagnostics(self) -> dict[str, JSON]:
         """That of batch norm, and the numbers of channels where r or d is cut off at its bound."""
-        # A dataclass with slots is a class of its own, which super() without arguments does not know.
         counts = zip(("r_clipped_channels", "d_clipped_channels"), self.clipped, strict=True)
-        return BatchNormResult.diagnostics(self) | {name: count for name, count in counts if count}
+        return super().diagnostics() | {name: count for name, count in counts if count}
 
 
 def batch_renorm(
@@ -102,22 +102,7 @@ def batch_renorm(
     """
     _check_bounds(rmax, dmax)
     check_fraction("momentum", momentum)
-    if not training:
-        inferred = batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            grad_output=grad_output,
-            mask=mask,
-            eps=eps,
-            channel_axis=channel_axis,
-            nan_policy=nan_policy,
-        )
-        return _as_renorm(inferred)
-    check_eps("eps", eps, is_zero_allowed=False)
-    check_nan_policy(nan_policy)
+    options = BatchOptions(training, eps, nan_policy)
     view = BatchView.of(input, channel_axis=channel_axis)
     view.affine(weight, bias)
     counted = view.mask(mask)
@@ -125,31 +110,27 @@ def batch_renorm(
     running = view.running(running_mean, running_var, None)
     if running is None:
         raise StatisticsError("running_mean", expected="running statistics", received="none")
-    if view.counted(counted) == 0:
-        return _as_renorm(BatchNormResult.empty(view, weight, running=running, grad_output=grad_output))
-    if nan_policy == "raise":
-        refuse_non_finite(input, counted)
+    if not training or view.counted(counted) == 0:
+        plain = normalize_batch(view, weight, bias, running, options, grad_output=grad_output, counted=counted)
+        return BatchRenormResult.extending(plain)
+    options.check_values(input, counted)
     by = own_statistics(input, axes=view.axes, eps=eps, mask=counted)
     correction = _Correction.of(by, running, rmax=rmax, dmax=dmax)
     corrected = correction.affine(view, weight, bias)
     found = standardize_with(input, *corrected, by)
-    result = _as_renorm(BatchNormResult.of(found, view, running=running, nan_policy=nan_policy), correction)
-    if not (nan_policy == "skip_update" and not view.moments(by).is_finite()):
-        running = _updated(running, by, momentum=momentum)
-    result = result.with_running(running)
-    if grad_output is None:
-        return result
-    of_affine = standardize_gradients(grad_output, input, corrected[0], by, affine_shape=tuple(corrected[0].shape))
-    return result.with_gradients(correction.gradients(of_affine, weight, bias))
-
-
-def _as_renorm(result: BatchNormResult, correction: "_Correction | None" = None) -> BatchRenormResult:
-    outputs = {name: getattr(result, name) for name in BatchNormResult.__dataclass_fields__}
-    if correction is None:
-        return BatchRenormResult(**outputs)
-    dtype = accumulation_dtype(result.output.dtype)
+    gradients = None
+    if grad_output is not None:
+        shape = tuple(corrected[0].shape)
+        of_affine = standardize_gradients(grad_output, input, corrected[0], by, affine_shape=shape)
+        gradients = correction.gradients(of_affine, weight, bias)
+    is_skipped = options.is_skipped(by.mean, by.var * by.count)
+    updated = running if is_skipped else _updated(running, by, momentum=momentum)
+    result = BatchNormResult.of(
+        found, view, before=running, updated=updated, gradients=gradients, nan_policy=nan_policy
+    )
+    dtype = accumulation_dtype(input.dtype)
     r, d = correction.r.to(dtype), correction.d.to(dtype)
-    return BatchRenormResult(**outputs, r=r, d=d, clipped=correction.clipped)
+    return BatchRenormResult.extending(result, r=r, d=d, clipped=correction.clipped)
 
 
 def _updated(running: RunningStatistics, by: Statistics, *, momentum: float) -> RunningStatistics:

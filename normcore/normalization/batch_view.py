@@ -1,6 +1,7 @@
 """How batch norm and its kin see their operands: checked, and shaped so that they broadcast against the input."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -45,11 +46,14 @@ class BatchView:
     @property
     def axes(self) -> tuple[int, ...]:
         """Those that statistics are taken over."""
-        return tuple(axis for axis in range(self.input.ndim) if axis != self.channel_axis)
+        return _others(self.input.ndim, self.channel_axis)
 
-    def per_channel(self, tensor: Tensor) -> Tensor:
-        """(C,) in front of the input."""
-        return tensor.view([-1 if axis == self.channel_axis else 1 for axis in range(self.input.ndim)])
+    def in_front(self, tensor: Tensor) -> Tensor:
+        """(C,) or (N, C) in front of the input."""
+        rank = self.input.ndim
+        if self.channel_axis == rank - 1 and tensor.ndim in (1, rank):
+            return tensor
+        return tensor.view(self.affine_shape(tensor.ndim))
 
     def affine(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias, both (C,) or both one per sample (N, C), in front of the input.
@@ -69,12 +73,11 @@ class BatchView:
         if weight is not None and bias is not None and weight.shape != bias.shape:
             expected = f"the weight's shape {tuple(weight.shape)}"
             raise ShapeError("bias", expected=expected, received=f"shape {tuple(bias.shape)}")
-        views = (None if term is None else term.view(self.affine_shape(term.ndim)) for term in (weight, bias))
-        return next(views), next(views)
+        front = None if weight is None else self.in_front(weight)
+        return front, None if bias is None else self.in_front(bias)
 
     def affine_shape(self, rank: int) -> tuple[int, ...]:
-        varying = (self.channel_axis,) if rank == 1 else (0, self.channel_axis)
-        return tuple(size if axis in varying else 1 for axis, size in enumerate(self.input.shape))
+        return _with_ones(self.input.shape, self.channel_axis, is_per_sample=rank == 2)
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
         """A mask of the input's shape without the channel axis, in front of the input.
@@ -149,3 +152,14 @@ class BatchView:
         shape = (self.num_features,) if weight is None else weight.shape
         nothing = torch.zeros(shape, dtype=accumulation_dtype(self.input.dtype), device=self.input.device)
         return Gradients(torch.zeros_like(self.input), nothing, nothing.clone())
+
+
+@lru_cache(64)
+def _others(rank: int, axis: int) -> tuple[int, ...]:
+    return tuple(other for other in range(rank) if other != axis)
+
+
+@lru_cache(1024)
+def _with_ones(shape: tuple[int, ...], channel_axis: int, *, is_per_sample: bool) -> tuple[int, ...]:
+    varying = (0, channel_axis) if is_per_sample else (channel_axis,)
+    return tuple(size if axis in varying else 1 for axis, size in enumerate(shape))

@@ -15,24 +15,35 @@ their corrections reach the counted ones alone. Given statistics are constants: 
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from normcore._box import Box
 
-@dataclass(frozen=True, slots=True)
+
+class Measured(NamedTuple):
+    """Statistics as compiled kernels have them: float64 rows (5, B * G) of a box."""
+
+    rows: Any
+    box: Box
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What an input was standardized with; float64 tensors that broadcast against the input, without gradient.
 
     Attributes:
-        table: the properties below, stacked in front of their axes.
+        found: the table, or what it is made of at the first use.
         axes: those reduced, from the front; none for given statistics.
         count: values behind each statistic.
         mask: true where a position was counted; None where all were.
         has_mean: whether a mean was subtracted.
     """
 
-    table: Tensor
+    found: Tensor | Measured
     eps: float
     axes: tuple[int, ...] = ()
     count: int | Tensor = 0
@@ -42,6 +53,19 @@ class Statistics:
     @staticmethod
     def table_of(center: Tensor, offset: Tensor, var: Tensor, invstd: Tensor) -> Tensor:
         return torch.stack((center, offset, center + offset, var, invstd))
+
+    @cached_property
+    def table(self) -> Tensor:
+        """The properties below, stacked in front of their axes."""
+        if isinstance(self.found, Measured):
+            return self.found.box.restore_statistics(torch.from_numpy(self.found.rows))
+        return self.found
+
+    def rows(self, box: Box) -> Any:
+        """The same as (5, B * G) for compiled kernels, of a box of the input."""
+        if isinstance(self.found, Measured) and self.found.box.kept == box.kept:
+            return self.found.rows
+        return box.statistics(self.table).numpy()
 
     @property
     def center(self) -> Tensor:
@@ -77,6 +101,14 @@ def invstd_of(var: Tensor, *, eps: float) -> Tensor:
     return (var + eps).sqrt().reciprocal().masked_fill(~var.isfinite(), torch.nan)
 
 
+@torch.no_grad()
+def given_statistics(mean: Tensor, var: Tensor, *, eps: float) -> Statistics:
+    """Given statistics, constants that broadcast against the input."""
+    center, own = mean.double(), var.double()
+    return Statistics(Statistics.table_of(center, torch.zeros_like(center), own, (own + eps).sqrt().reciprocal()), eps)
+
+
+@torch.no_grad()
 def own_statistics(
     input: Tensor, *, axes: tuple[int, ...], eps: float, has_mean: bool, mask: Tensor | None
 ) -> Statistics:
@@ -104,6 +136,7 @@ def _counted_sum(values: Tensor, axes: tuple[int, ...], mask: Tensor | None) -> 
     return (values if mask is None else torch.where(mask, values, 0.0)).sum(axes, keepdim=True)
 
 
+@torch.no_grad()
 def standardize(input: Tensor, by: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """(x - mean) * invstd * weight + bias, in the input's datatype and memory format."""
     output = _normalized(input, by)
@@ -114,6 +147,7 @@ def standardize(input: Tensor, by: Statistics, weight: Tensor | None, bias: Tens
     return torch.empty_like(input).copy_(output)
 
 
+@torch.no_grad()
 def gradient_sums(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, affine_shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -127,6 +161,7 @@ def gradient_sums(
     return total, dot, of_weight, of_bias
 
 
+@torch.no_grad()
 def input_gradient(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, total: Tensor, dot: Tensor
 ) -> Tensor:
@@ -161,7 +196,7 @@ def as_functions(input: Tensor, statistics: Statistics) -> Statistics:
         offset = _mean(deviations, statistics, is_masked=True)
     var = _mean((deviations - offset).square(), statistics, is_masked=True)
     table = Statistics.table_of(statistics.center, offset, var, (var + statistics.eps).rsqrt())
-    return replace(statistics, table=table)
+    return replace(statistics, found=table)
 
 
 def _mean(values: Tensor, statistics: Statistics, *, is_masked: bool) -> Tensor:

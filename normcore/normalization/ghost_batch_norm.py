@@ -1,23 +1,23 @@
 """Ghost batch norm: training normalizes virtual batches, small parts of a large batch, each by itself."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from normcore._checks import check_eps
 from normcore.errors import ParameterError
 from normcore.normalization.batch_norm import BATCH_NORM, normalize_batch
-from normcore.normalization.batch_result import BatchNormResult, check_nan_policy
+from normcore.normalization.batch_options import BatchOptions
+from normcore.normalization.batch_result import BatchNormResult
 from normcore.normalization.batch_view import MAX_PARTS, BatchView
+from normcore.normalization.gradients import Gradients
 from normcore.normalization.method import JSON, Method, Parameter
-from normcore.statistics.running import Momentum, RunningStatistics, check_momentum
+from normcore.statistics.running import Momentum
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GhostBatchNormResult(BatchNormResult):
     """Outputs of ghost batch norm, as of batch norm; None for what does not apply.
 
@@ -28,6 +28,16 @@ class GhostBatchNormResult(BatchNormResult):
     """
 
     virtual_batches: tuple[BatchNormResult, ...] = ()
+
+    @cached_property
+    def _summary(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self.by is not None or any(batch.by is None for batch in self.virtual_batches):
+            return super()._summary
+        parts = [(batch.mean, batch.var, batch.invstd) for batch in self.virtual_batches]
+        mean, var, invstd = (
+            torch.stack([own for own in column if own is not None]) for column in zip(*parts, strict=True)
+        )
+        return mean, var, invstd
 
     def diagnostics(self) -> dict[str, JSON]:
         """Those of batch norm for each virtual batch that has any, with its index; as such where there is but one."""
@@ -98,15 +108,10 @@ def ghost_batch_norm(
     """
     view = BatchView.of(input, channel_axis=channel_axis)
     sizes = _sizes(view, virtual_batch_size, training=training)
-    check_eps("eps", eps, is_zero_allowed=not training)
-    check_momentum(momentum, convention=convention)
-    check_nan_policy(nan_policy)
+    options = BatchOptions(training, eps, nan_policy, momentum, convention)
     view.affine(weight, bias)
     view.check_grad_output(grad_output)
     running = view.running(running_mean, running_var, num_batches_tracked)
-    normalize = partial(
-        normalize_batch, training=training, momentum=momentum, eps=eps, convention=convention, nan_policy=nan_policy
-    )
     results = []
     affine = (_affine_parts(weight, sizes), _affine_parts(bias, sizes))
     operands = (_parts(term, sizes) for term in (grad_output, view.mask(mask)))
@@ -114,12 +119,11 @@ def ghost_batch_norm(
         torch.split(input, sizes), *affine, *operands, strict=True
     ):
         own = BatchView(part, view.channel_axis)
-        result = normalize(own, own_weight, own_bias, running, grad_output=own_grad, counted=counted)
-        if training and result.running_mean is not None and result.running_var is not None:
-            # Not checked again: statistics that a NaN has reached are the answer, not a mistake of the caller.
-            running = RunningStatistics(result.running_mean, result.running_var, result.num_batches_tracked)
+        result = normalize_batch(own, own_weight, own_bias, running, options, grad_output=own_grad, counted=counted)
+        # Not checked again: statistics that a NaN has reached are the answer, not a mistake of the caller.
+        running = result.running if training else running
         results.append(result)
-    return _joined(results) if training else GhostBatchNormResult(**_outputs(results[0]), virtual_batches=(results[0],))
+    return _joined(results) if training else GhostBatchNormResult.extending(results[0], virtual_batches=(results[0],))
 
 
 def _sizes(view: BatchView, virtual_batch_size: int, *, training: bool) -> list[int]:
@@ -155,25 +159,22 @@ def _affine_parts(tensor: Tensor | None, sizes: list[int]) -> Sequence[Tensor | 
     return [tensor] * len(sizes) if tensor is None or tensor.ndim == 1 else _parts(tensor, sizes)
 
 
-def _outputs(result: BatchNormResult) -> dict[str, Any]:
-    return {field.name: getattr(result, field.name) for field in fields(BatchNormResult)}
-
-
 def _joined(results: Sequence[BatchNormResult]) -> GhostBatchNormResult:
     """Results of virtual batches as one; the last has the running statistics."""
-    outputs = [_outputs(result) for result in results]
-    joined = {name: [output[name] for output in outputs] for name in outputs[0]}
-    found = outputs[-1] | {"output": torch.cat(joined["output"])}
-    if found["mean"] is not None:
-        found |= {name: torch.stack(joined[name]) for name in ("mean", "var", "invstd")}
-    if found["grad_input"] is not None:
-        is_shared = found["grad_weight"].ndim == 1
-        found |= {"grad_input": torch.cat(joined["grad_input"])}
-        found |= {
-            name: torch.stack(joined[name]).sum(0) if is_shared else torch.cat(joined[name])
-            for name in ("grad_weight", "grad_bias")
-        }
-    return GhostBatchNormResult(**found, virtual_batches=tuple(results))
+    output, gradients = torch.cat([result.output for result in results]), None
+    own = [result.gradients for result in results if result.gradients is not None]
+    if own:
+        join = torch.cat if own[0].weight.ndim == 2 else _sum
+        of_affine = (join([getattr(part, name) for part in own]) for name in ("weight", "bias"))
+        gradients = Gradients(torch.cat([part.input for part in own]), *of_affine)
+    batches = tuple(results)
+    return GhostBatchNormResult.extending(
+        results[-1], output=output, gradients=gradients, by=None, virtual_batches=batches
+    )
+
+
+def _sum(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors).sum(0)
 
 
 _VIRTUAL_BATCH_SIZE = Parameter(

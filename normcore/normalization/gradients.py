@@ -9,15 +9,14 @@ autograd, as under torch.inference_mode, `standardize_gradients` gives the same 
 Forward and backward run in the fast kernel; the double backward is a closed form in plain differentiable operations.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from normcore._precision import accumulation_dtype
 from normcore.normalization.closed_forms import Statistics, as_functions, double_backward
-from normcore.normalization.kernel import backward, given_statistics, standardize, standardize_own
+from normcore.normalization.kernel import Standardized, backward, standardize, standardize_given, standardize_own
 
 __all__ = [
     "Gradients",
@@ -31,16 +30,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Standardized:
-    """An output of the input's shape and datatype, and the statistics."""
-
-    output: Tensor
-    statistics: Statistics
-
-
-@dataclass(frozen=True, slots=True)
-class Gradients:
+class Gradients(NamedTuple):
     """Gradients of the input, and of weight and bias in the shape asked for."""
 
     input: Tensor
@@ -72,7 +62,7 @@ def standardize_over(
         out: takes the output; like the input, in memory of its own.
     """
     found = standardize_own(input, weight, bias, axes=axes, eps=eps, has_mean=has_mean, mask=mask, out=out)
-    return differentiable(Standardized(*found), input, weight, bias)
+    return differentiable(found, input, weight, bias)
 
 
 def standardize_by(
@@ -86,11 +76,8 @@ def standardize_by(
     out: Tensor | None = None,
 ) -> Standardized:
     """Standardize by given statistics, constants that broadcast against the input."""
-    if out is None and not torch.is_grad_enabled():
-        # Ahead of small tensors, which would split the memory that the last output of its size has left.
-        out = torch.empty_like(input)
-    by = given_statistics(mean, var, eps=eps)
-    return standardize_with(input, weight, bias, by, out=out)
+    found = standardize_given(input, weight, bias, mean=mean, var=var, eps=eps, out=out)
+    return differentiable(found, input, weight, bias)
 
 
 def standardize_with(
@@ -104,13 +91,20 @@ def differentiable(
     found: Standardized, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> Standardized:
     """The same with derivatives of the output, which was computed without, from these tensors."""
-    if not torch.is_grad_enabled() or not any(
-        term is not None and term.requires_grad for term in (input, weight, bias)
-    ):
+    if not is_recorded(input, weight, bias):
         return found
     # Function.apply has no types in torch.
     output: Tensor = _Standardize.apply(input, weight, bias, found)  # type: ignore[no-untyped-call]
     return Standardized(output, found.statistics)
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see what is done with the tensors."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def standardize_gradients(
@@ -129,8 +123,9 @@ def standardize_gradients(
     Returns:
         The input's gradient in its datatype, the others in the datatype computed in.
     """
-    of_input, *of_affine = backward(grad_output, input, weight, statistics, affine_shape=affine_shape)
-    return Gradients(of_input, *(term.to(accumulation_dtype(input.dtype)) for term in of_affine))
+    of_input, of_weight, of_bias = backward(grad_output, input, weight, statistics, affine_shape=affine_shape)
+    dtype = accumulation_dtype(input.dtype)
+    return Gradients(of_input, of_weight.to(dtype), of_bias.to(dtype))
 
 
 class _Standardize(torch.autograd.Function):
@@ -143,6 +138,8 @@ class _Standardize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias = ctx.saved_tensors
+        if not is_recorded(grads[0], input, weight, bias):
+            return (*_gradients(grads[0], input, weight, bias, ctx.statistics), None)
         gradients = _StandardizeBackward.apply(  # type: ignore[no-untyped-call]  # no types in torch
             grads[0], input, weight, bias, ctx.statistics
         )
@@ -156,9 +153,7 @@ class _StandardizeBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(grad_output, input, weight)
         ctx.statistics = statistics
-        affine = next((tuple(term.shape) for term in (weight, bias) if term is not None), (1,) * input.ndim)
-        of_input, of_weight, of_bias = backward(grad_output, input, weight, statistics, affine_shape=affine)
-        return of_input, _like(of_weight, weight), _like(of_bias, bias)
+        return _gradients(grad_output, input, weight, bias, statistics)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -168,6 +163,15 @@ class _StandardizeBackward(torch.autograd.Function):
         grads = double_backward(cotangents, grad_output, input, weight, by)
         own = (_like(grad, like) for grad, like in zip(grads, (grad_output, input, weight), strict=True))
         return (*own, None, None)
+
+
+def _gradients(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics
+) -> tuple[Tensor | None, ...]:
+    given = bias if weight is None else weight
+    affine = (1,) * input.ndim if given is None else tuple(given.shape)
+    of_input, of_weight, of_bias = backward(grad_output, input, weight, statistics, affine_shape=affine)
+    return of_input, _like(of_weight, weight), _like(of_bias, bias)
 
 
 def _like(grad: Tensor, like: Tensor | None) -> Tensor | None:

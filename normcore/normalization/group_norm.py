@@ -78,11 +78,12 @@ def group_norm(
         grad_output,
         mask,
         view=(samples, groups, size, input.shape[2:].numel()),
+        axes=(2, 3),
         affine=(samples if len(affine_shape) == 2 else 1, groups, size, 1),
         affine_shape=affine_shape,
         statistics_shape=(samples, groups),
         out=out,
-    ).standardize(eps=eps)
+    ).standardize(PerSampleResult, eps=eps)
 
 
 def _check_num_groups(num_groups: int, *, channels: int) -> None:

@@ -1,6 +1,6 @@
 """Instance normalization: every channel of every sample standardized over its positions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -8,7 +8,8 @@ from torch import Tensor
 from normcore._checks import check_eps, check_floating, check_fraction, check_per_channel, check_rank, check_variance
 from normcore._precision import accumulation_dtype
 from normcore.errors import StatisticsError
-from normcore.normalization.method import Method, Output, Parameter, TensorArgument
+from normcore.normalization.batch_findings import distance_to_running
+from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
 from normcore.normalization.per_sample import (
     GRAD_INPUT,
     GRAD_OUTPUT,
@@ -18,21 +19,44 @@ from normcore.normalization.per_sample import (
     check_channel_affine,
     grad_parameter,
 )
-from normcore.statistics.moments import Moments
 from normcore.statistics.running import CONVENTIONS, RunningStatistics
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class InstanceNormResult(PerSampleResult):
     """Outputs of instance norm; mean, var and invstd are (N, C), or (C,) where running statistics were used.
 
     Attributes:
         running_mean: updated, in training, where it was given; (C,).
         running_var: updated, in training, where it was given; (C,).
+        before: running statistics before the input, in training, where they were given.
     """
 
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
+    before: RunningStatistics | None = field(default=None, repr=False)
+
+    def updating(self, running: RunningStatistics, *, momentum: float) -> "InstanceNormResult":
+        """With running statistics after this input, in the datatype that statistics of such an input have."""
+        dtype, batch = accumulation_dtype(self.output.dtype), self._batch
+        updated = running if batch is None else running.moved(*batch, momentum)
+        mean, var = (statistic.to(dtype, copy=True) for statistic in (updated.mean, updated.var))
+        return replace(self, running_mean=mean, running_var=var, before=running)
+
+    @property
+    def _batch(self) -> tuple[Tensor, Tensor] | None:
+        """Averages over samples of the mean and of Bessel's variance."""
+        if self.mean is None or self.var is None or self.count is None:
+            return None
+        count = torch.as_tensor(self.count, dtype=torch.float64, device=self.var.device)
+        return self.mean.double().mean(0), (self.var.double() * count / (count - 1)).mean(0)
+
+    def diagnostics(self) -> dict[str, JSON]:
+        """Those of the groups, and in training the distance to the running statistics, as in batch norm."""
+        findings = super().diagnostics()
+        if self.before is None or self._batch is None or self.by is None:
+            return findings
+        return findings | distance_to_running(*self._batch, self.before, eps=self.by.eps)
 
 
 def instance_norm(
@@ -106,17 +130,19 @@ def instance_norm(
         bias,
         grad_output,
         mask,
-        view=(samples, channels, 1, input.shape[2:].numel()),
-        affine=(samples if len(affine_shape) == 2 else 1, channels, 1, 1),
+        view=(samples, channels, input.shape[2:].numel()),
+        axes=(2,),
+        affine=(samples if len(affine_shape) == 2 else 1, channels, 1),
         affine_shape=affine_shape,
         statistics_shape=(samples, channels) if is_own else (channels,),
         out=out,
     )
     if running is not None and not training:
-        return _result(operands.standardize_by(running.mean, running.var, eps=eps), None)
+        mean, var = running.mean.view(channels, 1), running.var.view(channels, 1)
+        return operands.standardize_by(InstanceNormResult, mean, var, eps=eps)
     _check_several_values(operands)
-    found = operands.standardize(eps=eps)
-    return _result(found, None if running is None else _update(running, found, momentum=momentum))
+    found = operands.standardize(InstanceNormResult, eps=eps)
+    return found if running is None else found.updating(running, momentum=momentum)
 
 
 def _running_statistics(mean: Tensor | None, var: Tensor | None, *, num_features: int) -> RunningStatistics | None:
@@ -135,7 +161,7 @@ def _check_several_values(operands: Operands) -> None:
     input, mask = operands.input, operands.mask
     if input.numel() == 0:
         return
-    if operands.view[3] == 1:
+    if operands.view[2] == 1:
         expected = "more than 1 position per channel for statistics of its own"
         raise StatisticsError("input", expected=expected, received=f"shape {tuple(input.shape)}")
     if mask is not None:
@@ -143,34 +169,6 @@ def _check_several_values(operands: Operands) -> None:
         if fewest < 2:
             expected = "more than 1 position that counts in every channel"
             raise StatisticsError("mask", expected=expected, received=str(fewest))
-
-
-def _update(running: RunningStatistics, found: PerSampleResult, *, momentum: float) -> RunningStatistics:
-    if found.mean is None or found.var is None or found.count is None:
-        return running
-    count = torch.as_tensor(found.count, dtype=torch.float64, device=found.var.device).expand_as(found.var)
-    mean, var = found.mean.double().mean(0), (found.var.double() * count / (count - 1)).mean(0)
-    # Two values whose corrected variance is this one.
-    return running.update(Moments(torch.full_like(mean, 2.0), mean, var), momentum=momentum)
-
-
-def _result(found: PerSampleResult, running: RunningStatistics | None) -> InstanceNormResult:
-    """With the updated statistics in the datatype that statistics of such an input have."""
-    dtype = accumulation_dtype(found.output.dtype)
-    statistics = (None, None) if running is None else (running.mean, running.var)
-    updated = (None if statistic is None else statistic.to(dtype, copy=True) for statistic in statistics)
-    return InstanceNormResult(
-        found.output,
-        found.mean,
-        found.var,
-        found.invstd,
-        found.grad_input,
-        found.grad_weight,
-        found.grad_bias,
-        found.count,
-        *updated,
-        input=found.input,
-    )
 
 
 INSTANCE_NORM = Method(

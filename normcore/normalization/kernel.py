@@ -1,11 +1,11 @@
 """The one standardize kernel, on tensors without gradient: y = (x - mean) * invstd * weight + bias, and its backward.
 
 On the CPU compiled sweeps do it, where the tensor is one of their boxes. Everything else, other devices, odd layouts,
-backward with a mask, takes the closed forms in plain torch operations in float64.
+backward with a mask, takes the closed forms in plain torch operations in float64. Nothing here is recorded by autograd.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,16 @@ from normcore import _gradients, _standardize
 from normcore._box import Box
 from normcore._standardize import Operand, operand_of
 from normcore.normalization import closed_forms
-from normcore.normalization.closed_forms import Statistics
+from normcore.normalization.closed_forms import Measured, Statistics
 
 
-@torch.no_grad()
+class Standardized(NamedTuple):
+    """An output of the input's shape and datatype, and the statistics."""
+
+    output: Tensor
+    statistics: Statistics
+
+
 def own_statistics(
     input: Tensor, *, axes: tuple[int, ...], eps: float, has_mean: bool = True, mask: Tensor | None = None
 ) -> Statistics:
@@ -26,14 +32,15 @@ def own_statistics(
     values = operand_of(input, axes)
     if values is None:
         return closed_forms.own_statistics(input, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
-    counted = None
-    if mask is not None:
-        counted = torch.empty_like(values.tensor, dtype=torch.bool).copy_(mask.expand(input.shape))
-    by, count = _standardize.measure(values, eps=eps, has_mean=has_mean, mask=counted)
-    return _statistics(by, count, values.box, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
+    if mask is None:
+        rows, count = _standardize.measure(values, eps=eps, has_mean=has_mean)
+        return Statistics(Measured(rows, values.box), eps, axes, count, None, has_mean)
+    counted = torch.empty_like(values.tensor, dtype=torch.bool).copy_(mask.expand(input.shape))
+    rows, counts = _standardize.measure(values, eps=eps, has_mean=has_mean, mask=counted)
+    count = values.box.restore_statistics(torch.from_numpy(counts))
+    return Statistics(Measured(rows, values.box), eps, axes, count, mask, has_mean)
 
 
-@torch.no_grad()
 def standardize_own(
     input: Tensor,
     weight: Tensor | None,
@@ -44,46 +51,56 @@ def standardize_own(
     has_mean: bool = True,
     mask: Tensor | None = None,
     out: Tensor | None = None,
-) -> tuple[Tensor, Statistics]:
+) -> Standardized:
     """The output, in `out` where that is given, and the input's own statistics."""
     values = None if mask is not None else operand_of(input, axes, weight, bias)
     if values is None:
         by = own_statistics(input, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
-        return standardize(input, by, weight, bias, out=out), by
+        return Standardized(standardize(input, by, weight, bias, out=out), by)
     output = _target(values, out)
-    found, count, is_done = _standardize.standardize_own(values, output, weight, bias, eps=eps, has_mean=has_mean)
-    by = _statistics(found, count, values.box, axes=axes, eps=eps, has_mean=has_mean)
+    rows, count, is_done = _standardize.standardize_own(values, output, weight, bias, eps=eps, has_mean=has_mean)
+    by = Statistics(Measured(rows, values.box), eps, axes, count, None, has_mean)
     if not is_done:
         output = _filled(out, closed_forms.standardize(input, by, weight, bias))
-    return output, by
+    return Standardized(output, by)
 
 
-def given_statistics(mean: Tensor, var: Tensor, *, eps: float) -> Statistics:
-    """Given statistics, constants that broadcast against the input."""
-    table = torch.empty((5, *mean.shape), dtype=torch.float64, device=mean.device)
-    with torch.no_grad():
-        center, offset, total, own, invstd = table.unbind()
-        center.copy_(mean)
-        offset.zero_()
-        total.copy_(mean)
-        torch.add(own.copy_(var), eps, out=invstd).sqrt_().reciprocal_()
-    return Statistics(table, eps)
+def standardize_given(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+) -> Standardized:
+    """The same by given statistics, constants that broadcast against the input."""
+    values = operand_of(input, _shared_axes(input, mean.shape), weight, bias)
+    # Ahead of small tensors, which would split the memory that the last output of its size has left.
+    output = None if values is None else _target(values, out)
+    rows = None if values is None else _standardize.given(values, mean, var, eps=eps)
+    if values is None or output is None or rows is None:
+        by = closed_forms.given_statistics(mean, var, eps=eps)
+        return Standardized(standardize(input, by, weight, bias, out=out), by)
+    by = Statistics(Measured(rows, values.box), eps)
+    if not _standardize.standardize(values, output, weight, bias, rows):
+        output = _filled(out, closed_forms.standardize(input, by, weight, bias))
+    return Standardized(output, by)
 
 
-@torch.no_grad()
 def standardize(
     input: Tensor, by: Statistics, weight: Tensor | None, bias: Tensor | None, *, out: Tensor | None = None
 ) -> Tensor:
     """A new tensor, or `out`, of the input's shape, datatype and memory format, cast once."""
-    values = operand_of(input, _shared_axes(input, by), weight, bias)
+    values = operand_of(input, _axes_of(input, by), weight, bias)
     if values is not None:
         output = _target(values, out)
-        if _standardize.standardize(values, output, weight, bias, _array(values, by)):
+        if _standardize.standardize(values, output, weight, bias, by.rows(values.box)):
             return output
     return _filled(out, closed_forms.standardize(input, by, weight, bias))
 
 
-@torch.no_grad()
 def backward(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, affine_shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,8 +110,8 @@ def backward(
     if pair is None or not by.axes:
         sums = gradient_sums(grad_output, input, weight, by, affine_shape=affine_shape)
         return input_gradient(grad_output, input, weight, by, sums), sums.weight, sums.bias
-    values, grads, found = pair
-    sums = _gradients.gradients(values, grads, of_input, weight, found, has_mean=by.has_mean)
+    values, grads, rows = pair
+    sums = _gradients.gradients(values, grads, of_input, weight, rows, has_mean=by.has_mean)
     of_bias, of_weight = (_as_parameter(own, values.box, affine_shape) for own in sums)
     return of_input, of_weight, of_bias
 
@@ -116,7 +133,6 @@ class GradientSums:
     bias: Tensor
 
 
-@torch.no_grad()
 def gradient_sums(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, affine_shape: tuple[int, ...]
 ) -> GradientSums:
@@ -124,8 +140,8 @@ def gradient_sums(
     pair = _pair(grad_output, input, weight, by, affine_shape)
     if pair is None:
         return GradientSums(*closed_forms.gradient_sums(grad_output, input, weight, by, affine_shape=affine_shape))
-    values, grads, found = pair
-    totals, sums = _gradients.gradient_sums(values, grads, weight, found)
+    values, grads, rows = pair
+    totals, sums = _gradients.gradient_sums(values, grads, weight, rows)
     total, dot = (values.box.restore_statistics(torch.from_numpy(own)) for own in totals)
     of_bias, of_weight = (_as_parameter(own, values.box, affine_shape) for own in sums)
     return GradientSums(total, dot, of_weight, of_bias)
@@ -144,12 +160,12 @@ def input_gradient(
     pair = _pair(grad_output, input, weight, by, None)
     if pair is None:
         return closed_forms.input_gradient(grad_output, input, weight, by, total=sums.total, dot=sums.dot)
-    values, grads, found = pair
+    values, grads, rows = pair
     means = values.box.statistics(torch.stack((sums.total, sums.dot)) / by.count)
     if not by.has_mean:
         means[0] = 0.0
     output = torch.empty_like(values.tensor)
-    _gradients.input_gradient(values, grads, output, weight, found, means.numpy())
+    _gradients.input_gradient(values, grads, output, weight, rows, means.numpy())
     return output
 
 
@@ -171,40 +187,29 @@ def _pair(
     """Input and gradient of its output in the same layout, and the statistics; None where kernels do not serve."""
     if by.mask is not None:
         return None
-    values = operand_of(input, _shared_axes(input, by), weight, affine_shape)
+    values = operand_of(input, _axes_of(input, by), weight, affine_shape)
     if values is None:
         return None
-    found = _array(values, by)
+    rows = by.rows(values.box)
     if values.sum_dtype == np.float32:
-        found = found.copy()
-        center = found[0].astype(np.float32)
-        found[1] += found[0] - center
-        found[0] = center
-    if not _standardize.is_usual(values, found):
+        rows = rows.copy()
+        center = rows[0].astype(np.float32)
+        rows[1] += rows[0] - center
+        rows[0] = center
+    if not _standardize.is_usual(values, rows):
         return None
-    return values, Operand.of(_laid_out_as(values.tensor, grad_output), values.box), found
+    return values, Operand.of(_laid_out_as(values.tensor, grad_output), values.box), rows
 
 
-def _shared_axes(input: Tensor, by: Statistics) -> tuple[int, ...]:
+def _axes_of(input: Tensor, by: Statistics) -> tuple[int, ...]:
     """The axes along which values share their statistics."""
-    if by.axes:
-        return by.axes
-    shape = by.table.shape[1:]
+    return by.axes or _shared_axes(input, by.table.shape[1:])
+
+
+def _shared_axes(input: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The same for statistics of a shape that broadcasts against the input."""
     missing = input.ndim - len(shape)
     return tuple(axis for axis in range(input.ndim) if axis < missing or shape[axis - missing] == 1)
-
-
-def _array(values: Operand, by: Statistics) -> Any:
-    """Statistics as the kernels take them."""
-    return values.box.statistics(by.table).numpy()
-
-
-def _statistics(
-    by: Any, count: Any, box: Box, *, axes: tuple[int, ...], eps: float, has_mean: bool, mask: Tensor | None = None
-) -> Statistics:
-    if mask is not None:
-        count = box.restore_statistics(torch.from_numpy(count))
-    return Statistics(box.restore_statistics(torch.from_numpy(by)), eps, axes, count, mask, has_mean)
 
 
 def _as_parameter(sums: Any, box: Box, shape: tuple[int, ...]) -> Tensor:
@@ -214,7 +219,7 @@ def _as_parameter(sums: Any, box: Box, shape: tuple[int, ...]) -> Tensor:
 
 
 def _laid_out_as(input: Tensor, values: Tensor) -> Tensor:
-    """The values in the datatype and memory format of the input."""
+    """The values, without gradient, in the datatype and memory format of the input."""
     if values.stride() == input.stride() and values.dtype == input.dtype:
         return values
-    return torch.empty_like(input).copy_(values)
+    return torch.empty_like(input).copy_(values.detach())

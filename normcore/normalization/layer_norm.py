@@ -73,7 +73,7 @@ def layer_norm(
     """
     return operands_over_trailing_axes(
         input, weight, bias, grad_output, mask, normalized_shape=normalized_shape, eps=eps, out=out
-    ).standardize(eps=eps)
+    ).standardize(PerSampleResult, eps=eps)
 
 
 def operands_over_trailing_axes(
@@ -103,8 +103,9 @@ def operands_over_trailing_axes(
         bias,
         grad_output,
         mask,
-        view=(outer.numel(), 1, 1, size),
-        affine=(1, 1, 1, size),
+        view=(outer.numel(), size),
+        axes=(1,),
+        affine=(size,),
         affine_shape=shape,
         statistics_shape=(*outer, *[1] * len(shape)),
         out=out,

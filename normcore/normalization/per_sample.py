@@ -1,7 +1,8 @@
 """What layer, RMS, group and instance norm share: groups within a sample, their statistics, gradients and findings."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,12 +13,12 @@ from normcore.errors import ShapeError, StatisticsError
 from normcore.normalization.gradients import (
     Gradients,
     Standardized,
-    Statistics,
     standardize_by,
     standardize_gradients,
     standardize_over,
 )
 from normcore.normalization.method import JSON, Output, TensorArgument
+from normcore.normalization.standardized_result import StandardizedResult
 from normcore.normalization.value_findings import FEW_VALUES, tails, unresolved
 
 MASK = TensorArgument(
@@ -31,31 +32,16 @@ def grad_parameter(name: str, shape: str) -> Output:
     return Output(f"grad_{name}", shape, f"gradient of {name}, given or not; only with grad_output")
 
 
-@dataclass(frozen=True, slots=True)
-class PerSampleResult:
-    """Outputs of a norm whose groups lie within a sample; None for what does not apply.
+@dataclass(frozen=True)
+class PerSampleResult(StandardizedResult):
+    """Outputs of a norm whose groups lie within a sample; None for what does not apply."""
 
-    Attributes:
-        output: the input's shape and datatype; differentiable to every order.
-        mean: mean of each group; none for an empty input.
-        var: biased variance of each group; none for an empty input.
-        invstd: (var + eps)^-1/2; none for an empty input.
-        grad_input: gradient of the input, where grad_output was given; so are the next two.
-        grad_weight: the weight's shape.
-        grad_bias: the bias's shape.
-        count: values behind each statistic, where the statistics are the input's own.
-        input: what was normalized, for diagnostics.
-    """
-
-    output: Tensor
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    invstd: Tensor | None = None
-    grad_input: Tensor | None = None
-    grad_weight: Tensor | None = None
-    grad_bias: Tensor | None = None
-    count: int | Tensor | None = None
-    input: Tensor | None = field(default=None, kw_only=True, repr=False)
+    @property
+    def count(self) -> int | Tensor | None:
+        """Values behind each statistic, where the statistics are the input's own."""
+        if self.by is None or not self.by.axes:
+            return None
+        return self.by.count.reshape(self.shape) if isinstance(self.by.count, Tensor) else self.by.count
 
     def diagnostics(self) -> dict[str, JSON]:
         """What makes the result questionable: numbers of groups (of values that share their statistics).
@@ -84,9 +70,13 @@ class PerSampleResult:
             findings["few_values_per_group"] = fewest
         if self.input is None:
             return findings
-        if counts["non_finite_groups"] and (values := int((~self.input.isfinite()).sum())):
+        input = self.input.detach()
+        if counts["non_finite_groups"] and (values := int((~input.isfinite()).sum())):
             findings["non_finite_values"] = values
-        return findings | tails(self.input, self.output.detach())
+        return findings | tails(input, self.output.detach())
+
+
+Result = TypeVar("Result", bound=PerSampleResult)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +84,9 @@ class Operands:
     """Checked operands of a per-sample norm, and how they are seen.
 
     Attributes:
-        view: (N, G, C, S), samples, groups per sample, channels per group, positions.
-        affine: shape of weight and bias in front of the view, (1 or N, G, C, 1) or (1, 1, 1, S).
+        view: shape in which the input is seen.
+        axes: those of the view that statistics are over.
+        affine: shape of weight and bias in front of the view.
         affine_shape: their own shape.
         statistics_shape: shape in which statistics are given.
         out: takes the output.
@@ -106,8 +97,9 @@ class Operands:
     bias: Tensor | None
     grad_output: Tensor | None
     mask: Tensor | None
-    view: tuple[int, int, int, int]
-    affine: tuple[int, int, int, int]
+    view: tuple[int, ...]
+    axes: tuple[int, ...]
+    affine: tuple[int, ...]
     affine_shape: tuple[int, ...]
     statistics_shape: tuple[int, ...]
     out: Tensor | None = None
@@ -120,78 +112,66 @@ class Operands:
         if self.out is not None:
             check_out("out", self.out, self.input)
 
-    def standardize(self, *, eps: float, has_mean: bool = True) -> PerSampleResult:
+    def standardize(self, kind: type[Result], *, eps: float, has_mean: bool = True) -> Result:
         """By the statistics of each group."""
         if self.input.numel() == 0:
-            return self._empty()
-        values, weight, bias = self._views()
+            return self._empty(kind)
+        values, weight, bias, out = self._views()
         mask = self._counted()
-        return self._result(
-            standardize_over(
-                values, weight, bias, axes=(2, 3), eps=eps, has_mean=has_mean, mask=mask, out=self._target()
-            )
-        )
+        found = standardize_over(values, weight, bias, axes=self.axes, eps=eps, has_mean=has_mean, mask=mask, out=out)
+        return self._result(kind, found, values, weight)
 
-    def standardize_by(self, mean: Tensor, var: Tensor, *, eps: float) -> PerSampleResult:
-        """By a given mean and variance of each of G groups."""
-        values, weight, bias = self._views()
-        mean, var = (statistic.view(1, -1, 1, 1) for statistic in (mean, var))
-        return self._result(standardize_by(values, weight, bias, mean=mean, var=var, eps=eps, out=self._target()))
+    def standardize_by(self, kind: type[Result], mean: Tensor, var: Tensor, *, eps: float) -> Result:
+        """By a given mean and variance, in front of the view."""
+        values, weight, bias, out = self._views()
+        found = standardize_by(values, weight, bias, mean=mean, var=var, eps=eps, out=out)
+        return self._result(kind, found, values, weight)
 
-    def _views(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        weight, bias = (None if term is None else term.reshape(self.affine) for term in (self.weight, self.bias))
-        return self.input.reshape(self.view), weight, bias
-
-    def _target(self) -> Tensor | None:
-        return None if self.out is None else self.out.reshape(self.view)
+    def _views(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        weight = None if self.weight is None else _seen(self.weight, self.affine)
+        bias = None if self.bias is None else _seen(self.bias, self.affine)
+        return _seen(self.input, self.view), weight, bias, None if self.out is None else _seen(self.out, self.view)
 
     def _counted(self) -> Tensor | None:
         """The mask in the view's shape; every group counts a value."""
         if self.mask is None:
             return None
         mask = self.mask.expand(self.input.shape).reshape(self.view)
-        nothing = int((~mask.any(-1).any(-1)).sum())
+        nothing = int((~mask.any(self.axes)).sum())
         if nothing:
             expected = "at least one value that counts in every group"
             raise StatisticsError("mask", expected=expected, received=f"{nothing} groups without one")
         return mask
 
-    def _result(self, found: Standardized) -> PerSampleResult:
-        by = found.statistics
-        dtype = accumulation_dtype(self.input.dtype)
-        mean, var, invstd = by.summary(self.statistics_shape, dtype)
-        count = by.count if by.axes else None
-        if isinstance(count, Tensor):
-            count = count.reshape(self.statistics_shape)
-        output = found.output.reshape(self.input.shape)
+    def _result(self, kind: type[Result], found: Standardized, values: Tensor, weight: Tensor | None) -> Result:
+        output, by = _seen(found.output, self.input.shape), found.statistics
         if self.out is not None:
             # A memory format that allows no such view has made a copy.
             output = self.out if output.data_ptr() == self.out.data_ptr() else self.out.copy_(output)
-        grad_input, grad_weight, grad_bias = self._gradients(by)
-        given_mean = mean if by.has_mean else None
-        grads = (grad_input, grad_weight, grad_bias)
-        return PerSampleResult(output, given_mean, var, invstd, *grads, count, input=self.input.detach())
+        gradients = None
+        if self.grad_output is not None:
+            grad_output = _seen(self.grad_output, self.view)
+            own = standardize_gradients(grad_output, values, weight, by, affine_shape=self.affine)
+            of_weight, of_bias = _seen(own.weight, self.affine_shape), _seen(own.bias, self.affine_shape)
+            gradients = Gradients(_seen(own.input, self.input.shape), of_weight, of_bias)
+        return kind(output, by, self.statistics_shape, gradients, self.input)
 
-    def _gradients(self, by: Statistics) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if self.grad_output is None:
-            return None, None, None
-        values, weight, _ = self._views()
-        grad_output = self.grad_output.reshape(self.view)
-        found: Gradients = standardize_gradients(grad_output, values, weight, by, affine_shape=self.affine)
-        grad_input = found.input.reshape(self.input.shape)
-        return grad_input, found.weight.reshape(self.affine_shape), found.bias.reshape(self.affine_shape)
-
-    def _empty(self) -> PerSampleResult:
+    def _empty(self, kind: type[Result]) -> Result:
         """Nothing to normalize: only shapes and gradients of zeros."""
-        values, weight, bias = self._views()
+        values, weight, bias, _ = self._views()
         output = values.clone() if weight is None else values * weight
         output = output if bias is None else output + bias
         output = output.to(values.dtype).reshape(self.input.shape)
         if self.grad_output is None:
-            return PerSampleResult(output)
+            return kind(output)
         dtype = accumulation_dtype(values.dtype)
         nothing = (torch.zeros(self.affine_shape, dtype=dtype, device=values.device) for _ in range(2))
-        return PerSampleResult(output, None, None, None, torch.zeros_like(self.input), *nothing)
+        return kind(output, gradients=Gradients(torch.zeros_like(self.input), *nothing))
+
+
+def _seen(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    # A view costs as much as all checks of a small tensor.
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 
 def trailing_axes(input: Tensor, normalized_shape: str | int | Sequence[int] | None) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """RMS normalization: every sample divided by its root mean square over its last axes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,34 +18,25 @@ from normcore.normalization.per_sample import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class RmsNormResult:
-    """Outputs of RMS norm; None for what does not apply.
+@dataclass(frozen=True)
+class RmsNormResult(PerSampleResult):
+    """Outputs of RMS norm; None for what does not apply, as the mean."""
 
-    Attributes:
-        output: the input's shape and datatype; differentiable to every order.
-        mean_square: of each sample; none for an empty input.
-        invstd: (mean_square + eps)^-1/2; none for an empty input.
-        grad_input: gradient of the input, where grad_output was given.
-        grad_weight: gradient of the weight, where grad_output was given.
-        eps: the number that was added.
-        input: what was normalized, for diagnostics.
-    """
+    @property
+    def mean_square(self) -> Tensor | None:
+        """Mean of the squares of each sample."""
+        return self.var
 
-    output: Tensor
-    mean_square: Tensor | None
-    invstd: Tensor | None
-    grad_input: Tensor | None
-    grad_weight: Tensor | None
-    eps: float
-    input: Tensor | None = field(default=None, repr=False)
+    @property
+    def count(self) -> None:
+        """Not counted: a mean square of few values, or of one, is sound."""
+        return
 
     def diagnostics(self) -> dict[str, JSON]:
         """What makes the result questionable: numbers of groups (samples)."""
-        given = PerSampleResult(self.output, var=self.mean_square, invstd=self.invstd, input=self.input)
-        findings = given.diagnostics()
-        if self.mean_square is not None and bool((self.mean_square == 0).any()):
-            findings["zero_groups"] = int((self.mean_square == 0).sum())
+        findings = super().diagnostics()
+        if self.var is not None and bool((self.var == 0).any()):
+            findings["zero_groups"] = int((self.var == 0).sum())
         return findings
 
 
@@ -97,9 +88,7 @@ def rms_norm(
         input, weight, None, grad_output, mask, normalized_shape=normalized_shape, eps=eps, out=out
     )
     added = torch.finfo(accumulation_dtype(input.dtype)).eps if eps is None else eps
-    found = operands.standardize(eps=added, has_mean=False)
-    outputs = (found.output, found.var, found.invstd, found.grad_input, found.grad_weight)
-    return RmsNormResult(*outputs, added, found.input)
+    return operands.standardize(RmsNormResult, eps=added, has_mean=False)
 
 
 RMS_NORM = Method(

@@ -162,7 +162,7 @@ def shard_gradient(
     view = BatchView.of(shard, channel_axis=channel_axis)
     view.check_grad_output(grad_output)
     front, _ = view.affine(weight, None)
-    sums = GradientSums(view.per_channel(total), view.per_channel(dot), total, total)
+    sums = GradientSums(view.in_front(total), view.in_front(dot), total, total)
     return input_gradient(grad_output, shard, front, merged_statistics(view, batch, eps=eps), sums)
 
 
@@ -175,6 +175,6 @@ def merged_statistics(view: BatchView, batch: Moments, *, eps: float) -> Statist
     if bool((batch.count < 2).any()):
         expected = "more than 1 value per channel when training"
         raise StatisticsError("batch", expected=expected, received=f"{int(batch.count.min())}")
-    mean, var, count = (view.per_channel(term) for term in (batch.mean, batch.var(), batch.count))
+    mean, var, count = (view.in_front(term) for term in (batch.mean, batch.var(), batch.count))
     table = Statistics.table_of(mean, torch.zeros_like(mean), var, invstd_of(var, eps=eps))
     return Statistics(table, eps, view.axes, count)

@@ -1,23 +1,18 @@
 """Batch norm of a batch in shards, as workers compute it together, in one process."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normcore._checks import check_eps, check_rank
+from normcore._checks import check_rank
 from normcore._precision import accumulation_dtype
 from normcore.errors import DtypeError, ParameterError, ShapeError
-from normcore.normalization.batch_norm import BATCH_NORM, batch_norm
-from normcore.normalization.batch_result import (
-    BatchNormResult,
-    check_nan_policy,
-    refuse_non_finite,
-    update_running,
-)
+from normcore.normalization.batch_norm import BATCH_NORM, normalize_batch
+from normcore.normalization.batch_options import BatchOptions
+from normcore.normalization.batch_result import BatchNormResult
 from normcore.normalization.batch_view import MAX_PARTS, BatchView
 from normcore.normalization.gradients import Gradients, Standardized, differentiable
 from normcore.normalization.method import Method, TensorArgument
@@ -29,10 +24,10 @@ from normcore.normalization.synchronized import (
     standardize_shard,
 )
 from normcore.statistics.moments import Moments
-from normcore.statistics.running import Momentum, check_momentum
+from normcore.statistics.running import Momentum
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SynchronizedBatchNormResult(BatchNormResult):
     """Outputs of batch norm of all shards together, joined along axis 0.
 
@@ -115,35 +110,29 @@ def synchronized_batch_norm(
     joined = BatchView.of(torch.cat(list(shards)), channel_axis=channel_axis)
     if joined.channel_axis == 0:
         raise ParameterError("channel_axis", expected="another axis than that of the samples, 0", received="0")
-    normalize = partial(
-        batch_norm, momentum=momentum, eps=eps, convention=convention, channel_axis=channel_axis, nan_policy=nan_policy
-    )
-    if not training or joined.counted(None) == 0:
-        operands = (joined.input, running_mean, running_var, weight, bias)
-        grad_output = None if grad_outputs is None else torch.cat(list(grad_outputs))
-        result = normalize(
-            *operands, grad_output=grad_output, num_batches_tracked=num_batches_tracked, training=training
-        )
-        return _of_shards(result, sizes)
-    check_eps("eps", eps, is_zero_allowed=False)
-    check_momentum(momentum, convention=convention)
-    check_nan_policy(nan_policy)
+    options = BatchOptions(training, eps, nan_policy, momentum, convention)
     running = joined.running(running_mean, running_var, num_batches_tracked)
-    if nan_policy == "raise":
-        refuse_non_finite(joined.input, None)
+    if not training or joined.counted(None) == 0:
+        grad_output = None if grad_outputs is None else torch.cat(list(grad_outputs))
+        joined.check_grad_output(grad_output)
+        whole = normalize_batch(joined, weight, bias, running, options, grad_output=grad_output, counted=None)
+        return SynchronizedBatchNormResult.extending(whole, shard_sizes=sizes)
+    options.check_values(joined.input, None)
     affine = joined.affine(weight, bias)
     sharded = _Sharded.of(shards, weight, bias, eps=eps, channel_axis=joined.channel_axis)
     found = Standardized(sharded.output(), merged_statistics(joined, sharded.batch, eps=eps))
-    found = differentiable(found, joined.input, *affine)
-    result = BatchNormResult.of(found, joined, running=running, nan_policy=nan_policy)
+    batch, updated = sharded.batch, None
     if running is not None:
-        running = update_running(
-            running, sharded.batch, momentum=momentum, convention=convention, nan_policy=nan_policy
-        )
-        result = result.with_running(running)
-    if grad_outputs is not None:
-        result = result.with_gradients(sharded.gradients(grad_outputs))
-    return _of_shards(result, sizes)
+        updated = options.updated(running, mean=batch.mean, m2=batch.m2, count=batch.count)
+    result = BatchNormResult.of(
+        differentiable(found, joined.input, *affine),
+        joined,
+        before=running,
+        updated=updated,
+        gradients=None if grad_outputs is None else sharded.gradients(grad_outputs),
+        nan_policy=nan_policy,
+    )
+    return SynchronizedBatchNormResult.extending(result, shard_sizes=sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +209,6 @@ def _check_shards(name: str, shards: Sequence[Tensor]) -> tuple[int, ...]:
 
 def _split(tensor: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     return torch.split(tensor, list(sizes))
-
-
-def _of_shards(result: BatchNormResult, sizes: tuple[int, ...]) -> SynchronizedBatchNormResult:
-    outputs = {field.name: getattr(result, field.name) for field in fields(BatchNormResult)}
-    return SynchronizedBatchNormResult(**outputs, shard_sizes=sizes)
 
 
 def _of_joined(

@@ -10,38 +10,18 @@ from normcore.normalization.method import JSON, Method, Output, Parameter, Tenso
 from normcore.normalization.per_sample import Operands, PerSampleResult
 
 
-@dataclass(frozen=True, slots=True)
-class WeightStandardizationResult:
-    """Outputs of weight standardization; None for what does not apply.
+@dataclass(frozen=True)
+class WeightStandardizationResult(PerSampleResult):
+    """Outputs of weight standardization; None for what does not apply. Mean, var and invstd are (out,)."""
 
-    Attributes:
-        output: the input's shape and datatype; differentiable to every order.
-        mean: of each filter; (out,), none where there are no filters; so are the next two.
-        var: biased variance of each filter.
-        invstd: (var + eps)^-1/2.
-        grad_input: gradient of the input, where grad_output was given.
-        grad_gain: gradient of the gain, given or not, where grad_output was given; (out,).
-    """
-
-    output: Tensor
-    mean: Tensor | None
-    var: Tensor | None
-    invstd: Tensor | None
-    grad_input: Tensor | None
-    grad_gain: Tensor | None
+    @property
+    def grad_gain(self) -> Tensor | None:
+        """Gradient of the gain, given or not, where grad_output was given; (out,)."""
+        return self.grad_weight
 
     def diagnostics(self) -> dict[str, JSON]:
-        """What makes the result questionable: numbers of filters."""
-        if self.mean is None or self.var is None or self.invstd is None:
-            return {}
-        flags = {
-            "constant_filters": self.var == 0,
-            # var < eps, without eps: var / (var + eps) is below a half.
-            "eps_dominated_filters": self.var.double() * self.invstd.double().square() < 0.5,
-            "non_finite_filters": ~(self.mean.isfinite() & self.var.isfinite() & self.invstd.isfinite()),
-        }
-        counts = {name: int(flag.sum()) for name, flag in flags.items()}
-        return {name: count for name, count in counts.items() if count}
+        """What makes the result questionable, as in layer norm: numbers of filters."""
+        return {name.replace("group", "filter"): number for name, number in super().diagnostics().items()}
 
 
 def weight_standardization(
@@ -96,15 +76,13 @@ def weight_standardization(
         bias=None,
         grad_output=grad_output,
         mask=None,
-        view=(filters, 1, 1, fan_in),
-        affine=(filters, 1, 1, 1),
+        view=(filters, fan_in),
+        axes=(1,),
+        affine=(filters, 1),
         affine_shape=(filters,),
         statistics_shape=(filters,),
     )
-    found: PerSampleResult = operands.standardize(eps=eps)
-    return WeightStandardizationResult(
-        found.output, found.mean, found.var, found.invstd, found.grad_input, found.grad_weight
-    )
+    return operands.standardize(WeightStandardizationResult, eps=eps)
 
 
 WEIGHT_STANDARDIZATION = Method(

@@ -97,18 +97,23 @@ class RunningStatistics:
         RunningStatistics(mean=tensor([1.]), var=tensor([1.5000]), num_batches_tracked=None)
         """
         rule = convention_named(convention)
-        weight = self._cumulative_weight() if momentum is None else rule.weight_of_new(momentum)
+        weight = self.weight_of_new(momentum, rule)
         if not bool((batch.count > 0).any()):
             return self
         if bool((batch.count <= rule.correction).any()):
             expected = f"more than {rule.correction} value per channel in a batch (convention {convention})"
             raise StatisticsError("batch", expected=expected, received=f"{int(batch.count.min())}")
-        tracked = None if self.num_batches_tracked is None else self.num_batches_tracked + 1
-        mean = _average(self.mean, batch.mean, weight)
-        var = _average(self.var, batch.var(correction=rule.correction), weight)
-        return RunningStatistics(mean, var, tracked)
+        return self.moved(batch.mean, batch.var(correction=rule.correction), weight)
 
-    def _cumulative_weight(self) -> Tensor:
+    def moved(self, mean: Tensor, var: Tensor, weight: float | Tensor) -> "RunningStatistics":
+        """The statistics after one more batch of this mean and corrected variance (C,), float64, and weight."""
+        tracked = None if self.num_batches_tracked is None else self.num_batches_tracked + 1
+        return RunningStatistics(_average(self.mean, mean, weight), _average(self.var, var, weight), tracked)
+
+    def weight_of_new(self, momentum: Momentum, rule: Convention) -> float | Tensor:
+        """The weight of the next batch."""
+        if momentum is not None:
+            return rule.weight_of_new(momentum)
         if self.num_batches_tracked is None:
             expected = "the number of batches so far, with momentum null (cumulative)"
             raise StatisticsError("num_batches_tracked", expected=expected, received="none")

@@ -16,11 +16,10 @@ from normcore.normalization import (
     rms_norm,
     warm_up,
 )
-from normcore.normalization.closed_forms import Statistics
+from normcore.normalization.closed_forms import Statistics, given_statistics
 from normcore.normalization.kernel import (
     GradientSums,
     backward,
-    given_statistics,
     gradient_sums,
     input_gradient,
     own_statistics,
