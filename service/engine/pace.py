@@ -22,7 +22,7 @@ class Pace:
         return self._means_s.get((group, rows.bit_length()), _BRIEF_S) < _BRIEF_S
 
     def add(self, group: Hashable, rows: int, computed_s: float, *, in_thread: bool) -> None:
-        """An execution in a thread counts for less; where that was too little, the next one, in the event loop, tells."""
+        """An execution in a thread counts less; where that was too little, the next, in the event loop, tells."""
         kind = (group, rows.bit_length())
         if in_thread:
             computed_s /= _FIGHT
