@@ -3,8 +3,8 @@
 Usage: python -m benchmarks.normalization [--seconds S] [--threads 1,2] [--only TEXT] [--all]. `ratio` is our time over
 torch's, the median of pairs run in turn, with its quartiles; below 1 we are faster. On one thread time is what that
 thread has computed, with several it is the wall's, which other work on the machine disturbs. Backward is that of a
-recorded output. Errors are max|y - float64| of the same rounded inputs, forwards only. Last comes how many rows miss the
-goal.
+recorded output. Errors are max|y - float64| of the same rounded inputs, forwards only. Last comes how many rows miss
+the goal.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
