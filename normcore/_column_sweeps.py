@@ -1,82 +1,188 @@
-"""Compiled sweeps over rows of columns: boxes of one position per channel, and few channels side by side in a group.
+"""Compiled sweeps over rows of columns: boxes of one position per channel and more than one row.
 
 Every column is summed for itself; the sums of a group's columns are joined, and the output has one set of parameters
-per column. A row may stand for several: the columns are repeated then, so that loops are worth their start.
+per column. A row may stand for several: the columns are repeated then, up to a width W. Kernels take `parts`: parts of
+a segment of rows that share their parameters, elements of a part, and elements of a segment; the elements are of whole
+rows but for the last. P is the number of segments.
 """
 
 from typing import Any
 
 import numpy as np
 
-from normcore._compiled import as_computed, compiled, compiled_sum, fused, load, read, store
-from normcore._sweeps import LEAST, MOST, settle
+from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, load, read, store
+from normcore._sweeps import CENTER, INVSTD, LEAST, MOST, OFFSET, fill_terms, settle
 
 _FEW = 16
-# Rows that are summed in the datatype computed in.
-_ROWS = 16
 
 
 @compiled
-def sum_columns(x: Any, center: Any, sums: Any, parts: Any, start: int, stop: int) -> None:
-    """Sums of deviations and of their squares over rows of W columns, into `sums` (parts, 2, W).
+def standardize_samples(
+    x: Any,
+    y: Any,
+    weight: Any,
+    bias: Any,
+    by: Any,
+    sizes: Any,
+    steps: Any,
+    eps: float,
+    has_mean: bool,
+    start: int,
+    stop: int,
+) -> None:
+    """Find the statistics of each sample's groups, and standardize it while it is in the cache.
 
-    `center` is (P, W), and `parts` is (parts, elements of a part, elements) of each of P; elements are of whole rows
-    but for the last.
+    `steps` is (rows of the B * R that share weight and bias, W).
     """
-    width = center.shape[1]
+    _, rows, groups, channels, _ = sizes
+    per, wide = steps
+    width = groups * channels
+    own, parts = (1, rows, groups, channels, 1), (1, rows * width, rows * width)
+    center = np.full((1, wide), as_computed(x, 0.0))
+    wide_center = np.zeros((1, wide))
+    sums, joined = np.empty((1, 2, wide)), np.empty((2, 1, width))
+    found, terms = np.empty((5, groups)), np.full((3, 1, wide), as_read(x, 0.0))
+    for sample in range(start, stop):
+        values, output = x[sample * rows * width :][: rows * width], y[sample * rows * width :][: rows * width]
+        affine = sample * rows // per * width
+        if has_mean:
+            find_centers(values, center, width, rows)
+        sum_columns(values, None, center, sums, parts, 0, 1)
+        join_sums(sums, joined, 1)
+        if has_mean and correct_centers(values, center, joined, rows):
+            sum_columns(values, None, center, sums, parts, 0, 1)
+            join_sums(sums, joined, 1)
+        if not has_digits(values, joined[1], rows):
+            wide_center[:] = center
+            sum_columns(values, None, wide_center, sums, parts, 0, 1)
+            join_sums(sums, joined, 1)
+        settle_columns(values, found, center, joined, own, eps, has_mean)
+        by[:, sample * groups : (sample + 1) * groups] = found
+        fill_terms(weight[affine : affine + width], bias[affine : affine + width], found, terms, own, rows, rows)
+        standardize_columns(values, output, terms, parts, 0, 1)
+
+
+@compiled
+def gradient_of_samples(
+    x: Any,
+    grad: Any,
+    out: Any,
+    weight: Any,
+    by: Any,
+    sums: Any,
+    sizes: Any,
+    steps: Any,
+    has_mean: bool,
+    start: int,
+    stop: int,
+) -> None:
+    """The whole backward of each sample; its sums of dy and dy * xh go into `sums` (2, B, G * K)."""
+    _, rows, groups, channels, _ = sizes
+    per, wide = steps
+    width = groups * channels
+    own, parts = (1, rows, groups, channels, 1), (1, rows * width, rows * width)
+    center = np.full((1, wide), as_computed(x, 0.0))
+    found, joined, means = np.empty((1, 2, wide)), np.empty((2, 1, width)), np.empty((2, groups))
+    terms = np.full((4, 1, wide), as_read(x, 0.0))
+    own_by = np.empty((5, groups))
+    for sample in range(start, stop):
+        first, last = sample * rows * width, (sample + 1) * rows * width
+        affine = sample * rows // per * width
+        gamma = weight[affine : affine + width]
+        own_by[:] = by[:, sample * groups : (sample + 1) * groups]
+        for column in range(wide):
+            center[0, column] = own_by[CENTER, column % width // channels]
+        sum_columns(x[first:last], grad[first:last], center, found, parts, 0, 1)
+        join_sums(found, joined, 1)
+        means[:] = 0.0
+        for column in range(width):
+            group = column // channels
+            joined[1, 0, column] -= own_by[OFFSET, group] * joined[0, 0, column]
+            joined[1, 0, column] *= own_by[INVSTD, group]
+            means[0, group] += gamma[column] * joined[0, 0, column] / (rows * channels) if has_mean else 0.0
+            means[1, group] += gamma[column] * joined[1, 0, column] / (rows * channels)
+        sums[:, sample] = joined[:, 0]
+        fill_gradient_terms(gamma, own_by, means, terms, own, rows, rows)
+        gradient_of_columns(x[first:last], grad[first:last], out[first:last], terms, parts, 0, 1)
+
+
+@compiled
+def sum_columns(x: Any, grad: Any, center: Any, sums: Any, parts: Any, start: int, stop: int) -> None:
+    """Sums of deviations from `center` (P, W) and of their squares, into `sums` (parts of all, 2, W).
+
+    With `grad`, sums of it and of its products with the deviations.
+    """
     blocks, size, elements = parts
-    total, squares = np.empty_like(center[0]), np.empty_like(center[0])
     for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
         sums[part] = 0.0
-        for at in range(first, min(first + size, elements), _ROWS * width):
-            total[:] = 0.0
-            squares[:] = 0.0
-            length = min(_ROWS * width, min(first + size, elements) - at)
-            _add_rows(x, np.uintp(own * elements + at), length, center[own], total, squares)
-            for column in range(width):
-                sums[part, 0, column] += total[column]
-                sums[part, 1, column] += squares[column]
+        length = min(size, elements - first)
+        _add_rows(x, grad, np.uintp(own * elements + first), length, center[own], sums[part, 0], sums[part, 1])
 
 
 @compiled
-def standardize_columns(x: Any, y: Any, terms: Any, elements: int, start: int, stop: int) -> None:
-    """The output (x - center) * scale + shift; `terms` are those, (3, P, W), by rows of so many elements."""
-    width = terms.shape[2]
-    rows = -(-elements // width)
-    for row in range(start, stop):
-        own, at = row // rows, row % rows * width
-        length = min(width, elements - at)
-        _scale_columns(x, y, np.uintp(own * elements + at), length, terms[0, own], terms[1, own], terms[2, own])
+def standardize_columns(x: Any, y: Any, terms: Any, parts: Any, start: int, stop: int) -> None:
+    """The output (x - center) * scale + shift; `terms` are those, (3, P, W)."""
+    blocks, size, elements = parts
+    for part in range(start, stop):
+        own, first = part // blocks, part % blocks * size
+        at, length = np.uintp(own * elements + first), min(size, elements - first)
+        _scale_rows(x, y, at, length, terms[0, own], terms[1, own], terms[2, own])
 
 
 @compiled
-def find_centers(x: Any, center: Any, rows: int) -> None:
-    """Means of the first values of columns (B, W), exactly the value where they are equal."""
-    samples, width = center.shape
-    for sample in range(samples):
-        for column in range(width):
-            first = sample * rows * width + column
-            origin = np.float64(load(x, first))
-            total = 0.0
-            for row in range(1, min(rows, _FEW)):
-                total += np.float64(load(x, first + row * width)) - origin
-            center[sample, column] = np.float64(as_computed(x, origin + total / min(rows, _FEW)))
+def gradient_of_columns(x: Any, grad: Any, out: Any, terms: Any, parts: Any, start: int, stop: int) -> None:
+    """The gradient dy * scale + (x - center) * slope + constant; `terms` are center, scale, ..., (4, P, W)."""
+    blocks, size, elements = parts
+    for part in range(start, stop):
+        own, first = part // blocks, part % blocks * size
+        at, length = np.uintp(own * elements + first), min(size, elements - first)
+        _combine_rows(x, grad, out, at, length, terms[0, own], terms[1, own], terms[2, own], terms[3, own])
+
+
+@compiled
+def join_sums(sums: Any, joined: Any, blocks: int) -> None:
+    """Sums (parts of all, 2, W) over parts and repeated columns, into (2, P, columns)."""
+    width = joined.shape[2]
+    joined[:] = 0.0
+    for part in range(len(sums)):
+        for index in range(2):
+            for column in range(sums.shape[2]):
+                joined[index, part // blocks, column % width] += sums[part, index, column]
+
+
+@compiled
+def find_centers(x: Any, center: Any, width: int, rows: int) -> None:
+    """Means of the first values of columns, repeated in (B, W), exactly the value where they are equal."""
+    few = min(rows, _FEW)
+    total = np.empty(width)
+    for sample in range(len(center)):
+        first = np.uintp(sample * rows * width)
+        total[:] = 0.0
+        for row in range(1, few):
+            at = first + np.uintp(row * width)
+            for column in range(np.uintp(width)):
+                total[column] += np.float64(load(x, at + column)) - np.float64(load(x, first + column))
+        for column in range(center.shape[1]):
+            own = np.uintp(column % width)
+            center[sample, column] = as_computed(x, np.float64(load(x, first + own)) + total[own] / few)
 
 
 @compiled
 def correct_centers(x: Any, center: Any, sums: Any, rows: int) -> bool:
     """Move the centers to the means for float64 values, and where one was further off than a deviation."""
     total, squares = sums
+    samples, width = total.shape
     is_off = x.itemsize == 8
-    for sample in range(len(center)):
-        for column in range(center.shape[1]):
+    for sample in range(samples):
+        for column in range(width):
             is_off |= 2.0 * total[sample, column] ** 2 > squares[sample, column] * rows
     if is_off:
-        for sample in range(len(center)):
+        for sample in range(samples):
             for column in range(center.shape[1]):
-                moved = center[sample, column] + total[sample, column] / rows
-                center[sample, column] = np.float64(as_computed(x, moved))
+                own = column % width
+                moved = np.float64(center[sample, column]) + total[sample, own] / rows
+                center[sample, column] = as_computed(x, moved)
     return bool(is_off)
 
 
@@ -94,51 +200,110 @@ def has_digits(x: Any, squares: Any, count: int) -> bool:
 
 @compiled
 def settle_columns(x: Any, by: Any, center: Any, sums: Any, sizes: Any, eps: float, has_mean: bool) -> None:
-    """Statistics of groups from the sums of their columns, which are (2, B, W) and around centers of their own."""
+    """Statistics of groups from the sums of their columns, (2, B, columns), which are around centers of their own."""
     total, squares = sums
     samples, rows, groups, channels, _ = sizes
     for group in range(samples * groups):
         sample, first = group // groups, group % groups * channels
-        origin = center[sample, first]
+        origin = np.float64(center[sample, first])
         mean, m2 = 0.0, 0.0
         for column in range(first, first + channels):
-            mean += (center[sample, column] - origin) + total[sample, column] / rows
+            mean += (np.float64(center[sample, column]) - origin) + total[sample, column] / rows
         mean = mean / channels if has_mean else 0.0
         for column in range(first, first + channels):
             own = total[sample, column] / rows
-            distance = (center[sample, column] - origin) + own - mean
+            distance = (np.float64(center[sample, column]) - origin) + own - mean
             m2 += squares[sample, column]
             if has_mean:
                 m2 += rows * (distance * distance - own * own)
         settle(x, by, group, origin, mean, m2 / (rows * channels), eps)
 
 
+@compiled
+def fill_gradient_terms(weight: Any, by: Any, means: Any, terms: Any, sizes: Any, segment: int, per: int) -> None:
+    """Terms for `gradient_of_columns`, the columns repeated to its width."""
+    _, rows, groups, channels, _ = sizes
+    width = groups * channels
+    for own in range(terms.shape[1]):
+        affine, first = own * segment // per * width, own * segment // rows * groups
+        for column in range(terms.shape[2]):
+            channel = column % width
+            group = first + channel // channels
+            invstd = by[INVSTD, group]
+            slope = -invstd * invstd * means[1, group]
+            terms[0, own, column] = by[CENTER, group]
+            terms[1, own, column] = invstd * weight[affine + channel]
+            terms[2, own, column] = slope
+            offset = (by[CENTER, group] - terms[0, own, column]) + by[OFFSET, group]
+            terms[3, own, column] = -invstd * means[0, group] - offset * slope
+
+
+# Loops below take rows together that share what they load of the columns.
 @compiled_sum
-def _add_rows(x: Any, start: Any, length: int, center: Any, total: Any, squares: Any) -> None:
+def _add_rows(x: Any, grad: Any, start: Any, length: int, center: Any, total: Any, products: Any) -> None:
     width = np.uintp(center.size)
     for _ in range(length // center.size // 4):
         for column in range(width):
             first = start + column
-            a, b = load(x, first) - center[column], load(x, first + width) - center[column]
-            c, d = (
-                load(x, first + width + width) - center[column],
-                load(x, first + width + width + width) - center[column],
-            )
-            total[column] += (a + b) + (c + d)
-            squares[column] += (a * a + b * b) + (c * c + d * d)
+            second, third, fourth = first + width, first + width + width, first + width + width + width
+            near = center[column]
+            a, b, c, d = load(x, first) - near, load(x, second) - near, load(x, third) - near, load(x, fourth) - near
+            if grad is None:
+                total[column] += (a + b) + (c + d)
+                products[column] += (a * a + b * b) + (c * c + d * d)
+            else:
+                e, f, g, h = load(grad, first), load(grad, second), load(grad, third), load(grad, fourth)
+                total[column] += (e + f) + (g + h)
+                products[column] += (e * a + f * b) + (g * c + h * d)
         start += width + width + width + width
     rest = length % (4 * center.size)
     while rest > 0:
         for column in range(np.uintp(min(rest, center.size))):
             a = load(x, start + column) - center[column]
-            total[column] += a
-            squares[column] += a * a
+            e = a if grad is None else load(grad, start + column)
+            total[column] += e
+            products[column] += e * a
         start += width
         rest -= center.size
 
 
 @fused
-def _scale_columns(x: Any, y: Any, start: Any, length: int, center: Any, scale: Any, shift: Any) -> None:
-    for column in range(np.uintp(length)):
-        value = (read(x, start + column) - center[column]) * scale[column] + shift[column]
-        store(y, start + column, value)
+def _scale_rows(x: Any, y: Any, start: Any, length: int, center: Any, scale: Any, shift: Any) -> None:
+    width = np.uintp(center.size)
+    for _ in range(length // center.size // 2):
+        for column in range(width):
+            first = start + column
+            a = (read(x, first) - center[column]) * scale[column] + shift[column]
+            b = (read(x, first + width) - center[column]) * scale[column] + shift[column]
+            store(y, first, a)
+            store(y, first + width, b)
+        start += width + width
+    rest = length % (2 * center.size)
+    while rest > 0:
+        for column in range(np.uintp(min(rest, center.size))):
+            store(y, start + column, (read(x, start + column) - center[column]) * scale[column] + shift[column])
+        start += width
+        rest -= center.size
+
+
+@fused
+def _combine_rows(
+    x: Any, grad: Any, out: Any, start: Any, length: int, center: Any, scale: Any, slope: Any, constant: Any
+) -> None:
+    width = np.uintp(center.size)
+    for _ in range(length // center.size // 2):
+        for column in range(width):
+            first, second = start + column, start + column + width
+            a = (read(x, first) - center[column]) * slope[column] + constant[column]
+            b = (read(x, second) - center[column]) * slope[column] + constant[column]
+            store(out, first, read(grad, first) * scale[column] + a)
+            store(out, second, read(grad, second) * scale[column] + b)
+        start += width + width
+    rest = length % (2 * center.size)
+    while rest > 0:
+        for column in range(np.uintp(min(rest, center.size))):
+            index = start + column
+            correction = (read(x, index) - center[column]) * slope[column] + constant[column]
+            store(out, index, read(grad, index) * scale[column] + correction)
+        start += width
+        rest -= center.size

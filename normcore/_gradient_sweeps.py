@@ -13,7 +13,39 @@ from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fus
 from normcore._sweeps import CENTER, INVSTD, OFFSET
 
 _BLOCK = 1024
-_ROWS = 16
+
+
+@compiled
+def gradient_of_groups(
+    x: Any,
+    grad: Any,
+    out: Any,
+    weight: Any,
+    by: Any,
+    sums: Any,
+    sizes: Any,
+    per: int,
+    has_mean: bool,
+    start: int,
+    stop: int,
+) -> None:
+    """The whole backward of each group while it is in the cache; `sums` as `sum_cells` has them."""
+    _, rows, groups, channels, positions = sizes
+    for group in range(start, stop):
+        total, dot = 0.0, 0.0
+        for row in range(group // groups * rows, (group // groups + 1) * rows):
+            cell = row * groups + group % groups
+            affine = (row // per * groups + group % groups) * channels
+            _sum_cell(x, grad, by, sums, group, cell, channels, positions)
+            for channel in range(channels):
+                total += weight[affine + channel] * sums[0, cell * channels + channel]
+                dot += weight[affine + channel] * sums[1, cell * channels + channel]
+        count = rows * channels * positions
+        own = _terms(x, by, group, total / count if has_mean else 0.0, dot / count)
+        for row in range(group // groups * rows, (group // groups + 1) * rows):
+            cell = row * groups + group % groups
+            affine = (row // per * groups + group % groups) * channels
+            _combine_cell(x, grad, out, weight, own, cell, affine, channels, positions)
 
 
 @compiled
@@ -22,20 +54,10 @@ def sum_cells(x: Any, grad: Any, by: Any, sums: Any, sizes: Any, start: int, sto
     _, rows, groups, channels, positions = sizes
     for row in range(start, stop):
         for index in range(groups):
-            group, cell = row // rows * groups + index, row * groups + index
-            center = as_computed(x, by[CENTER, group])
-            for channel in range(cell * channels, (cell + 1) * channels):
-                total, dot = 0.0, 0.0
-                for block in range(0, positions, _BLOCK):
-                    at = np.uintp(channel * positions + block)
-                    found = _block_sums(x, grad, at, min(_BLOCK, positions - block), center)
-                    total += np.float64(found[0])
-                    dot += np.float64(found[1])
-                sums[0, channel] = total
-                sums[1, channel] = (dot - by[OFFSET, group] * total) * by[INVSTD, group]
+            _sum_cell(x, grad, by, sums, row // rows * groups + index, row * groups + index, channels, positions)
 
 
-@fused
+@compiled
 def gradient_of_cells(
     x: Any, grad: Any, out: Any, weight: Any, by: Any, means: Any, sizes: Any, per: int, start: int, stop: int
 ) -> None:
@@ -43,14 +65,9 @@ def gradient_of_cells(
     _, rows, groups, channels, positions = sizes
     for row in range(start, stop):
         for index in range(groups):
-            group, cell = row // rows * groups + index, row * groups + index
-            center, slope, constant = _terms(x, by, means, group)
-            affine = (row // per * groups + index) * channels
-            for channel in range(channels):
-                first = np.uintp((cell * channels + channel) * positions)
-                scale = as_read(x, by[INVSTD, group] * weight[affine + channel])
-                for at in range(first, first + np.uintp(positions)):
-                    store(out, at, read(grad, at) * scale + ((read(x, at) - center) * slope + constant))
+            group, affine = row // rows * groups + index, (row // per * groups + index) * channels
+            own = _terms(x, by, group, means[0, group], means[1, group])
+            _combine_cell(x, grad, out, weight, own, row * groups + index, affine, channels, positions)
 
 
 @compiled
@@ -96,7 +113,7 @@ def gradient_of_vectors(
                     means[0, group] = total / (rows * channels) if has_mean else 0.0
                     dot = (dot - by[OFFSET, group] * total) * by[INVSTD, group]
                     means[1, group] = dot / (rows * channels)
-                center, slope, constant = _terms(x, by, means, group)
+                center, slope, constant, _ = _terms(x, by, group, means[0, group], means[1, group])
                 invstd = as_read(x, by[INVSTD, group])
                 offset = as_read(x, (by[CENTER, group] - np.float64(center)) + by[OFFSET, group])
                 for row in range(rows):
@@ -110,62 +127,38 @@ def gradient_of_vectors(
 
 
 @compiled
-def sum_gradient_columns(x: Any, grad: Any, center: Any, sums: Any, parts: Any, start: int, stop: int) -> None:
-    """Sums of dy and dy * (x - center) over rows of columns, as `sum_columns` has it."""
-    width = center.shape[1]
-    blocks, size, elements = parts
-    total, dot = np.empty_like(center[0]), np.empty_like(center[0])
-    for part in range(start, stop):
-        own, first = part // blocks, part % blocks * size
-        sums[part] = 0.0
-        for at in range(first, min(first + size, elements), _ROWS * width):
-            total[:] = 0.0
-            dot[:] = 0.0
-            length = min(_ROWS * width, min(first + size, elements) - at)
-            _add_rows(x, grad, np.uintp(own * elements + at), length, center[own], total, dot)
-            for column in range(width):
-                sums[part, 0, column] += total[column]
-                sums[part, 1, column] += dot[column]
-
-
-@compiled
-def fill_columns(weight: Any, by: Any, means: Any, terms: Any, sizes: Any, segment: int, per: int) -> None:
-    """Terms for `gradient_of_columns`, the columns repeated to its width."""
-    _, rows, groups, channels, _ = sizes
-    width = groups * channels
-    for own in range(terms.shape[1]):
-        affine, first = own * segment // per * width, own * segment // rows * groups
-        for column in range(terms.shape[2]):
-            channel = column % width
-            group = first + channel // channels
-            invstd = by[INVSTD, group]
-            slope = -invstd * invstd * means[1, group]
-            terms[0, own, column] = by[CENTER, group]
-            terms[1, own, column] = invstd * weight[affine + channel]
-            terms[2, own, column] = slope
-            offset = (by[CENTER, group] - terms[0, own, column]) + by[OFFSET, group]
-            terms[3, own, column] = -invstd * means[0, group] - offset * slope
-
-
-@compiled
-def gradient_of_columns(x: Any, grad: Any, out: Any, terms: Any, elements: int, start: int, stop: int) -> None:
-    """The gradient dy * scale + (x - center) * slope + constant; `terms` are center, scale, ..., (4, P, W)."""
-    width = terms.shape[2]
-    rows = -(-elements // width)
-    for row in range(start, stop):
-        own, at = row // rows, row % rows * width
-        length = min(width, elements - at)
-        first = np.uintp(own * elements + at)
-        _combine_columns(x, grad, out, first, length, terms[0, own], terms[1, own], terms[2, own], terms[3, own])
-
-
-@compiled
-def _terms(x: Any, by: Any, means: Any, group: int) -> Any:
-    """Center, slope and constant of the corrections (x - center) * slope + constant."""
+def _terms(x: Any, by: Any, group: int, mean: float, dot: float) -> Any:
+    """Center, slope and constant of the corrections (x - center) * slope + constant, and invstd."""
     invstd, center = by[INVSTD, group], as_read(x, by[CENTER, group])
-    slope = -invstd * invstd * means[1, group]
+    slope = -invstd * invstd * dot
     offset = (by[CENTER, group] - np.float64(center)) + by[OFFSET, group]
-    return center, as_read(x, slope), as_read(x, -invstd * means[0, group] - offset * slope)
+    return center, as_read(x, slope), as_read(x, -invstd * mean - offset * slope), invstd
+
+
+@compiled
+def _sum_cell(x: Any, grad: Any, by: Any, sums: Any, group: int, cell: int, channels: int, positions: int) -> None:
+    center = as_computed(x, by[CENTER, group])
+    for channel in range(cell * channels, (cell + 1) * channels):
+        total, dot = 0.0, 0.0
+        for block in range(0, positions, _BLOCK):
+            at = np.uintp(channel * positions + block)
+            found = _block_sums(x, grad, at, min(_BLOCK, positions - block), center)
+            total += np.float64(found[0])
+            dot += np.float64(found[1])
+        sums[0, channel] = total
+        sums[1, channel] = (dot - by[OFFSET, group] * total) * by[INVSTD, group]
+
+
+@fused
+def _combine_cell(
+    x: Any, grad: Any, out: Any, weight: Any, terms: Any, cell: int, affine: int, channels: int, positions: int
+) -> None:
+    center, slope, constant, invstd = terms
+    for channel in range(channels):
+        first = np.uintp((cell * channels + channel) * positions)
+        scale = as_read(x, invstd * weight[affine + channel])
+        for at in range(first, first + np.uintp(positions)):
+            store(out, at, read(grad, at) * scale + ((read(x, at) - center) * slope + constant))
 
 
 @compiled_sum
@@ -207,41 +200,3 @@ def _combine_vector(
         store(
             out, index, read(grad, index) * (weight[channel] * invstd) + ((read(x, index) - center) * slope + constant)
         )
-
-
-@compiled_sum
-def _add_rows(x: Any, grad: Any, start: Any, length: int, center: Any, total: Any, dot: Any) -> None:
-    width = np.uintp(center.size)
-    for _ in range(length // center.size // 2):
-        for column in range(width):
-            first, second = start + column, start + column + width
-            a, b = load(grad, first), load(grad, second)
-            total[column] += a + b
-            dot[column] += a * (load(x, first) - center[column]) + b * (load(x, second) - center[column])
-        start += width + width
-    rest = length % (2 * center.size)
-    while rest > 0:
-        for column in range(np.uintp(min(rest, center.size))):
-            a = load(grad, start + column)
-            total[column] += a
-            dot[column] += a * (load(x, start + column) - center[column])
-        start += width
-        rest -= center.size
-
-
-@fused
-def _combine_columns(
-    x: Any,
-    grad: Any,
-    out: Any,
-    start: Any,
-    length: int,
-    center: Any,
-    scale: Any,
-    slope: Any,
-    constant: Any,
-) -> None:
-    for column in range(np.uintp(length)):
-        index = start + column
-        correction = (read(x, index) - center[column]) * slope[column] + constant[column]
-        store(out, index, read(grad, index) * scale[column] + correction)

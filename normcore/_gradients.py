@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from normcore._standardize import Columns, Operand, compiled
+from normcore._standardize import Columns, Operand, column_sweeps, compiled
 
 # Slots of samples that sum gradients of weight and bias.
 _SLOTS = 32
@@ -19,6 +19,8 @@ def gradients(values: Operand, grad: Operand, out: Tensor, weight: Tensor | None
     if values.has_vectors:
         gamma, means = values.parameter(weight, 1.0), np.empty((2, samples * groups))
         return _vectors(values, grad, compiled().flat(out), gamma, by, means, has_sums=True, has_mean=has_mean)
+    if values.is_cached:
+        return _cached(values, grad, compiled().flat(out), values.parameter(weight, 1.0), by, has_mean=has_mean)
     totals, sums = gradient_sums(values, grad, weight, by)
     means = totals / values.count
     if not has_mean:
@@ -53,8 +55,9 @@ def input_gradient(values: Operand, grad: Operand, out: Tensor, weight: Tensor |
     if values.has_columns:
         columns = Columns.of(values)
         terms = columns.terms(4)
-        _sweeps().fill_columns(gamma, by, means, terms, values.box.sizes, columns.segment, values.box.per)
-        columns.apply(_sweeps().gradient_of_columns, grad.array, target, terms=terms)
+        sizes, segment, per = values.box.sizes, columns.segment, values.box.per
+        column_sweeps().fill_gradient_terms(gamma, by, means, terms, sizes, segment, per)
+        columns.apply(column_sweeps().gradient_of_columns, grad.array, target, terms)
     elif values.has_vectors:
         _vectors(values, grad, target, gamma, by, means, has_means=True)
     else:
@@ -62,12 +65,27 @@ def input_gradient(values: Operand, grad: Operand, out: Tensor, weight: Tensor |
         values.divide(_sweeps().gradient_of_cells, values.box.rows, *arguments)
 
 
+def _cached(values: Operand, grad: Operand, out: Any, gamma: Any, by: Any, *, has_mean: bool) -> Any:
+    samples, _, groups, _, _ = values.box.sizes
+    own, width = gamma.size // values.box.width, values.box.width
+    arguments = values.array, grad.array, out, gamma, by
+    if values.has_columns:
+        sums = np.empty((2, samples, width))
+        steps = values.box.per, Columns.of(values).width
+        values.divide(column_sweeps().gradient_of_samples, samples, *arguments, sums, values.box.sizes, steps, has_mean)
+    else:
+        sums = np.empty((2, values.box.rows * width))
+        others = values.box.sizes, values.box.per, has_mean
+        values.divide(_sweeps().gradient_of_groups, samples * groups, *arguments, sums, *others)
+    return sums.reshape(2, own, -1, width).sum(2).reshape(2, -1)
+
+
 def _sum_columns(values: Operand, grad: Operand, by: Any) -> Any:
     columns = Columns.of(values)
     samples, _, groups, channels, _ = values.box.sizes
     wide = by.reshape(5, samples, groups).repeat(channels, 2).repeat(columns.count // samples, 1)
     center, offset, _, _, invstd = wide
-    total, dot = columns.sums(_sweeps().sum_gradient_columns, center, grad.array)
+    total, dot = columns.sums(np.tile(center.astype(values.sum_dtype), (1, columns.repeats)), grad.array)
     with np.errstate(all="ignore"):
         return np.stack([total, (dot - offset * total) * invstd])
 

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from normcore._box import Box, box_of
 
-# Columns are repeated up to about so many bytes of a term, for loops that are worth their start.
-_WIDE_BYTES = 4096
+# Few columns are repeated up to so many bytes of values, for loops that are worth their start. Rows that are worked on
+# together lie side by side then, or in pages of their own: what is read in turn within a page is not fetched ahead.
+_NARROW_BYTES, _WIDE_BYTES = 256, 4096
 # Elements summed as one part.
 _PART = 2**16
-# Elements of a group that stay in a core's cache from one sweep to the next.
-_CACHED = 2**17
+# Elements that stay in a core's cache from one sweep to the next.
+_CACHED = 2**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,14 @@ class Operand:
     @property
     def has_columns(self) -> bool:
         return self.box.sizes[4] == 1 and self.box.sizes[1] > 1
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether a group, or all of a sample of columns, stays in the cache from one sweep to the next."""
+        samples, rows, groups, _, _ = self.box.sizes
+        if not self.has_columns:
+            return self.count <= _CACHED
+        return samples > 1 and self.count * groups <= _CACHED and self.box.per >= rows
 
     @property
     def has_vectors(self) -> bool:
@@ -112,13 +121,18 @@ def standardize_own(
     values: Operand, out: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, has_mean: bool
 ) -> tuple[Any, int, bool]:
     """Statistics as `measure` gives them, and the output by them, as `standardize` gives it."""
-    samples, _, groups, _, _ = values.box.sizes
-    if values.has_columns or values.count > _CACHED:
+    if not values.is_cached:
         by, count = measure(values, eps=eps, has_mean=has_mean)
         return by, count, standardize(values, out, weight, bias, by)
+    samples, _, groups, _, _ = values.box.sizes
     by = np.empty((5, samples * groups))
     affine = values.parameter(weight, 1.0), values.parameter(bias, 0.0)
-    _measure_groups(values, compiled().flat(out), *affine, by, eps=eps, has_mean=has_mean)
+    if values.has_columns:
+        steps = values.box.per, Columns.of(values).width
+        arguments = values.array, compiled().flat(out), *affine, by, values.box.sizes, steps, eps, has_mean
+        values.divide(column_sweeps().standardize_samples, samples, *arguments)
+    else:
+        _measure_groups(values, compiled().flat(out), *affine, by, eps=eps, has_mean=has_mean)
     return by, values.count, is_usual(values, by)
 
 
@@ -136,7 +150,7 @@ def standardize(values: Operand, out: Tensor, weight: Tensor | None, bias: Tenso
     if not sweeps().fill_terms(scale, shift, by, terms, sizes, columns.segment, per):
         return False
     if values.has_columns:
-        columns.apply(column_sweeps().standardize_columns, target, terms=terms)
+        columns.apply(column_sweeps().standardize_columns, target, terms)
     else:
         values.divide(sweeps().standardize_cells, rows, values.array, target, terms, columns.segment, sizes[4])
     return True
@@ -156,17 +170,16 @@ def _measure_groups(values: Operand, out: Any, weight: Any, bias: Any, by: Any, 
 
 
 def _measure_columns(values: Operand, by: Any, *, eps: float, has_mean: bool) -> None:
-    samples, rows, groups, channels, _ = values.box.sizes
+    samples, rows, _, _, _ = values.box.sizes
     columns = Columns.of(values, segment=rows)
-    center = np.zeros((samples, groups * channels))
+    center = np.zeros((samples, columns.width), values.sum_dtype)
     if has_mean:
-        column_sweeps().find_centers(values.array, center, rows)
-    kernel = column_sweeps().sum_columns
-    sums = columns.sums(kernel, center)
+        column_sweeps().find_centers(values.array, center, values.box.width, rows)
+    sums = columns.sums(center, None)
     if has_mean and column_sweeps().correct_centers(values.array, center, sums, rows):
-        sums = columns.sums(kernel, center)
+        sums = columns.sums(center, None)
     if not column_sweeps().has_digits(values.array, sums[1], rows):
-        sums = columns.sums(kernel, center, dtype=np.float64)
+        sums = columns.sums(center.astype(np.float64), None)
     column_sweeps().settle_columns(values.array, by, center, sums, values.box.sizes, eps, has_mean)
 
 
@@ -200,36 +213,44 @@ class Columns:
     @classmethod
     def of(cls, values: Operand, *, segment: int | None = None) -> "Columns":
         segment = min(values.box.per, values.box.sizes[1]) if segment is None else segment
-        wide = _WIDE_BYTES // np.dtype(values.dtype).itemsize // values.box.width
-        return cls(values, segment, max(1, min(wide, segment)) if values.has_columns else 1)
+        if not values.has_columns:
+            return cls(values, segment, 1)
+        size = values.array.itemsize * values.box.width
+        repeats = (_NARROW_BYTES if size <= _NARROW_BYTES else _WIDE_BYTES) // size
+        return cls(values, segment, max(1, min(repeats, segment)))
+
+    @property
+    def width(self) -> int:
+        return self.repeats * self.values.box.width
 
     @property
     def count(self) -> int:
         return self.values.box.rows // self.segment
 
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """Parts of a segment, elements of a part, and elements of a segment."""
+        elements = self.segment * self.values.box.width
+        size = max(1, _PART // self.width) * self.width
+        return -(-elements // size), size, elements
+
     def terms(self, count: int) -> Any:
         """Room for terms (count, segments, W), the columns repeated."""
-        return np.empty((count, self.count, self.repeats * self.values.box.width), self.values.dtype)
+        return np.empty((count, self.count, self.width), self.values.dtype)
 
-    def sums(self, kernel: Any, center: Any, *others: Any, dtype: Any = None) -> Any:
-        """Two sums (2, segments, W) around centers (segments, W), made in a datatype."""
-        width = self.values.box.width
-        wide = np.tile(center.astype(dtype or self.values.sum_dtype), (1, self.repeats))
-        elements = self.segment * width
-        size = max(1, _PART // wide.shape[1]) * wide.shape[1]
-        blocks = -(-elements // size)
-        units = self.count * blocks
-        found = np.empty((units, 2, wide.shape[1]))
-        self.values.divide(kernel, units, self.values.array, *others, wide, found, (blocks, size, elements))
-        joined = found.reshape(self.count, blocks, 2, self.repeats, width).sum((1, 3))
-        # One layout, of which kernels are compiled for each.
-        return np.ascontiguousarray(joined.transpose(1, 0, 2))
+    def sums(self, center: Any, grad: Any) -> Any:
+        """Two sums (2, segments, columns) around centers (segments, W), made in their datatype."""
+        parts = self.parts
+        found = np.empty((self.count * parts[0], 2, self.width))
+        self.values.divide(column_sweeps().sum_columns, len(found), self.values.array, grad, center, found, parts)
+        joined = np.empty((2, self.count, self.values.box.width))
+        column_sweeps().join_sums(found, joined, parts[0])
+        return joined
 
-    def apply(self, kernel: Any, *arrays: Any, terms: Any) -> None:
-        """Call a kernel of the values, arrays like them and terms, filled in."""
-        elements = self.segment * self.values.box.width
-        units = self.count * -(-elements // terms.shape[2])
-        self.values.divide(kernel, units, self.values.array, *arrays, terms, elements)
+    def apply(self, kernel: Any, *arrays: Any) -> None:
+        """Call a kernel of the values, arrays like them, and terms."""
+        parts = self.parts
+        self.values.divide(kernel, self.count * parts[0], self.values.array, *arrays, parts)
 
 
 @cache

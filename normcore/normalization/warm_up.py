@@ -1,9 +1,11 @@
 """Compilation ahead of the first call."""
 
 import torch
+from torch import Tensor
 
 from normcore.normalization.batch_norm import batch_norm
 from normcore.normalization.group_norm import group_norm
+from normcore.normalization.kernel import gradient_sums, input_gradient, own_statistics
 from normcore.normalization.layer_norm import layer_norm
 from normcore.normalization.lp_norm import lp_norm
 from normcore.normalization.weight_norm import weight_norm
@@ -22,13 +24,18 @@ def warm_up() -> None:
         images = torch.arange(96, dtype=torch.float32).view(2, 4, 3, 4).to(dtype)
         mask = torch.ones(images.shape, dtype=torch.bool)
         for input in (images, images.to(memory_format=torch.channels_last)):
-            batch_norm(input, torch.zeros(4), torch.ones(4))
+            batch_norm(input, torch.zeros(4), torch.ones(4), grad_output=input)
             batch_norm(input, grad_output=input, training=True)
             group_norm(input, grad_output=input, num_groups=2)
             group_norm(input, mask=mask, num_groups=2)
+            _in_two_steps(input)
         layer_norm(images, grad_output=images)
-        # Channels of a group that are many, side by side, in several rows.
-        wide = images[:1].reshape(1, 3, 1, 16).permute(0, 3, 1, 2)
-        group_norm(wide, torch.ones(16), grad_output=wide, num_groups=1)
         lp_norm(images, grad_output=images, axis=1)
         weight_norm(images, torch.ones(2), images)
+
+
+def _in_two_steps(input: Tensor) -> None:
+    """A backward of groups that do not stay in the cache."""
+    by = own_statistics(input, axes=(0, 2, 3), eps=1e-5)
+    sums = gradient_sums(input, input, None, by, affine_shape=(1, 4, 1, 1))
+    input_gradient(input, input, None, by, sums)

@@ -1,11 +1,13 @@
 """The compiled kernels against the closed forms in float64 torch, for all layouts, datatypes and numbers of threads."""
 
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
+from normcore import _standardize
 from normcore.errors import DtypeError, ParameterError, ShapeError
 from normcore.normalization import (
     batch_norm,
@@ -100,6 +102,27 @@ def test_forward_and_backward_are_the_closed_forms(
     for own, other in zip(gradients[1:], sums[2:], strict=True):
         assert own.shape == affine
         _assert_close(own, other, 1e-13 if dtype == torch.float64 else 1e-6)
+
+
+@layouts
+@last_or_not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_groups_too_large_for_the_cache_are_the_same_but_for_a_last_place(
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    affine: tuple[int, ...],
+    is_last: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    input, grad, weight, bias = _tensors(shape, affine, dtype, is_last=is_last)
+    found = []
+    for cached in (_standardize._CACHED, 0):
+        monkeypatch.setattr(_standardize, "_CACHED", cached)
+        output, by = standardize_own(input, weight, bias, axes=axes, eps=1e-5)
+        found.append((output, by.mean, by.var, *backward(grad, input, weight, by, affine_shape=affine)))
+    for own, other in zip(*found, strict=True):
+        _assert_close(own, other, 1e-15 if own.dtype == torch.float64 else 2 * torch.finfo(dtype).eps)
 
 
 @layouts
@@ -302,7 +325,7 @@ def test_given_statistics_keep_gradients_of_what_is_not_finite() -> None:
     assert of_bias.tolist() == [2.0, 2.0]
 
 
-def test_warm_up_compiles_what_calls_need() -> None:
+def test_warm_up_compiles_what_calls_need(monkeypatch: pytest.MonkeyPatch) -> None:
     from normcore import _column_sweeps, _gradient_sweeps, _sweeps
 
     warm_up()
@@ -316,7 +339,8 @@ def test_warm_up_compiles_what_calls_need() -> None:
     before = {kernel: len(kernel.signatures) for kernel in public}
     # Those that other kernels call are compiled within them, or come from the disk with them.
     assert sum(count > 0 for count in before.values()) >= 10
-    for dtype in DTYPES:
+    for dtype, cached in product(DTYPES, (_standardize._CACHED, 0)):
+        monkeypatch.setattr(_standardize, "_CACHED", cached)
         for memory_format in (torch.contiguous_format, torch.channels_last):
             input = torch.randn(2, 6, 4, 4).to(dtype).contiguous(memory_format=memory_format)
             batch_norm(input, training=True, grad_output=input)
