@@ -1,0 +1,72 @@
+"""What a post costs: no more after many posts than after a few."""
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+import sqlalchemy as sql
+import torch
+
+from normcore.statistics import Histogram, Moments
+from service.application.statistics import Batch, NewStatistics, Statistics
+from service.application.totals import encode_histogram
+from service.storage.metadata import Metadata
+from service.storage.statistics import JOINED_POSTS, StatisticsStore
+from tests.service.conftest import small_settings
+
+CHANNELS = 8
+POSTS = 12 * JOINED_POSTS - 1
+
+
+class Work:
+    """What a database does: instructions of its machine, and bytes that it is given."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.bytes = 0
+
+    def watch(self, connection: sql.Connection) -> None:
+        driver: Any = connection.connection.driver_connection
+        driver.set_progress_handler(self._step, 1)
+        sql.event.listen(connection.engine, "before_cursor_execute", self._statement)
+
+    def _step(self) -> int:
+        self.steps += 1
+        return 0
+
+    def _statement(self, *arguments: Any) -> None:
+        given = arguments[3]
+        values = given.values() if isinstance(given, dict) else given
+        self.bytes += sum(len(value) for value in values if isinstance(value, bytes | str))
+
+
+@pytest.mark.asyncio
+async def test_the_cost_of_a_post_does_not_grow_with_the_posts_before_it(tmp_path: Path) -> None:
+    metadata = Metadata(f"sqlite:///{tmp_path / 'test.db'}")
+    await metadata.open()
+    store = StatisticsStore(metadata, limit=5)
+    await store.open()
+    work = Work()
+    await metadata.transact(work.watch)
+    statistics = Statistics(store=store, settings=small_settings(tmp_path))
+    resource = (await statistics.create(NewStatistics(CHANNELS))).record.id
+    costs = []
+    generator = torch.Generator().manual_seed(0)
+    for number in range(POSTS):
+        values = torch.randn(4, CHANNELS, 16, generator=generator)
+        histogram = encode_histogram(Histogram.start(CHANNELS).update(values))
+        batch = Batch(Moments.of(values), histogram, "raise", f"key {number:06}", "0" * 64)
+        work.steps = work.bytes = 0
+        answer, _ = await statistics.post(resource, batch, check=lambda record: None)
+        assert answer["sequence"] == number + 1
+        costs.append((work.steps, work.bytes))
+    few, many = costs[2 * JOINED_POSTS : 6 * JOINED_POSTS], costs[-4 * JOINED_POSTS :]
+    for kind in (0, 1):
+        assert mean(cost[kind] for cost in many) <= 1.2 * mean(cost[kind] for cost in few), "on average"
+        assert max(cost[kind] for cost in many) <= 1.2 * max(cost[kind] for cost in few), "at worst"
+    parts = await store.read(resource, lambda stored: stored.parts, has_parts=True)
+    assert len(parts) <= JOINED_POSTS, "nor does that of a look at the histogram"
+    bins = await statistics.histogram(resource, bins=4, channel=3)
+    assert float(bins.counts.sum()) == POSTS * 4 * 16
+    await metadata.close()
