@@ -59,7 +59,7 @@ async def test_counters_and_histograms_agree_with_the_statistics(tmp_path: Path)
         seconds = stats["inference_stats"]["success"]["ns"] / 1e9
         assert found[_key("normserve_request_duration_seconds_sum")] == pytest.approx(seconds)
         assert found[_key("normserve_batch_size_bucket", le="1")] == 5
-        assert found[_key("normserve_request_bytes_total")] > 5 * 100
+        assert found[_key("normserve_request_bytes")] > 5 * 100
         assert found["process_resident_memory_bytes", frozenset()] > 10_000_000
 
 
