@@ -45,8 +45,8 @@ def operation() -> dict[str, Any]:
                 "name": "nan_policy",
                 "in": "query",
                 "required": False,
-                "description": "A batch with values that are not finite: raise refuses it, skip_update leaves it uncounted, "
-                "propagate makes its channels NaN for ever.",
+                "description": "A batch with values that are not finite: raise refuses it, skip_update leaves it "
+                "uncounted, propagate makes its channels NaN for ever.",
                 "schema": {"type": "string", "enum": list(NAN_POLICIES), "default": "raise"},
             },
             _header(
