@@ -3,16 +3,18 @@
 Usage: python -m benchmarks.statistics [--seconds S]. All run on uvicorn in a process of their own and take the same
 bodies, in turn; `echo` sends them back, `receive` throws them away. `ratio` is our rate over theirs, the median of
 pairs, with quartiles; the goal is 0.7 of the echo, counting its bytes one way. `keyed` posts carry an Idempotency-Key,
-for which the body is hashed.
+for which the body is hashed. The last line is what small posts to one resource cost after few and after many others.
 """
 
 import argparse
 import itertools
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -24,11 +26,12 @@ import numpy as np
 from starlette.types import Receive, Scope, Send
 
 from benchmarks.timing import compare
-from tests.server import running
+from tests.server import Server, running
 
 _MIB = 2**20
 CHANNELS = 64
 BODIES_MIB = (1, 16, 64)
+POSTS = 2000
 
 
 async def bare(scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,6 +63,21 @@ def main(seconds: float) -> None:
             sys.stdout.write(f"{size_mib:>4} MiB  {kind:<8}{peer:<8}{rates}")
             sys.stdout.write(f"{1 / found.ratio:>7.2f}  {1 / found.high:.2f}-{1 / found.low:.2f}\n")
             sys.stdout.flush()
+        _write_growth(server)
+
+
+def _write_growth(server: Server) -> None:
+    """Medians of posts to one resource, early and late ones, in milliseconds."""
+    created = httpx.post(f"{server.url}/v1/statistics", json={"num_features": CHANNELS})
+    post = _poster(server.address, f"{created.headers['location']}/batches", _npy(1), is_keyed=True)
+    times_ms = []
+    for _ in range(POSTS):
+        started = time.perf_counter()
+        post()
+        times_ms.append(1000 * (time.perf_counter() - started))
+    tenth = POSTS // 10
+    early, late = (statistics.median(part) for part in (times_ms[tenth : 2 * tenth], times_ms[-tenth:]))
+    sys.stdout.write(f"small keyed posts: {early:.2f} ms after {tenth}, {late:.2f} ms after {POSTS - tenth}\n")
 
 
 def _npy(size_bytes: int) -> bytes:

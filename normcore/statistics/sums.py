@@ -60,8 +60,8 @@ def _center(state: Any, channel: int, value: float) -> float:
 
 @compiled
 def _is_far(count: float, total: float, squares: float) -> bool:
-    """Whether the center is off by more than a deviation, which costs digits of m2."""
-    return bool(squares < np.inf and squares * count < 2.0 * total * total)
+    """Whether the center is off by more than a sixth of a deviation, which costs m2 its last digits."""
+    return bool(squares < np.inf and squares * count < 32.0 * total * total)
 
 
 @compiled

@@ -24,6 +24,7 @@ from service.state import Services
 from service.storage.statistics import StatisticsRecord
 
 _HEADER_DIGITS = 9
+_TOGETHER = "input and mask together in the body, as JSON, application/x-npz or application/vnd.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,8 @@ def _format(headers: Headers) -> _Format:
 
 def _nan_policy(query: Mapping[str, str]) -> str:
     for name in query:
+        if name in TENSOR_NAMES:
+            raise ParameterError(name, expected=_TOGETHER, received="a query parameter")
         if name != "nan_policy":
             raise ParameterError(name[:80], expected="no query parameter but nan_policy", received="an unknown one")
     policy = query.get("nan_policy", "raise")

@@ -19,8 +19,9 @@ _DESCRIPTION = """Count a batch: the tensor `input` (with `mask`, where tensors 
 `mean` and `m2` of a batch that a worker reduced itself. All of it counts or nothing; what was answered is on the disk.
 
 npy and the protocol's binary form (JSON of one input `input`, its length in `Inference-Header-Content-Length`, then its
-bytes) are read as streams in bounded memory, up to NORMSERVE_MAX_STREAM_BYTES; the other encodings up to
-NORMSERVE_MAX_BODY_BYTES. A batch with one value per channel enters `pooled` only, one without values nothing."""
+bytes) are read as streams of that one tensor in bounded memory, up to NORMSERVE_MAX_STREAM_BYTES. A mask needs an
+encoding that names tensors: JSON, npz or safetensors, up to NORMSERVE_MAX_BODY_BYTES. A batch with one value per
+channel enters `pooled` only, one without values nothing."""
 
 
 def operation() -> dict[str, Any]:

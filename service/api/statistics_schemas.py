@@ -1,5 +1,6 @@
 """The JSON documents of statistics resources, and their text: numbers that are not finite are strings."""
 
+from dataclasses import asdict
 from typing import Any, Literal
 
 import orjson
@@ -69,20 +70,7 @@ class StatisticsSummary(BaseModel):
 
     @classmethod
     def of(cls, record: StatisticsRecord) -> "StatisticsSummary":
-        return cls(
-            id=record.id,
-            name=record.name,
-            num_features=record.num_features,
-            channel_axis=record.channel_axis,
-            momentum=record.momentum,
-            convention=record.convention,
-            created_at=record.created_at,
-            frozen=record.is_frozen,
-            sequence=record.sequence,
-            batches=record.batches,
-            content_hash=record.content_hash,
-            sources=list(record.sources),
-        )
+        return cls.model_validate(asdict(record) | {"frozen": record.is_frozen})
 
 
 class StatisticsList(BaseModel):

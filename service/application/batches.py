@@ -14,7 +14,7 @@ from normcore.statistics import Moments, MomentsStream
 from normcore.statistics.values import check_mask
 from service.application.sample import Sample
 from service.application.statistics import check_channels
-from service.application.totals import encode_histogram
+from service.application.totals import encode_histogram, prepare
 from service.datatypes import BOOL, Datatype
 from service.engine.protocol import Tensor, Tensors
 from service.engine.tensors import to_torch, torch_datatype
@@ -68,6 +68,7 @@ class Batches:
         def compute() -> Reduced:
             if digest is not None:
                 digest.update(body)
+            prepare()
             given = {name: to_torch(array, argument=name) for name, array in tensors.items()}
             if are_given:
                 count, mean, m2 = (given[name].double() for name in MOMENT_NAMES)
@@ -156,6 +157,7 @@ class BatchStream:
         pieces, self._pieces = self._pieces, []
 
         def end() -> Reduced:
+            prepare()
             self._sum(pieces)
             return Reduced(self._moments.finish(), encode_histogram(self._sample.histogram()))
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,12 @@ def _tensors(state: bytes) -> dict[str, torch.Tensor]:
     return {
         name: to_torch(array.astype(np.int64) if array.dtype.kind == "u" else array) for name, array in arrays.items()
     }
+
+
+@cache
+def prepare() -> None:
+    """Compile what joins histograms: not in the database's thread, for which everybody waits."""
+    decode_histogram((encode_histogram(start(1)),), num_features=1)
 
 
 def snapshot(stored: Stored) -> Snapshot:

@@ -49,8 +49,8 @@ def of_protocol(head: Buffer, json_length: int) -> TensorLayout | None:
     inputs = expect_list(document.get("inputs"), field="inputs")
     if len(inputs) != 1 or document.keys() != {"inputs"}:
         raise PayloadMalformedError(
-            "body: expected an object of inputs, with one of them, received "
-            + orjson.dumps(list(document)).decode()[:80]
+            "body: expected an object of inputs, one of them (a mask goes with JSON, npz or safetensors), received "
+            f"{orjson.dumps(list(document)).decode()[:80]} with {len(inputs)} inputs"
         )
     entry = expect_object(inputs[0], field="inputs[0]")
     if expect_string(entry.get("name"), field="inputs[0].name") != "input":

@@ -57,6 +57,20 @@ def _of_keras(momentum: float) -> RunningStatistics:
     return RunningStatistics(mean, var)
 
 
+@pytest.mark.filterwarnings("ignore")  # another library's, where it is installed
+def test_the_layer_of_keras_keeps_what_we_say_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras")
+    layer = keras.layers.BatchNormalization(axis=1, momentum=0.7, dtype="float64")
+    for batch in BATCHES:
+        layer(batch.numpy(), training=True)
+    mean, var = (
+        torch.as_tensor(np.array(keras.ops.convert_to_numpy(value)))
+        for value in (layer.moving_mean, layer.moving_variance)
+    )
+    _assert_close(_of_keras(0.7), RunningStatistics(mean, var), rtol=1e-6)  # keras multiplies by a float32
+
+
 def _assert_close(actual: RunningStatistics, expected: RunningStatistics, *, rtol: float = 1e-13) -> None:
     assert torch.allclose(actual.mean, expected.mean, rtol=rtol)
     assert torch.allclose(actual.var, expected.var, rtol=rtol)

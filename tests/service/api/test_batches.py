@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
         "media_type_unsupported",
     ),
     "policy": ({"json": {"input": [[1] * 3]}, "params": {"nan_policy": "ignore"}}, 422, "parameter_invalid"),
+    "npy mask": ({"content": npy(ARRAY), "headers": NPY, "params": {"mask": "[true]"}}, 422, "parameter_invalid"),
     "query": ({"json": {"input": [[1] * 3]}, "params": {"momentum": "1"}}, 422, "parameter_invalid"),
     "key long": ({"json": {"input": [[1] * 3]}, "headers": {"idempotency-key": "k" * 256}}, 422, "parameter_invalid"),
     "key empty": ({"json": {"input": [[1] * 3]}, "headers": {"idempotency-key": ""}}, 422, "parameter_invalid"),
@@ -219,6 +221,21 @@ async def test_what_is_refused_changes_nothing(client: httpx.AsyncClient, case: 
     assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
     after = await client.get(path)
     assert (after.json(), after.headers["etag"]) == (before.json(), before.headers["etag"])
+
+
+async def test_a_mask_beside_a_stream_is_told_where_to_go(client: httpx.AsyncClient) -> None:
+    path = await created(client)
+    entry = {"shape": [2, 3], "datatype": "FP32", "parameters": {"binary_data_size": 24}}
+    head = json.dumps({"inputs": [{"name": name, **entry} for name in ("input", "mask")]}).encode()
+    requests: tuple[dict[str, Any], ...] = (
+        {"content": head + bytes(48), "headers": {"inference-header-content-length": str(len(head))}},
+        {"content": npy(ARRAY), "headers": NPY, "params": {"mask": "1"}},
+    )
+    for request in requests:
+        answer = await client.post(f"{path}/batches", **request)
+        assert answer.status_code in (400, 422)
+        assert "mask" in answer.json()["error"]
+        assert "safetensors" in answer.json()["error"]
 
 
 async def test_the_edges_of_a_key_are_taken(client: httpx.AsyncClient) -> None:
