@@ -314,7 +314,6 @@ async def test_more_memory_than_allowed_is_refused(tmp_path: Path) -> None:
         refused(answer, 400, "checkpoint_invalid", "memory")
 
 
-
 async def test_a_recalibrated_checkpoint_can_be_folded(client: httpx.AsyncClient) -> None:
     checkpoint_id = await upload(client, hostile.small_conv())
     data = np.random.default_rng(2).standard_normal((8, 3, 6, 6)).astype(np.float32)
