@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX_URL ?=
 PIP_FLAGS = $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+WORKERS ?= 2
 BIN = $(VENV)/bin
 
 .PHONY: run test check bench docker-test
@@ -19,7 +20,7 @@ run: $(VENV)/.installed
 	$(BIN)/python -m service
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -1,12 +1,29 @@
-"""Fixtures that every test may use: real checkpoints."""
+"""What every test may use: real checkpoints; and the order of a whole run."""
 
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from tests import wheels
+from tests.turns import turn
 
 OCR = "rapidocr-onnxruntime==1.4.4"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts processes and waits for them comes first: at the end of a shared run no worker is left with it."""
+    items.sort(key=lambda item: "normcore" in item.path.parts)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test marked `alone` runs, with its fixtures, while the other workers wait."""
+    run = getattr(item.config, "workerinput", {}).get("testrunuid")
+    if run is None:
+        return (yield)
+    with turn(run, alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -127,6 +127,7 @@ def test_run_refuses_bytes_that_are_no_text() -> None:
         execution.run(session, {"x": np.array([[b"\xff", b"", b""]], dtype=object)}, deadline_s=5)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("deadline_s", [0.0, 0.05, 0.2])
 def test_a_run_without_end_stops_at_its_deadline(deadline_s: float) -> None:
     session = execution.open_session(endless(), threads=1)
@@ -136,6 +137,7 @@ def test_a_run_without_end_stops_at_its_deadline(deadline_s: float) -> None:
     assert time.monotonic() - start < deadline_s + 0.5
 
 
+@pytest.mark.alone
 def test_deadlines_stop_only_their_own_runs() -> None:
     session = execution.open_session(endless(), threads=1)
     ends: dict[float, float] = {}

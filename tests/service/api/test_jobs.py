@@ -57,7 +57,7 @@ async def watch(
 async def test_a_fold_as_a_job_answers_what_the_fold_would(tmp_path: Path) -> None:
     async with service(tmp_path) as client:
         checkpoint_id = await upload(client, hostile.small_conv())
-        path = await start(client, checkpoint_id, json={"verify": {"probes": 5, "seed": 7}})
+        path = await start(client, checkpoint_id, json={"verify": {"probes": 40, "seed": 7}})
         job, seen = await watch(client, path)
         assert (job["state"], job["error"], job["operation"]) == ("succeeded", None, "fold")
         assert job["subject"] == f"/v1/checkpoints/{checkpoint_id}"
@@ -69,7 +69,7 @@ async def test_a_fold_as_a_job_answers_what_the_fold_would(tmp_path: Path) -> No
         assert {step["total"] for step in seen} == {5}
         assert [step["done"] for step in seen] == sorted(step["done"] for step in seen)
         assert "verify" in {step["step"] for step in seen}
-        direct = await client.post(f"/v1/checkpoints/{checkpoint_id}/fold", json={"verify": {"probes": 5, "seed": 7}})
+        direct = await client.post(f"/v1/checkpoints/{checkpoint_id}/fold", json={"verify": {"probes": 40, "seed": 7}})
         assert direct.json() == job["result"]
         listed = (await client.get("/v1/jobs")).json()["jobs"]
         assert [entry["id"] for entry in listed] == [job["id"]]

@@ -70,6 +70,7 @@ def test_requests_of_many_clients_run_together_and_keep_their_answers(server: Se
     assert len({row.tobytes() for row in crowded}) == len(crowded)
 
 
+@pytest.mark.alone
 def test_what_is_over_the_capacity_is_refused_at_once_and_the_rest_is_done() -> None:
     peak, answers = offered(4, 2)
     assert set(answers.counts) == {200, 429}

@@ -105,6 +105,7 @@ async def test_batches_are_bounded_in_rows_and_in_bytes() -> None:
     assert [one.result for one in ran] == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.alone
 async def test_call_waits_for_company_no_longer_than_the_delay() -> None:
     run = Runs()
     worker = Worker("batches", 20, batching=_batching(run, max_rows=2, max_delay_s=0.2))

@@ -107,6 +107,7 @@ async def test_endless_graph_stops_at_the_deadline_and_frees_the_worker(load: Lo
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.alone
 async def test_time_in_the_queue_counts_against_the_deadline(load: Load) -> None:
     engine = await load(graphs.endless_loop())
     x = {"x": np.ones((1, 3), dtype=np.float32)}
@@ -233,6 +234,7 @@ async def test_warm_up_runs_before_the_model_is_there_and_names_what_does_not_fi
         await load(graphs.doubling(), warmup=({"y": [2, 3]},))
 
 
+@pytest.mark.alone
 async def test_instances_compute_at_the_same_time(load: Load) -> None:
     engine = await load(graphs.endless_loop(), instances=2)
     x = np.ones((1, 3), np.float32)
