@@ -1,11 +1,12 @@
-"""What every test may use: real checkpoints; and the order of a whole run."""
+"""What every test may use: the real process, real checkpoints; and the order of a whole run."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import wheels
+from tests.server import Server, running
 from tests.turns import turn
 
 OCR = "rapidocr-onnxruntime==1.4.4"
@@ -24,6 +25,24 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     with turn(run, alone=item.get_closest_marker("alone") is not None):
         return (yield)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("service") / "data"
+
+
+@pytest.fixture(scope="module")
+def server_settings() -> dict[str, str]:
+    """A module with needs of its own overrides this."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def server(data_dir: Path, server_settings: dict[str, str]) -> Iterator[Server]:
+    """The service as a process, one for the tests of a module."""
+    with running(data_dir, server_settings) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

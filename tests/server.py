@@ -33,7 +33,7 @@ class Server:
 
 
 @contextmanager
-def running(data_dir: Path, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
+def running(data_dir: Path, settings: Mapping[str, str] | None = None, *, patience_s: float = 60) -> Iterator[Server]:
     """Start `python -m service` and wait until it is ready; stopped at the end if it still runs."""
     log = data_dir.with_suffix(".log")
     environment = {
@@ -53,7 +53,7 @@ def running(data_dir: Path, settings: Mapping[str, str] | None = None) -> Iterat
         found = re.search(r"http://(\S+),", line)
         assert found, f"the service said {line!r}; its log: {log.read_text()}"
         server = Server(process, found[1], log)
-        _wait_until_ready(server)
+        _wait_until_ready(server, patience_s)
         yield server
     finally:
         if process.poll() is None:
@@ -62,8 +62,8 @@ def running(data_dir: Path, settings: Mapping[str, str] | None = None) -> Iterat
         process.stdout.close()
 
 
-def _wait_until_ready(server: Server) -> None:
-    deadline = time.monotonic() + 60
+def _wait_until_ready(server: Server, patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
     while httpx.get(f"{server.url}/v2/health/ready").status_code != 200:
         assert time.monotonic() < deadline, server.log.read_text()
         time.sleep(0.05)

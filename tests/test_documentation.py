@@ -6,7 +6,6 @@ anything. Without one it prints nothing. The blocks of a page are one session. A
 
 import json
 import re
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from service.settings import Settings
-from tests.server import Server, running
+from tests.server import Server
 from tests.sessions import Session, session
 
 ROOT = Path(__file__).parent.parent
@@ -35,17 +34,6 @@ LEAST_BLOCKS = {
     "operations": 3,
     "CONTRIBUTING": 1,
 }
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("documentation") / "data"
-
-
-@pytest.fixture(scope="module")
-def server(data_dir: Path) -> Iterator[Server]:
-    with running(data_dir) as started:
-        yield started
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

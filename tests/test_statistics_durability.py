@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from service.__main__ import main
-from tests.server import Server, running
+from tests.server import Server
 from tests.service.statistics import NPY, npy
 
 KILLS = 20
@@ -126,9 +126,8 @@ def _post_and_kill(process: BaseProcess, workers: list[Worker], url: str, *, aft
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("statistics") / "data", SETTINGS) as started:
-        yield started
+def server_settings() -> dict[str, str]:
+    return SETTINGS
 
 
 def test_sixteen_clients_lose_nothing_and_count_nothing_twice(server: Server) -> None:

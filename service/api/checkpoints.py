@@ -32,24 +32,18 @@ from service.state import Services
 
 router = APIRouter(prefix="/v1", tags=["checkpoints"])
 
-_FILE_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    }
-}
 _UPLOAD_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "content": _FILE_BODY["requestBody"]["content"]
-        | {
+        "content": {
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
                     "required": ["file"],
                     "properties": {"file": {"type": "string", "format": "binary"}},
                 }
-            }
+            },
         },
     }
 }
@@ -195,18 +189,19 @@ async def compare_checkpoints(
     return Certificate(**await services.folding.compare(checkpoint_id, other_id, wanted.options()))
 
 
-@router.post("/fold", openapi_extra=_FILE_BODY, response_class=FileResponse)
+@router.post("/fold", openapi_extra=_UPLOAD_BODY, response_class=FileResponse)
 async def fold_file(request: Request, query: Annotated[FoldQuery, Query()], services: ServicesDep) -> Response:
     """Fold a file in one call: checkpoint in, folded checkpoint out, nothing kept.
 
-    The headers `Normserve-Verdict`, `Normserve-Folded` and `Normserve-Normalizations` carry the verdict and counts.
+    The body is the file itself, or a multipart form with the field `file`. The headers `Normserve-Verdict`,
+    `Normserve-Folded` and `Normserve-Normalizations` carry the verdict and counts.
 
     ```sh
     curl -s --data-binary @model.onnx http://127.0.0.1:8000/v1/fold -o folded.onnx -D -
     ```
     """
     services.health.refuse_while_draining()
-    chunks = _bounded(request, services)
+    _, chunks = _upload(request, services)
     async with AsyncExitStack() as stack:
         folded = await stack.enter_async_context(services.folding.fold_once(chunks, query.fold()))
         return _FoldedResponse(folded, release=stack.pop_all().aclose)

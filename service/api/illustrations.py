@@ -70,5 +70,6 @@ def _lines() -> dict[str, str]:
     url = f"{curl.LOCAL}/v2/models/normcore.layer_norm/infer"
     found["infer"] = curl.method_infer_lines("layer_norm", url)["binary"]
     found["upload_checkpoint"] = f"curl -s {curl.LOCAL}/v1/checkpoints -F file=@model.onnx"
+    found["fold_file"] = f"curl -s {curl.LOCAL}/v1/fold -F file=@model.onnx -o folded.onnx"
     found["read_metrics"] = f"curl -s {curl.LOCAL}/metrics | grep ^normserve_"
     return found | curl.story_lines()

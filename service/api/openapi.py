@@ -6,8 +6,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from normcore.normalization import Method, Parameter
-from service.api import curl, statistics_openapi
-from service.api.errors import TABLE
+from service.api import curl, failures, statistics_openapi
 from service.api.illustrations import DESCRIPTION, Illustrations
 from service.api.schemas import Problem
 from service.application.methods import METHODS
@@ -38,6 +37,8 @@ _DESCRIPTIONS = {
     "bins": "Bins of equal width, from 1 to NORMSERVE_MAX_HISTOGRAM_BINS.",
     "channel": "Index of the channel; null: all together.",
 }
+# Of those that a route checks itself, or its path.
+_LEAST = {"version": 1, "bins": 1, "channel": 0}
 
 
 def install(app: FastAPI) -> None:
@@ -52,13 +53,13 @@ def install(app: FastAPI) -> None:
             schema["components"]["schemas"].setdefault("Problem", Problem.model_json_schema())
             for path, item in _tensor_paths().items():
                 schema["paths"].setdefault(path, {}).update(item)
-            for item in schema["paths"].values():
+            for path, item in schema["paths"].items():
                 for operation in item.values():
                     schema["components"]["schemas"].update(_nested_schemas(operation))
                     _simplify_parameters(operation)
                     _summarize(operation)
                     _describe_parameters(operation)
-                    _describe_errors(operation)
+                    _describe_errors(operation, is_v2=path.startswith("/v2/"))
                     illustrations.add(operation)
             app.openapi_schema = schema
         return app.openapi_schema
@@ -233,16 +234,18 @@ def _describe_parameters(operation: dict[str, Any]) -> None:
     for parameter in operation.get("parameters", ()):
         if parameter["name"] in _DESCRIPTIONS:
             parameter.setdefault("description", _DESCRIPTIONS[parameter["name"]])
+        if parameter["name"] in _LEAST:
+            parameter["schema"].setdefault("minimum", _LEAST[parameter["name"]])
 
 
-def _describe_errors(operation: dict[str, Any]) -> None:
+def _describe_errors(operation: dict[str, Any], *, is_v2: bool) -> None:
     """Every error answer has one form; the statuses come from the one table."""
     responses = operation["responses"]
     responses.pop("422", None)
-    statuses = sorted({row.status for row in TABLE.values()} | {500})
-    codes = {status: sorted({row.code for row in TABLE.values() if row.status == status}) for status in statuses}
-    responses["default"] = {
-        "description": "An error: "
-        + "; ".join(f"{status} {', '.join(codes[status] or ['internal'])}" for status in statuses),
-        "content": {_JSON: {"schema": _PROBLEM}},
-    }
+    for status, named in failures.codes(operation, is_v2=is_v2).items():
+        responses[str(status)] = _error(", ".join(f"`{code}`" for code in named))
+    responses["default"] = _error("Any other error, such as 405 `method_not_allowed`, in the same form")
+
+
+def _error(description: str) -> dict[str, Any]:
+    return {"description": description, "content": {_JSON: {"schema": _PROBLEM}}}

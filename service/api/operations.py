@@ -1,4 +1,4 @@
-"""/v1/info: what runs here and within which bounds."""
+"""/ and /v1/info: what runs here and within which bounds."""
 
 from typing import Any
 
@@ -6,12 +6,13 @@ import onnx
 import onnxruntime
 import torch
 from fastapi import APIRouter
+from fastapi.responses import RedirectResponse
 
 from service import __version__
 from service.api.dependencies import ServicesDep
 from service.engine.devices import torch_device
 
-router = APIRouter(prefix="/v1", tags=["operations"])
+router = APIRouter(tags=["operations"])
 
 _LIMITS = (
     "max_body_bytes",
@@ -30,7 +31,13 @@ _LIMITS = (
 )
 
 
-@router.get("/info")
+@router.get("/", include_in_schema=False)
+async def show_documentation() -> RedirectResponse:
+    """Whoever has nothing but the address; relative, for a proxy may serve it under a prefix."""
+    return RedirectResponse("docs")
+
+
+@router.get("/v1/info")
 async def read_info(services: ServicesDep) -> dict[str, Any]:
     """Versions, devices, compute threads and limits of this service."""
     settings = services.settings.model_dump()

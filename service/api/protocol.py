@@ -44,7 +44,7 @@ async def is_live() -> dict[str, bool]:
     return {"live": True}
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", responses={503: {"description": "It does not: `error` says why."}})
 async def is_ready(services: ServicesDep) -> JSONResponse:
     """Whether the service takes work: start-up loads were attempted and it does not drain."""
     ready = services.health.is_ready

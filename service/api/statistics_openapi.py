@@ -54,7 +54,8 @@ def operation() -> dict[str, Any]:
                 "lives; with another body it is a 409. At most NORMSERVE_MAX_IDEMPOTENCY_KEY_LENGTH characters.",
             ),
             _header("If-Match", "Count only in this state of the resource, named by its ETag; 412 where it moved on."),
-            _header("Inference-Header-Content-Length", "Bytes of JSON before the data, in the protocol's binary form."),
+            _header("Inference-Header-Content-Length", "Bytes of JSON before the data, in the protocol's binary form.")
+            | {"schema": {"type": "integer", "minimum": 0}},
         ],
         "requestBody": {
             "required": True,

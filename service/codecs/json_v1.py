@@ -102,5 +102,7 @@ def _parameter(value: object, *, field: str) -> ParameterValue:
         return expect_scalar(value, field=field)
     for element in value:
         if type(element) is not int:
-            raise PayloadMalformedError(f"{field}: expected a list of integers, received {describe(element)} in it")
+            raise PayloadMalformedError(
+                f"{field}: expected a list of integers, as no tensor has this name, received {describe(element)} in it"
+            )
     return ",".join(map(str, value))

@@ -8,23 +8,16 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.clients.environments import environment
-from tests.server import Server, running
+from tests.server import Server
 from tests.service.engine import graphs
 
 SCRIPTS = Path(__file__).parent / "scripts"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("clients") / "data") as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

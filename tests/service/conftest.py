@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.app import create_app
 from service.settings import Settings
+from tests.service.documented import check_documented
 
 
 @asynccontextmanager
@@ -35,7 +36,8 @@ async def running_app(settings: Settings) -> AsyncIterator[ASGIApp]:
 
 def http(app: ASGIApp, *, root_path: str = "") -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app, root_path=root_path)
-    return httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60)
+    hooks = {"response": [check_documented]}
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60, event_hooks=hooks)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

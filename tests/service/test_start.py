@@ -106,7 +106,8 @@ async def test_auto_without_a_gpu_says_so(
 
 
 def test_a_service_that_warms_up_is_ready_with_its_kernels(tmp_path: Path) -> None:
-    with running(tmp_path / "data", {"NORMSERVE_WARM_UP": "true"}) as server:
+    # On a machine that has never compiled them, and has others to serve, all kernels take minutes.
+    with running(tmp_path / "data", {"NORMSERVE_WARM_UP": "true"}, patience_s=300) as server:
         body = {"input": [[1, 2], [3, 5]], "training": True}
         answer = httpx.post(f"{server.url}/v1/normalizations/batch_norm", json=body)
         assert answer.status_code == 200

@@ -4,21 +4,19 @@ import io
 import json
 import socket
 import time
-from collections.abc import Iterator
 
 import httpx
 import numpy as np
 import pytest
 
-from tests.server import Server, running
+from tests.server import Server
 
 ROWS = 2_000_000
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("connection") / "data", {"NORMSERVE_BODY_TIMEOUT_S": "1"}) as started:
-        yield started
+def server_settings() -> dict[str, str]:
+    return {"NORMSERVE_BODY_TIMEOUT_S": "1"}
 
 
 def _connected(server: Server) -> socket.socket:

@@ -1,7 +1,6 @@
 """Every request that a model's own page shows is run by a shell."""
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from normcore.normalization import METHODS
-from tests.server import Server, running
+from tests.server import Server
 from tests.service.engine import graphs
 from tests.sessions import run_in_shell
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("curl") / "data") as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

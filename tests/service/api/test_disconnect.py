@@ -4,22 +4,20 @@ import json
 import socket
 import struct
 import time
-from collections.abc import Iterator
 
 import httpx
 import numpy as np
 import pytest
 
-from tests.server import Server, running
+from tests.server import Server
 
 INFER = "/v2/models/normcore.whitening/infer"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    settings = {"NORMSERVE_THREADS": "1", "NORMSERVE_INFER_DEADLINE_S": "120"}  # Slow work ends on a busy machine too.
-    with running(tmp_path_factory.mktemp("disconnect") / "data", settings) as started:
-        yield started
+def server_settings() -> dict[str, str]:
+    # Slow work ends on a busy machine too.
+    return {"NORMSERVE_THREADS": "1", "NORMSERVE_INFER_DEADLINE_S": "120"}
 
 
 def _request(channels: int) -> bytes:

@@ -7,6 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
+from service.api.errors import TABLE
+
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
@@ -79,6 +81,12 @@ async def test_the_pages_need_no_internet(client: httpx.AsyncClient, page: str) 
         assert (await client.get(link)).status_code == 200, link
 
 
+async def test_the_bare_address_leads_to_the_documentation(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/", follow_redirects=True)
+    assert answer.url.path == "/docs"
+    assert answer.status_code == 200
+
+
 async def test_info_names_versions_and_limits(client: httpx.AsyncClient) -> None:
     info = (await client.get("/v1/info")).json()
     assert info["name"] == "normserve"
@@ -86,3 +94,37 @@ async def test_info_names_versions_and_limits(client: httpx.AsyncClient) -> None
     assert info["threads"] >= 1
     assert info["normalization_device"] == "cpu"
     assert info["limits"]["max_body_bytes"] == 1_000_000
+
+
+async def test_every_number_of_a_request_has_its_least_value(client: httpx.AsyncClient) -> None:
+    """But axes, of which negative ones count from the back, and sizes that the input decides."""
+    content = await document(client)
+    unbounded = {
+        f"{operation['operationId']}?{parameter['name']}"
+        for item in content["paths"].values()
+        for operation in item.values()
+        for parameter in operation.get("parameters", ())
+        if parameter["schema"].get("type") in ("integer", "number")
+        and not {"minimum", "exclusiveMinimum"} & parameter["schema"].keys()
+        and not parameter["name"].endswith("axis")
+    }
+    assert unbounded == set()
+
+
+async def test_every_error_answer_is_listed_where_it_may_come(client: httpx.AsyncClient) -> None:
+    """All other tests hold the errors they meet against the document, by a hook of the client."""
+    paths = (await document(client))["paths"]
+    infer = paths["/v2/models/{name}/infer"]["post"]["responses"]
+    assert infer["400"]["description"] == (
+        "`dtype_mismatch`, `parameter_invalid`, `payload_malformed`, `shape_mismatch`, `statistics_invalid`"
+    )
+    assert infer["503"]["description"] == "`model_not_ready`, `shutting_down`"
+    assert set(paths["/v1/info"]["get"]["responses"]) == {"200", "403", "500", "default"}
+    listed = {
+        code
+        for item in paths.values()
+        for operation in item.values()
+        for response in operation["responses"].values()
+        for code in re.findall(r"`(\w+)`", response["description"])
+    }
+    assert {row.code for row in TABLE.values()} <= listed

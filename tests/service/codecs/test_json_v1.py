@@ -96,8 +96,8 @@ def test_other_fields_are_parameters_and_outputs_are_named() -> None:
         ({"outputs": "output"}, "outputs: expected a list, received 'output'"),
         ({"outputs": [1]}, "outputs: expected a string, received 1"),
         ({"eps": {}}, "eps: expected a string, number, boolean or null, received an object of 0"),
-        ({"axes": [1, 2.0]}, "axes: expected a list of integers, received 2.0 in it"),
-        ({"axes": [[1]]}, "axes: expected a list of integers, received a list of 1 in it"),
+        ({"axes": [1, 2.0]}, "axes: expected a list of integers, as no tensor has this name, received 2.0 in it"),
+        ({"axes": [[1]]}, "axes: expected a list of integers, as no tensor has this name, received a list of 1 in it"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
