@@ -17,7 +17,7 @@ _MISSING: Mapping[str, Errors] = {
     "other_id": (own.CheckpointNotFoundError,),
     "statistics_id": (own.StatisticsNotFoundError,),
     "job_id": (own.JobNotFoundError,),
-    "If-Match": (own.PreconditionError,),
+    "If-Match": (own.PreconditionError, own.PayloadMalformedError),
 }
 _BODY: Errors = (
     own.PayloadMalformedError,
@@ -59,7 +59,13 @@ _DOES: Mapping[str, Errors] = {
     "create_statistics": (*_STORED, own.ConflictError),
     "post_batch": (*_TENSORS, *_STORED, own.ConflictError),
     "freeze_statistics": (*_STORED, own.ConflictError),
-    "merge_statistics": (*_STORED, own.ConflictError, own.StatisticsNotFoundError, numerical.ParameterError),
+    "merge_statistics": (
+        *_STORED,
+        own.ConflictError,
+        own.StatisticsNotFoundError,
+        numerical.ParameterError,
+        numerical.StatisticsError,
+    ),
     "read_histogram": (numerical.StatisticsError, numerical.NotSupportedError),
     "upload_checkpoint": _GRAPH,
     "delete_checkpoint": (own.ConflictError,),
@@ -71,7 +77,7 @@ _DOES: Mapping[str, Errors] = {
     "serve_model": (*_LOAD, own.CheckpointNotFoundError),
     "load_model": (*_LOAD, own.UnsupportedError),
     "unload_model": (own.ConflictError, own.UnsupportedError),
-    "delete_model_version": (own.ConflictError,),
+    "delete_model_version": (own.ConflictError, numerical.ParameterError),
 }
 
 
