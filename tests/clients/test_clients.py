@@ -65,6 +65,7 @@ def test_a_client_generated_from_the_openapi_document(server: Server, tmp_path: 
     _run(python, "openapi_python_client.py", server.address, graphs.save(network, tmp_path), PYTHONPATH=str(tmp_path))
 
 
+@pytest.mark.alone
 @pytest.mark.perf_analyzer
 @pytest.mark.parametrize("concurrency", [1, 64])
 def test_perf_analyzer(server: Server, model: Path, concurrency: int) -> None:
@@ -80,7 +81,7 @@ def test_perf_analyzer(server: Server, model: Path, concurrency: int) -> None:
     document = {"parameters": {"config": '{"max_batch_size": 16}', "file:1/model.onnx": content}}
     assert httpx.post(f"{server.url}/v2/repository/models/perf/load", json=document).status_code == 200
     options = ["-m", "perf", "-u", server.address, "--concurrency-range", str(concurrency)]
-    options += ["--measurement-interval", "1000", "--stability-percentage", "90", "--max-trials", "3"]
+    options += ["--measurement-interval", "1000", "--stability-percentage", "90", "--max-trials", "10"]
     done = subprocess.run(
         [str(binary), *options], env=variables, capture_output=True, text=True, timeout=120, check=False
     )
