@@ -22,6 +22,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from normcore.normalization import METHODS, warm_up
+from normcore.statistics import warm_up as warm_up_statistics
 from service import __version__
 from service.api import (
     calibration,
@@ -241,6 +242,7 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
 async def _restore(models: Models, health: Health, *, warms_up: bool) -> None:
     if warms_up:
         await asyncio.to_thread(warm_up)
+        await asyncio.to_thread(warm_up_statistics)
     await models.restore()
     if health.phase == "starting":
         health.phase = "serving"

@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     )
 
     warm_up: bool = Field(
-        False, description="Compile all normalization kernels before turning ready, half a minute the first time."
+        False, description="Compile all kernels on the CPU before turning ready, half a minute the first time."
     )
     threads: int = Field(0, ge=0, description="Compute threads of the process; 0 takes the cgroup's CPU quota.")
     device: str = Field(

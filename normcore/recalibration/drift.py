@@ -1,11 +1,9 @@
 """Drift: whether a network's frozen statistics still fit the data that it is given, found in one run."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from onnx import ModelProto
 
-from normcore.checkpoints.onnx import GraphLimits, load_onnx
 from normcore.errors import ParameterError
 from normcore.folding.onnx.graph import Graph
 from normcore.recalibration.batches import Batch, check_batches
@@ -65,21 +63,6 @@ def measure_drift(
     return DriftReport(verdict, sentence, threshold, shifts, kept, len(batches))
 
 
-def measure_checkpoint_drift(
-    source: Path,
-    batches: Sequence[Batch],
-    *,
-    limits: GraphLimits,
-    threshold: float = THRESHOLD,
-    threads: int = 1,
-    deadline_s: float = 600.0,
-    progress: Progress | None = None,
-) -> DriftReport:
-    """Measure the drift of an ONNX file; see `measure_drift`. Raises CheckpointError where the file is not usable."""
-    model = load_onnx(source, limits=limits)
-    return measure_drift(model, batches, threshold=threshold, threads=threads, deadline_s=deadline_s, progress=progress)
-
-
 def _judge(shifts: Sequence[LayerShift], threshold: float) -> tuple[DriftVerdict, str]:
     if not shifts:
         return "unknown", "No batch norm has frozen statistics to compare with."
@@ -115,4 +98,4 @@ def _describe(shifts: Sequence[LayerShift]) -> str:
     )
 
 
-__all__ = ["THRESHOLD", "measure_checkpoint_drift", "measure_drift"]
+__all__ = ["THRESHOLD", "measure_drift"]

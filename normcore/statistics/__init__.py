@@ -6,6 +6,7 @@ from normcore.statistics.moments import Moments
 from normcore.statistics.population import NAN_POLICIES, MeanVar, PooledMeanVar, PopulationStatistics
 from normcore.statistics.running import CONVENTIONS, Convention, Momentum, RunningStatistics
 from normcore.statistics.stream import MomentsStream
+from normcore.statistics.warm_up import warm_up
 
 __all__ = [
     "CONVENTIONS",
@@ -26,4 +27,5 @@ __all__ = [
     "convert_running",
     "initial_share",
     "running_of_caffe",
+    "warm_up",
 ]

@@ -59,7 +59,7 @@ def add_block(values: Tensor, state: Tensor, block: Block) -> None:
     from normcore._compiled import flat
     from normcore.statistics.sums import merge_block
 
-    floating = values if values.is_floating_point() else exact_values("tensor", values).double()
+    floating = values if values.is_floating_point() else exact_values("input", values).double()
     merge_block(flat(floating), state.numpy(), *block.shape, block.first_channel)
 
 

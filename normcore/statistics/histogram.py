@@ -11,7 +11,7 @@ from normcore._checks import check_axis, check_batch_count, check_rank
 from normcore._slab import Slab
 from normcore.errors import DtypeError, NotSupportedError, ParameterError, ShapeError, StatisticsError
 from normcore.statistics.named_tensors import per_channel_named, tensor_named
-from normcore.statistics.values import check_mask, exact_values
+from normcore.statistics.values import exact_values, expanded_mask
 
 CELLS = 1024
 # Values that are brought to float64 at a time.
@@ -87,11 +87,11 @@ class Histogram:
         """Whether channels are counted apart."""
         return self.num_features <= MAX_CHANNELS
 
-    def update(self, tensor: Tensor, *, channel_axis: int = 1, mask: Tensor | None = None) -> "Histogram":
-        """The state after the values of one more tensor.
+    def update(self, input: Tensor, *, channel_axis: int = 1, mask: Tensor | None = None) -> "Histogram":
+        """The state after the values of one more input.
 
         Args:
-            tensor: (N, C, *) of any floating, integer or bool datatype, on the CPU.
+            input: (N, C, *) of any floating, integer or bool datatype, on the CPU.
             channel_axis: the axis of the channels, from the back where negative.
             mask: bool, true where a position is counted, as in `Moments.of`.
 
@@ -101,15 +101,15 @@ class Histogram:
             ParameterError: no such axis.
             StatisticsError: integers beyond 2^53.
         """
-        check_rank("tensor", tensor, minimum=2)
-        axis = check_axis("channel_axis", channel_axis, rank=tensor.ndim)
-        if tensor.shape[axis] != self.num_features:
-            received = f"{tensor.shape[axis]} channels"
-            raise ShapeError("tensor", expected=f"{self.num_features} channels", received=received)
-        counted = None if mask is None else check_mask("mask", mask, shape=tensor.shape, channel_axis=axis)
-        if tensor.numel() == 0:
+        check_rank("input", input, minimum=2)
+        axis = check_axis("channel_axis", channel_axis, rank=input.ndim)
+        if input.shape[axis] != self.num_features:
+            received = f"{input.shape[axis]} channels"
+            raise ShapeError("input", expected=f"{self.num_features} channels", received=received)
+        counted = None if mask is None else expanded_mask("mask", mask, shape=input.shape, channel_axis=axis)
+        if input.numel() == 0:
             return self
-        slab = Slab.of(tensor.detach(), channel_axis=axis)
+        slab = Slab.of(input.detach(), channel_axis=axis)
         mask = None if counted is None else slab.seen_alike(counted).reshape(-1)
         return self.update_sample(slab.values.reshape(-1), step=1, inner=slab.values.shape[2], mask=mask)
 
@@ -132,7 +132,7 @@ class Histogram:
         arrays = [tensor.numpy() for tensor in state]
         counted = torch.empty(0, dtype=torch.bool) if mask is None else mask
         for start in range(0, values.numel(), _BLOCK):
-            block = exact_values("tensor", values[start : start + _BLOCK]).double().contiguous()
+            block = exact_values("input", values[start : start + _BLOCK]).double().contiguous()
             inside = counted[start : start + _BLOCK].contiguous()
             cells.count_values(block.numpy(), inside.numpy(), start * step, step, inner, *arrays)
         return Histogram(self.num_features, *state)

@@ -1,6 +1,5 @@
 """Count, mean and sum of squared deviations per channel: statistics that merge without loss."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +10,7 @@ from normcore._precision import sum_and_rest
 from normcore._slab import Slab, blocks
 from normcore.errors import DtypeError, ShapeError
 from normcore.statistics.blocks import add_block, blocks_of
-from normcore.statistics.values import check_mask, exact_values
+from normcore.statistics.values import exact_values, expanded_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +61,13 @@ class Moments:
         return cls(nothing, nothing, nothing)
 
     @classmethod
-    def of(cls, tensor: Tensor, *, channel_axis: int = 1, mask: Tensor | None = None) -> "Moments":
+    def of(cls, input: Tensor, *, channel_axis: int = 1, mask: Tensor | None = None) -> "Moments":
         """Moments of a tensor over every axis but the channel's, accumulated in float64; the tensor is not changed.
 
         mean = sum(x) / n,  m2 = sum((x - mean)^2)
 
         Args:
-            tensor: (N, C, *) of any floating, integer or bool datatype; it may be empty.
+            input: (N, C, *) of any floating, integer or bool datatype; it may be empty.
             channel_axis: the axis of the channels, from the back where negative.
             mask: bool, true where a position is counted; what is not may hold NaN. With the tensor's rank it broadcasts
                 to the tensor's shape; with a lower one, to that shape without the channel axis, as in `batch_norm`.
@@ -87,12 +86,12 @@ class Moments:
         >>> Moments.of(torch.tensor([[1], [3], [200]]), mask=torch.tensor([True, True, False])).mean
         tensor([2.], dtype=torch.float64)
         """
-        check_rank("tensor", tensor, minimum=2)
-        axis = check_axis("channel_axis", channel_axis, rank=tensor.ndim)
-        values = exact_values("tensor", tensor)
-        counted = None if mask is None else check_mask("mask", mask, shape=tensor.shape, channel_axis=axis)
-        if tensor.numel() == 0:
-            return cls.none(tensor.shape[axis], device=tensor.device)
+        check_rank("input", input, minimum=2)
+        axis = check_axis("channel_axis", channel_axis, rank=input.ndim)
+        values = exact_values("input", input)
+        counted = None if mask is None else expanded_mask("mask", mask, shape=input.shape, channel_axis=axis)
+        if input.numel() == 0:
+            return cls.none(input.shape[axis], device=input.device)
         with torch.no_grad():
             slab = Slab.of(values, channel_axis=axis)
             if counted is not None:
@@ -172,18 +171,6 @@ m2=tensor([26.], dtype=torch.float64))
         mean, mean_low = sum_and_rest(center, shift)
         m2, m2_low = sum_and_rest(center_squares, rest)
         return Moments(count, mean[0], m2[0].clamp_min(0.0), mean_low[0], m2_low[0])
-
-    @classmethod
-    def of_channels(cls, parts: Sequence["Moments"]) -> "Moments":
-        """Moments of different channels side by side."""
-        tensors = [(part.count, *part._sums_and_rests()) for part in parts]
-        count, mean, m2, mean_low, m2_low = (torch.cat(column) for column in zip(*tensors, strict=True))
-        return cls(count, mean, m2, mean_low, m2_low)
-
-    def split(self, sizes: Sequence[int]) -> list["Moments"]:
-        """Moments of so many channels each: the inverse of `of_channels`."""
-        columns = (torch.split(tensor, list(sizes)) for tensor in (self.count, *self._sums_and_rests()))
-        return [Moments(*tensors) for tensors in zip(*columns, strict=True)]
 
     def _sums_and_rests(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         zero = torch.zeros_like(self.mean)

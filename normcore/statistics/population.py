@@ -124,20 +124,25 @@ class PopulationStatistics:
         if not bool((batch.count > 0).any()):
             return self
         updated = self._updated(batch)
-        if nan_policy == "propagate" or not self._is_spoiled_by(batch, updated):
+        is_spoiled = self._spoiled_by(batch, updated)
+        if nan_policy == "propagate" or not bool(is_spoiled.any()):
             return updated
         if nan_policy == "raise":
             expected = "finite values, whose squares float64 holds (nan_policy raise)"
-            raise StatisticsError("batch", expected=expected, received="NaN, infinity or an overflow")
+            raise StatisticsError(
+                "batch",
+                expected=expected,
+                received=f"NaN, infinity or an overflow in channel {int(is_spoiled.to(torch.int8).argmax())}",
+            )
         return self
 
-    def _is_spoiled_by(self, batch: Moments, updated: "PopulationStatistics") -> bool:
+    def _spoiled_by(self, batch: Moments, updated: "PopulationStatistics") -> Tensor:
         # A finite mean may be so far from the others' that its squared distance overflows.
         was_finite, is_finite = (
             state.pooled_moments.mean.isfinite() & state.pooled_moments.m2.isfinite() for state in (self, updated)
         )
         is_batch_finite = batch.mean.isfinite() & batch.m2.isfinite()
-        return bool(((batch.count > 0) & ~(is_batch_finite & (is_finite | ~was_finite))).any())
+        return (batch.count > 0) & ~(is_batch_finite & (is_finite | ~was_finite))
 
     def _updated(self, batch: Moments) -> "PopulationStatistics":
         is_averaged = (batch.count > 1).double()

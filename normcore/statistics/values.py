@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normcore._checks import LARGEST_EXACT
-from normcore.errors import DtypeError, ShapeError, StatisticsError
+from normcore._checks import LARGEST_EXACT, check_mask
+from normcore.errors import DtypeError, StatisticsError
 
 # torch has few operations on these; the wider type holds the same numbers.
 _WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64}
@@ -45,7 +45,7 @@ def exact_values(argument: str, tensor: Tensor) -> Tensor:
     return values
 
 
-def check_mask(argument: str, mask: Tensor, *, shape: Sequence[int], channel_axis: int) -> Tensor:
+def expanded_mask(argument: str, mask: Tensor, *, shape: Sequence[int], channel_axis: int) -> Tensor:
     """The mask expanded to `shape`.
 
     A mask of that rank broadcasts to the shape itself, and may so differ by channel; one of a lower rank broadcasts to
@@ -55,12 +55,9 @@ def check_mask(argument: str, mask: Tensor, *, shape: Sequence[int], channel_axi
         DtypeError: a mask that is not bool.
         ShapeError: one that does not broadcast.
     """
-    if mask.dtype != torch.bool:
-        raise DtypeError(argument, expected="bool", received=str(mask.dtype).removeprefix("torch."))
+    if mask.ndim == len(shape):
+        check_mask(argument, mask, shape, meaning="the input's")
+        return mask.expand(*shape)
     without = tuple(size for axis, size in enumerate(shape) if axis != channel_axis)
-    whole = tuple(shape) if mask.ndim == len(shape) else without
-    sizes = zip(reversed(mask.shape), reversed(whole), strict=False)
-    if mask.ndim > len(whole) or any(size not in (1, expected) for size, expected in sizes):
-        expected = f"a shape that broadcasts to {tuple(shape)}, or to {without} without the channel axis"
-        raise ShapeError(argument, expected=expected, received=f"shape {tuple(mask.shape)}")
-    return mask.expand(whole) if mask.ndim == len(shape) else mask.expand(whole).unsqueeze(channel_axis).expand(*shape)
+    check_mask(argument, mask, without, meaning=f"the input's {tuple(shape)} without the channel axis")
+    return mask.expand(without).unsqueeze(channel_axis).expand(*shape)

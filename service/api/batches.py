@@ -1,7 +1,7 @@
 """POST /v1/statistics/{id}/batches, as plain ASGI: a tensor in any encoding, or the moments of one."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ async def post_batch(scope: Scope, receive: Receive, send: Send) -> None:
     """Count one batch. Where the answer is an error, or there is none, nothing has changed."""
     services = services_of(scope)
     headers = Headers(scope=scope)
-    nan_policy = _nan_policy(dict(QueryParams(scope["query_string"]).items()))
+    nan_policy = _nan_policy(QueryParams(scope["query_string"]).multi_items())
     key = idempotency_key(headers, limit=services.settings.max_idempotency_key_length)
     condition = IfMatch.of(headers)
     form = _format(headers)
@@ -120,13 +120,15 @@ def _format(headers: Headers) -> _Format:
     return _Format(codec.MEDIA_TYPE, codec, find)
 
 
-def _nan_policy(query: Mapping[str, str]) -> str:
-    for name in query:
+def _nan_policy(query: Sequence[tuple[str, str]]) -> str:
+    for name, _ in query:
         if name in TENSOR_NAMES:
             raise ParameterError(name, expected=_TOGETHER, received="a query parameter")
         if name != "nan_policy":
             raise ParameterError(name[:80], expected="no query parameter but nan_policy", received="an unknown one")
-    policy = query.get("nan_policy", "raise")
+    if len(query) > 1:
+        raise ParameterError("nan_policy", expected="one value", received=f"{len(query)}")
+    policy = query[0][1] if query else "raise"
     if policy not in NAN_POLICIES:
         raise ParameterError("nan_policy", expected=f"one of {', '.join(NAN_POLICIES)}", received=repr(policy[:40]))
     return policy

@@ -22,7 +22,7 @@ class IfMatch:
 
     @classmethod
     def of(cls, headers: Headers) -> "IfMatch":
-        return cls(_tags(headers, "if-match", are_weak_equal=False))
+        return cls(_tags(headers, "If-Match", are_weak_equal=False))
 
     def check(self, record: StatisticsRecord) -> None:
         """Raises PreconditionError where the resource is in another state."""
@@ -40,7 +40,7 @@ def etag(record: StatisticsRecord) -> str:
 
 def is_known(headers: Headers, record: StatisticsRecord) -> bool:
     """Whether the reader has this state already (If-None-Match)."""
-    tags = _tags(headers, "if-none-match", are_weak_equal=True)
+    tags = _tags(headers, "If-None-Match", are_weak_equal=True)
     return tags is not None and (_ANY in tags or record.version in tags)
 
 

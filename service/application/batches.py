@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from normcore.errors import ParameterError, StatisticsError
+from normcore.errors import DtypeError, ParameterError, ShapeError, StatisticsError
 from normcore.statistics import Moments, MomentsStream
-from normcore.statistics.values import check_mask
+from normcore.statistics.values import exact_values, expanded_mask
 from service.application.sample import Sample
 from service.application.statistics import check_channels
 from service.application.totals import encode_histogram, prepare
@@ -71,8 +71,7 @@ class Batches:
             prepare()
             given = {name: to_torch(array, argument=name) for name, array in tensors.items()}
             if are_given:
-                count, mean, m2 = (given[name].double() for name in MOMENT_NAMES)
-                return Reduced(_possible(Moments(count.expand(mean.shape) if count.ndim == 0 else count, mean, m2)))
+                return Reduced(_possible(Moments(*(_per_channel(name, given[name], record) for name in MOMENT_NAMES))))
             moments = Moments.of(given["input"], channel_axis=record.channel_axis, mask=given.get("mask"))
             return Reduced(moments, self._histogram(tensors["input"], given.get("mask"), record))
 
@@ -84,7 +83,7 @@ class Batches:
         sample.take(values.reshape(-1))
         if mask is None:
             return encode_histogram(sample.histogram())
-        counted = sample.pick(check_mask("mask", mask, shape=values.shape, channel_axis=axis).numpy())
+        counted = sample.pick(expanded_mask("mask", mask, shape=values.shape, channel_axis=axis).numpy())
         return encode_histogram(sample.histogram(counted))
 
     def stream(
@@ -107,6 +106,17 @@ class Batches:
         sample = Sample(stored, channel_axis=axis, limit=self._histogram_values)
         reader = _Reader(datatype, is_swapped=is_swapped)
         return BatchStream(self._worker, moments, sample, reader, digest, deadline_s=self._deadline_s)
+
+
+def _per_channel(name: str, tensor: torch.Tensor, record: StatisticsRecord) -> torch.Tensor:
+    """Numbers of moments as float64 (C,); a single count is that of every channel."""
+    if tensor.dtype == torch.bool:
+        raise DtypeError(name, expected="numbers", received="bool")
+    shape = (record.num_features,)
+    if tensor.shape != shape and not (name == "count" and tensor.ndim == 0):
+        expected = f"one value for each of {record.num_features} channels"
+        raise ShapeError(name, expected=expected, received=f"shape {list(tensor.shape)}")
+    return exact_values(name, tensor).double().expand(shape)
 
 
 def _possible(moments: Moments) -> Moments:

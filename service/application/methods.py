@@ -46,7 +46,8 @@ async def with_statistics(
 
     Raises:
         StatisticsNotFoundError: no statistics under the id.
-        ParameterError: a parameter of another type; statistics in training, or beside running_mean or running_var.
+        ParameterError: a parameter of another type; statistics in training, or beside running_mean or running_var;
+            a definition without statistics.
         StatisticsError: statistics without a mean and variance of this definition in every channel.
         ShapeError: an input of another number of channels.
     """
@@ -55,6 +56,8 @@ async def with_statistics(
     found = {name: item.check(parameters.get(name, item.default)) for name, item in own.items()}
     statistics_id = found[_STATISTICS.name]
     if statistics_id is None:
+        if _DEFINITION.name in parameters:
+            raise ParameterError("definition", expected="statistics beside it", received="none")
         return inputs, others
     for name in ("running_mean", "running_var"):
         if name in inputs:

@@ -140,7 +140,11 @@ class Statistics:
             if channel is not None and stored.record.num_features > sample.CHANNELS_APART:
                 expected = f"none: more than {sample.CHANNELS_APART} channels are only counted together"
                 raise ParameterError("channel", expected=expected, received=str(channel))
-            return _histogram_of(stored).histogram(bins, channel=channel)
+            histogram = _histogram_of(stored)
+            if not bool(histogram.counts.any()):
+                expected = "finite values in posted tensors; moments have none to count"
+                raise StatisticsError("histogram", expected=expected, received="none")
+            return histogram.histogram(bins, channel=channel)
 
         return await self._store.read(statistics_id, view, has_parts=True)
 

@@ -19,6 +19,7 @@ from service.engine.tensors import from_torch, to_torch
 from service.storage.statistics import StatisticsRecord, Stored
 
 DEFINITIONS = ("pooled", "pooled_unbiased", "paper", "ema", "ema_debiased")
+_PLACES = "histogram.places"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +48,14 @@ def encode(population: PopulationStatistics) -> bytes:
 
 
 def decode(state: bytes) -> PopulationStatistics:
-    return PopulationStatistics.from_tensors(_tensors(state))
+    return PopulationStatistics.from_tensors(_tensors(safetensors.load(state)))
 
 
 def encode_histogram(histogram: Histogram) -> bytes:
     """Whole numbers in as few bytes as hold them, and places as distances: most of both are small."""
     tensors = histogram.to_tensors()
-    places = tensors["histogram.places"]
-    tensors["histogram.places"] = places.diff(prepend=places.new_zeros(1))
+    places = tensors[_PLACES]
+    tensors[_PLACES] = places.diff(prepend=places.new_zeros(1))
     return _save(tensors, is_narrow=True)
 
 
@@ -62,8 +63,12 @@ def decode_histogram(parts: Iterable[bytes], *, num_features: int) -> Histogram:
     """Of all parts together."""
     histogram = start(num_features)
     for part in parts:
-        tensors = _tensors(part)
-        tensors["histogram.places"] = tensors["histogram.places"].cumsum(0)
+        arrays = safetensors.load(part)
+        if _PLACES not in arrays:  # totals from before there were histograms
+            continue
+        tensors = _tensors(arrays)
+        if arrays[_PLACES].dtype.kind == "u":  # not distances where they came with the totals
+            tensors[_PLACES] = tensors[_PLACES].cumsum(0)
         histogram = histogram.merge(Histogram.from_tensors(tensors))
     return histogram
 
@@ -77,8 +82,7 @@ def _narrow(array: Tensor) -> Tensor:
     return array if array.dtype.kind == "f" else array.astype(np.min_scalar_type(array.max(initial=0)))
 
 
-def _tensors(state: bytes) -> dict[str, torch.Tensor]:
-    arrays = safetensors.load(state)
+def _tensors(arrays: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:
     return {
         name: to_torch(array.astype(np.int64) if array.dtype.kind == "u" else array) for name, array in arrays.items()
     }

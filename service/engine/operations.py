@@ -22,7 +22,7 @@ from normcore.folding.state_dict.options import Told
 from normcore.folding.verify import ProbeOptions
 from normcore.freezing import freeze_training_mode
 from normcore.independence import RowCheck, check_rows
-from normcore.recalibration.drift import measure_checkpoint_drift
+from normcore.recalibration.drift import measure_drift
 from normcore.recalibration.recalibrate import recalibrate_checkpoint
 from service.engine import staged_tensors
 from service.engine.zygote import Operation, Report
@@ -102,6 +102,7 @@ def recalibrate(arguments: Arguments, report: Report) -> Result:
             Path(arguments["source"]),
             Path(arguments["target"]),
             staged_tensors.read(Path(arguments["tensors"]), arguments["batches"]),
+            limits=_limits(arguments).graph,
             freeze_initializers=arguments["freeze_initializers"],
             progress=report,
             **_calibration(arguments),
@@ -111,8 +112,8 @@ def recalibrate(arguments: Arguments, report: Report) -> Result:
 def drift(arguments: Arguments, report: Report) -> Result:
     """`{source, threshold} + calibration's` -> the report."""
     with _allocation_failures_as_memory_errors():
-        return measure_checkpoint_drift(
-            Path(arguments["source"]),
+        return measure_drift(
+            load_onnx(Path(arguments["source"]), limits=_limits(arguments).graph),
             staged_tensors.read(Path(arguments["tensors"]), arguments["batches"]),
             threshold=arguments["threshold"],
             progress=report,
@@ -128,11 +129,7 @@ OPERATIONS: Mapping[str, Operation] = {
 def _calibration(arguments: Arguments) -> dict[str, Any]:
     """`{tensors, batches, limits, threads, deadline_s}`: the first two are read by staged_tensors.py."""
     torch.set_num_threads(arguments["threads"])
-    return {
-        "limits": _limits(arguments).graph,
-        "threads": arguments["threads"],
-        "deadline_s": arguments["deadline_s"],
-    }
+    return {name: arguments[name] for name in ("threads", "deadline_s")}
 
 
 def _limits(arguments: Arguments) -> Limits:

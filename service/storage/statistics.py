@@ -146,7 +146,7 @@ class StatisticsStore:
         self._limit = limit
 
     async def open(self) -> None:
-        await self._metadata.transact(_schema.create_all)
+        await self._metadata.transact(_make_tables)
 
     async def read(self, statistics_id: str, view: Callable[[Stored], T], *, has_parts: bool = False) -> T:
         """What `view`, run off the event loop, makes of a resource. Raises StatisticsNotFoundError."""
@@ -222,6 +222,15 @@ class StatisticsStore:
             connection.execute(_statistics.delete().where(_statistics.c.id == statistics_id))
 
         await self._metadata.transact(delete)
+
+
+def _make_tables(connection: sql.Connection) -> None:
+    found = sql.inspect(connection).get_table_names()
+    _schema.create_all(connection)
+    if _statistics.name in found and _parts.name not in found:
+        # Histograms were a part of the totals before they had a table of their own.
+        totals = sql.select(*(_statistics.c[name] for name in ("id", "sequence", "state")))
+        connection.execute(_parts.insert().from_select(["statistics", "sequence", "part"], totals))
 
 
 def _read(

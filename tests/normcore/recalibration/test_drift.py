@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from normcore.checkpoints.onnx import GraphLimits, load_onnx
+from normcore.checkpoints.onnx import load_onnx
 from normcore.errors import ParameterError, StatisticsError
-from normcore.recalibration.drift import measure_checkpoint_drift, measure_drift
+from normcore.recalibration.drift import measure_drift
 from normcore.recalibration.recalibrate import recalibrate_onnx
 from tests.normcore.folding.builder import Net, noise
 from tests.normcore.recalibration.networks import chain_and_branches, gemm, images, statistics, with_statistics
@@ -97,7 +97,7 @@ def test_refuses_a_threshold_that_is_none(threshold: float) -> None:
 
 def test_a_real_checkpoint_is_stale_on_noise(ocr_cls: Path) -> None:
     before = load_onnx(ocr_cls)
-    report = measure_checkpoint_drift(ocr_cls, [{"x": noise(4, 3, 48, 64)}], limits=GraphLimits())
+    report = measure_drift(before, [{"x": noise(4, 3, 48, 64)}])
     assert (report.verdict, len(report.layers), report.kept) == ("stale", 35, ())
     assert load_onnx(ocr_cls) == before
 

@@ -145,7 +145,7 @@ def test_impossible_requests_are_refused() -> None:
     state = Histogram.start(2)
     with pytest.raises(ParameterError, match="num_features"):
         Histogram.start(0)
-    with pytest.raises(ShapeError, match="tensor: expected 2 channels, received 3 channels"):
+    with pytest.raises(ShapeError, match="input: expected 2 channels, received 3 channels"):
         state.update(torch.zeros(4, 3))
     with pytest.raises(ShapeError, match="others: expected 2 channels, received 3 channels"):
         state.merge(Histogram.start(3))

@@ -177,9 +177,9 @@ def test_moments_refuse_another_datatype() -> None:
 
 
 def test_of_and_merge_refuse_what_does_not_fit() -> None:
-    with pytest.raises(ShapeError, match="tensor: expected at least 2 dimensions"):
+    with pytest.raises(ShapeError, match="input: expected at least 2 dimensions"):
         Moments.of(torch.zeros(3))
-    with pytest.raises(DtypeError, match=r"tensor: .* received complex64"):
+    with pytest.raises(DtypeError, match=r"input: .* received complex64"):
         Moments.of(torch.zeros(3, 2, dtype=torch.complex64))
     with pytest.raises(ParameterError, match="channel_axis"):
         Moments.of(torch.zeros(3, 2), channel_axis=2)

@@ -41,7 +41,7 @@ def test_integers_up_to_what_float64_holds() -> None:
     largest = 2**53
     assert float(Moments.of(torch.tensor([[largest], [-largest]])).m2) == 2.0 * largest**2
     for beyond in (largest + 1, -largest - 1, -(2**63)):
-        with pytest.raises(StatisticsError, match=r"tensor: expected int64 within .*2\^53"):
+        with pytest.raises(StatisticsError, match=r"input: expected int64 within .*2\^53"):
             Moments.of(torch.tensor([[beyond]]))
     with pytest.raises(StatisticsError, match="uint64"):
         Moments.of(torch.tensor([[2**64 - 1]], dtype=torch.uint64))
@@ -86,7 +86,7 @@ def test_a_counted_value_that_is_not_finite_comes_through() -> None:
 
 @pytest.mark.parametrize("shape", [(2,), (5, 3), (3, 2), (3, 4, 5, 1)], ids=str)
 def test_masks_that_do_not_broadcast_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ShapeError, match=r"mask: expected a shape that broadcasts to \(3, 4, 5\), or to \(3, 5\)"):
+    with pytest.raises(ShapeError, match=r"mask: .* broadcasts to \(3, 5\), the input's \(3, 4, 5\) without"):
         Moments.of(torch.zeros(3, 4, 5), mask=torch.ones(shape, dtype=torch.bool))
 
 

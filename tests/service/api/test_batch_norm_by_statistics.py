@@ -132,6 +132,7 @@ async def test_more_frozen_statistics_than_are_remembered_answer_each_for_itself
         ({"statistics": 5}, 422, "parameter_invalid"),
         ({"definition": "mean"}, 422, "parameter_invalid"),
         ({"definition": None}, 422, "parameter_invalid"),
+        ({"definition": "ema", "statistics": None}, 422, "parameter_invalid"),
         ({"training": True}, 422, "parameter_invalid"),
         ({"running_mean": of([0, 0, 0]), "running_var": of([1, 1, 1])}, 422, "parameter_invalid"),
         ({"running_mean": of([0, 0, 0])}, 422, "parameter_invalid"),

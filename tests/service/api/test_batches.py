@@ -140,6 +140,16 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "count broken": ({"json": {"count": 1.5, "mean": [1] * 3, "m2": [1] * 3}}, 422, "statistics_invalid"),
     "count too large": ({"json": {"count": 1e300, "mean": [1] * 3, "m2": [1] * 3}}, 422, "statistics_invalid"),
     "count NaN": ({"json": {"count": "NaN", "mean": [1] * 3, "m2": [1] * 3}}, 422, "statistics_invalid"),
+    "count bool": ({"json": {"count": True, "mean": [1] * 3, "m2": [0] * 3}}, 422, "dtype_mismatch"),
+    "count shape": ({"json": {"count": [2, 2], "mean": [1] * 3, "m2": [1] * 3}}, 422, "shape_mismatch"),
+    "mean integers": (
+        {
+            "content": safetensors.save({"count": np.array(2), "mean": np.full(3, 2**60), "m2": np.ones(3)}),
+            "headers": {"content-type": "application/vnd.safetensors"},
+        },
+        422,
+        "statistics_invalid",
+    ),
     "m2 negative": ({"json": {"count": 2, "mean": [1] * 3, "m2": [1, 1, -1]}}, 422, "statistics_invalid"),
     "m2 of one": ({"json": {"count": [2, 1, 2], "mean": [1] * 3, "m2": [1] * 3}}, 422, "statistics_invalid"),
     "m2 of none": ({"json": {"count": [0, 2, 2], "mean": [1] * 3, "m2": [1] * 3}}, 422, "statistics_invalid"),
@@ -198,6 +208,11 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
         "media_type_unsupported",
     ),
     "policy": ({"json": {"input": [[1] * 3]}, "params": {"nan_policy": "ignore"}}, 422, "parameter_invalid"),
+    "policies": (
+        {"json": {"input": [[1] * 3]}, "params": {"nan_policy": ["raise", "propagate"]}},
+        422,
+        "parameter_invalid",
+    ),
     "npy mask": ({"content": npy(ARRAY), "headers": NPY, "params": {"mask": "[true]"}}, 422, "parameter_invalid"),
     "query": ({"json": {"input": [[1] * 3]}, "params": {"momentum": "1"}}, 422, "parameter_invalid"),
     "key long": ({"json": {"input": [[1] * 3]}, "headers": {"idempotency-key": "k" * 256}}, 422, "parameter_invalid"),
@@ -221,6 +236,24 @@ async def test_what_is_refused_changes_nothing(client: httpx.AsyncClient, case: 
     assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
     after = await client.get(path)
     assert (after.json(), after.headers["etag"]) == (before.json(), before.headers["etag"])
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"json": {"count": [2, 2], "mean": [1] * 3, "m2": [1] * 3}}, "count: expected one value for each of 3"),
+        ({"json": {"count": 2, "mean": [[1] * 3], "m2": [1] * 3}}, "mean: expected one value for each of 3"),
+        ({"content": npy(np.full((1, 3), 2**60)), "headers": NPY}, "input: expected int64 within"),
+        ({"json": {"input": [[1, 2, "NaN"]]}}, "in channel 2"),
+        ({"json": {"input": [[1] * 3]}, "headers": {"if-match": "1"}}, "If-Match: expected"),
+    ],
+    ids=str,
+)
+async def test_a_refusal_names_what_the_caller_sent(
+    client: httpx.AsyncClient, request_: dict[str, Any], words: str
+) -> None:
+    answer = await client.post(f"{await created(client)}/batches", **request_)
+    assert words in answer.json()["error"]
 
 
 async def test_a_mask_beside_a_stream_is_told_where_to_go(client: httpx.AsyncClient) -> None:

@@ -1,4 +1,4 @@
-"""What a post costs: no more after many posts than after a few."""
+"""What a post costs, no more after many posts than after a few; and what older databases hold."""
 
 from pathlib import Path
 from statistics import mean
@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sql
 import torch
+from safetensors import numpy as safetensors
 
-from normcore.statistics import Histogram, Moments
+from normcore.statistics import Histogram, Moments, PopulationStatistics
 from service.application.statistics import Batch, NewStatistics, Statistics
 from service.application.totals import encode_histogram
 from service.storage.metadata import Metadata
@@ -69,4 +70,36 @@ async def test_the_cost_of_a_post_does_not_grow_with_the_posts_before_it(tmp_pat
     assert len(parts) <= JOINED_POSTS, "nor does that of a look at the histogram"
     bins = await statistics.histogram(resource, bins=4, channel=3)
     assert float(bins.counts.sum()) == POSTS * 4 * 16
+    await metadata.close()
+
+
+@pytest.mark.asyncio
+async def test_histograms_that_were_kept_with_the_totals_are_carried_over(tmp_path: Path) -> None:
+    old, new = torch.randn(2, 4, CHANNELS, 16, generator=torch.Generator().manual_seed(0))
+    metadata = Metadata(f"sqlite:///{tmp_path / 'test.db'}")
+    await metadata.open()
+    store = StatisticsStore(metadata, limit=5)
+    await store.open()
+    statistics = Statistics(store=store, settings=small_settings(tmp_path))
+    resource, before = [(await statistics.create(NewStatistics(CHANNELS))).record.id for _ in range(2)]
+    population = PopulationStatistics.start(CHANNELS).update(Moments.of(old))
+    tensors = population.to_tensors() | Histogram.start(CHANNELS).update(old).to_tensors()
+    state = safetensors.save({name: tensor.numpy() for name, tensor in tensors.items()})
+
+    def make_old(connection: sql.Connection) -> None:
+        connection.execute(sql.text("DROP TABLE statistics_histograms"))
+        update = sql.text("UPDATE statistics SET state = :state, sequence = 1, batches = 1 WHERE id = :id")
+        connection.execute(update, {"state": state, "id": resource})
+
+    await metadata.transact(make_old)
+    for _ in range(2):  # the second time there is nothing to carry over
+        await store.open()
+    batch = Batch(Moments.of(new), encode_histogram(Histogram.start(CHANNELS).update(new)), "raise", None, "")
+    for identity in (resource, before):
+        await statistics.post(identity, batch, check=lambda record: None)
+    for identity, values in ((resource, torch.cat([old, new])), (before, new)):
+        found = await statistics.histogram(identity, bins=5, channel=3)
+        expected = Histogram.start(CHANNELS).update(values).histogram(5, channel=3)
+        assert torch.equal(found.counts, expected.counts)
+        assert torch.equal(found.edges, expected.edges)
     await metadata.close()
