@@ -67,6 +67,11 @@ class Box:
         return self.sizes[4] == 1 and self.sizes[1] > 1
 
     @cached_property
+    def shared(self) -> tuple[int, ...]:
+        """The tensor's axes along which statistics are the same; with those of size 1."""
+        return tuple(axis for axis in range(len(self.shape)) if axis not in self.kept)
+
+    @cached_property
     def is_kept_in_order(self) -> bool:
         """Whether statistics have the order of the tensor's axes."""
         return _is_ascending(self.kept)

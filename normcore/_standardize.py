@@ -94,10 +94,10 @@ def operand_of(input: Tensor, reduced: Sequence[int], *parameters: Tensor | tupl
 
 def given(values: Operand, mean: Tensor, var: Tensor, *, eps: float) -> Any:
     """Statistics (5, B * G) of a given mean and variance; None where they are not one of each group, in order."""
-    samples, _, groups, _, _ = values.box.sizes
-    if not mean.numel() == var.numel() == samples * groups or not values.box.is_kept_in_order:
+    box = values.box
+    if not box.is_kept_in_order or not mean.numel() == var.numel() == box.groups:
         return None
-    rows = np.empty((5, samples * groups))
+    rows = np.empty((5, box.groups))
     sweeps().fill_given(*(compiled().flat(term.contiguous()) for term in (mean, var)), rows, eps)
     return rows
 
