@@ -1,6 +1,5 @@
 """Count, mean and sum of squared deviations per channel: statistics that merge without loss."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -172,18 +171,6 @@ m2=tensor([26.], dtype=torch.float64))
         mean, mean_low = sum_and_rest(center, shift)
         m2, m2_low = sum_and_rest(center_squares, rest)
         return Moments(count, mean[0], m2[0].clamp_min(0.0), mean_low[0], m2_low[0])
-
-    @classmethod
-    def of_channels(cls, parts: Sequence["Moments"]) -> "Moments":
-        """Moments of different channels side by side."""
-        tensors = [(part.count, *part._sums_and_rests()) for part in parts]
-        count, mean, m2, mean_low, m2_low = (torch.cat(column) for column in zip(*tensors, strict=True))
-        return cls(count, mean, m2, mean_low, m2_low)
-
-    def split(self, sizes: Sequence[int]) -> list["Moments"]:
-        """Moments of so many channels each: the inverse of `of_channels`."""
-        columns = (torch.split(tensor, list(sizes)) for tensor in (self.count, *self._sums_and_rests()))
-        return [Moments(*tensors) for tensors in zip(*columns, strict=True)]
 
     def _sums_and_rests(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         zero = torch.zeros_like(self.mean)
