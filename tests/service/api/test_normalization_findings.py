@@ -97,12 +97,12 @@ def of_others() -> Iterator[Case]:
     yield "weight_norm", {"input": image(poisoned)}, {"non_finite_norms": 1}
     yield "weight_standardization", {"input": image(lambda x: x * 1e-4)}, {"eps_dominated_filters": 4}
     yield "weight_standardization", {"input": image(lambda x: x * 0 + 7)}, {"constant_filters": 4}
-    yield "weight_standardization", {"input": of(range(12), 4, 3)}, {"few_values_per_filter": 3}
+    yield "weight_standardization", {"input": of(list(range(12)), 4, 3)}, {"few_values_per_filter": 3}
     half = image(lambda x: x * 0.1 + np.tile(np.arange(5), (3, 1)) + 600, datatype="BF16")
     yield "weight_standardization", {"input": half}, {"unresolved_filters": 4}
     spread = {"share_beyond_4_before": 0.0, "share_beyond_4_after": pytest.approx(0.65, abs=0.1)}
     yield "weight_standardization", {"input": image(), "gain": of([9] * 4)}, spread
-    yield "group_norm", {"input": of(range(6), 2, 3), "num_groups": 3}, {"single_value_groups": 6}
+    yield "group_norm", {"input": of(list(range(6)), 2, 3), "num_groups": 3}, {"single_value_groups": 6}
     yield "rms_norm", {"input": image(lambda x: x * 0)}, {"zero_groups": 12}
     yield "lp_norm", {"input": image(lambda x: x * 0)}, {"zero_vectors": 12}
     yield "weight_norm", {"input": image(lambda x: x * 0)}, {"zero_rows": 4}
