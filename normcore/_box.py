@@ -8,16 +8,18 @@ B, G, K and S, channels last B, R, G and K.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Box:
     """How tensors of one shape and strides are seen, for axes that are reduced and axes that parameters vary along.
+
+    Boxes are kept from call to call, and with them what follows from their sizes.
 
     Attributes:
         order: the tensor's axes in memory order.
@@ -35,30 +37,59 @@ class Box:
     affine: tuple[int, ...]
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return self.sizes[0] * self.sizes[1]
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Channels of all groups."""
         return self.sizes[2] * self.sizes[3]
 
-    @property
+    @cached_property
+    def groups(self) -> int:
+        """Groups of all samples, each with statistics of its own."""
+        return self.sizes[0] * self.sizes[2]
+
+    @cached_property
+    def count(self) -> int:
+        """Values of a group."""
+        return self.sizes[1] * self.sizes[3] * self.sizes[4]
+
+    @cached_property
+    def parameters_count(self) -> int:
+        """Values of a weight or bias, Q * G * K."""
+        return self.rows // self.per * self.width
+
+    @cached_property
+    def has_columns(self) -> bool:
+        """Whether a group has one position per channel, in rows that lie apart."""
+        return self.sizes[4] == 1 and self.sizes[1] > 1
+
+    @cached_property
+    def shared(self) -> tuple[int, ...]:
+        """The tensor's axes along which statistics are the same; with those of size 1."""
+        return tuple(axis for axis in range(len(self.shape)) if axis not in self.kept)
+
+    @cached_property
     def is_kept_in_order(self) -> bool:
         """Whether statistics have the order of the tensor's axes."""
         return _is_ascending(self.kept)
 
+    @cached_property
+    def is_affine_in_order(self) -> bool:
+        """The same of weight and bias."""
+        return _is_ascending(self.affine)
+
     def statistics(self, tensors: Tensor) -> Tensor:
         """One per group: what broadcasts against the tensor, behind an axis of its own, as (*, B * G)."""
-        count = self.sizes[0] * self.sizes[2]
-        if tensors.numel() == len(tensors) * count and self.is_kept_in_order:
-            return tensors.reshape(-1, count)
+        if tensors.numel() == len(tensors) * self.groups and self.is_kept_in_order:
+            return tensors.reshape(-1, self.groups)
         return torch.stack([self._flat(tensor, self.kept) for tensor in tensors])
 
     def parameters(self, tensor: Tensor) -> Tensor:
         """Weight or bias that broadcasts against the tensor as (Q * G * K,)."""
-        if tensor.numel() == self.rows // self.per * self.width and _is_ascending(self.affine):
+        if self.is_affine_in_order and tensor.numel() == self.parameters_count:
             return tensor if tensor.ndim == 1 else tensor.reshape(-1)
         return self._flat(tensor, self.affine)
 

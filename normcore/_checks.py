@@ -120,7 +120,7 @@ def check_fraction(argument: str, fraction: float) -> None:
 def check_variance(argument: str, variance: Tensor) -> None:
     """Refuse a variance that is negative or NaN in any channel."""
     # The least of values among which is NaN is NaN.
-    if variance.numel() and not bool(variance.amin() >= 0):
+    if variance.numel() and not float(variance.amin()) >= 0:
         worst = float(variance[~(variance >= 0)][0])
         raise StatisticsError(argument, expected="values >= 0", received=f"{worst:g}")
 

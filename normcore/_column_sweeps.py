@@ -76,7 +76,10 @@ def gradient_of_samples(
     start: int,
     stop: int,
 ) -> None:
-    """The whole backward of each sample; its sums of dy and dy * xh go into `sums` (2, B, G * K)."""
+    """The whole backward of each sample; its sums of dy and dy * xh go into `sums` (2, B, G * K).
+
+    Only those for an empty `out`.
+    """
     _, rows, groups, channels, _ = sizes
     per, wide = steps
     width = groups * channels
@@ -102,8 +105,9 @@ def gradient_of_samples(
             means[0, group] += gamma[column] * joined[0, 0, column] / (rows * channels) if has_mean else 0.0
             means[1, group] += gamma[column] * joined[1, 0, column] / (rows * channels)
         sums[:, sample] = joined[:, 0]
-        fill_gradient_terms(gamma, own_by, means, terms, own, rows, rows)
-        gradient_of_columns(x[first:last], grad[first:last], out[first:last], terms, parts, 0, 1)
+        if out.size:
+            fill_gradient_terms(gamma, own_by, means, terms, own, rows, rows)
+            gradient_of_columns(x[first:last], grad[first:last], out[first:last], terms, parts, 0, 1)
 
 
 @compiled

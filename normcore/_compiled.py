@@ -64,7 +64,8 @@ def divide(kernel: Callable[..., None], units: int, elements: int, *arguments: A
 
     What a unit computes must not depend on other units: then results do not depend on the number of threads.
     """
-    threads = min(torch.get_num_threads(), units, elements // _LEAST_ELEMENTS)
+    threads = elements // _LEAST_ELEMENTS
+    threads = min(torch.get_num_threads(), units, threads) if threads > 1 else 1
     if threads <= 1:
         kernel(*arguments, 0, units)
         return

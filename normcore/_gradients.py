@@ -29,6 +29,13 @@ def gradients(values: Operand, grad: Operand, out: Tensor, weight: Tensor | None
     return sums
 
 
+def parameter_sums(values: Operand, grad: Operand, weight: Tensor | None, by: Any) -> Any:
+    """The sums (2, Q * G * K) of dy and dy * xh alone."""
+    if values.is_cached and values.has_columns:
+        return _cached(values, grad, values.array[:0], values.parameter(weight, 1.0), by, has_mean=False)
+    return gradient_sums(values, grad, weight, by)[1]
+
+
 def gradient_sums(values: Operand, grad: Operand, weight: Tensor | None, by: Any) -> tuple[Any, Any]:
     """Sums (2, B * G) of a and a * xh, a = weight * dy, and (2, Q * G * K) of dy and dy * xh."""
     samples, _, groups, channels, _ = values.box.sizes
@@ -77,6 +84,8 @@ def _cached(values: Operand, grad: Operand, out: Any, gamma: Any, by: Any, *, ha
         sums = np.empty((2, values.box.rows * width))
         others = values.box.sizes, values.box.per, has_mean
         values.divide(_sweeps().gradient_of_groups, samples * groups, *arguments, sums, *others)
+    if sums.size == 2 * gamma.size:
+        return sums.reshape(2, -1)
     return sums.reshape(2, own, -1, width).sum(2).reshape(2, -1)
 
 

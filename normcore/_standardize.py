@@ -50,20 +50,19 @@ class Operand:
     @property
     def count(self) -> int:
         """Values of a group."""
-        samples, _, groups, _, _ = self.box.sizes
-        return int(self.array.size) // (samples * groups)
+        return self.box.count
 
     @property
     def has_columns(self) -> bool:
-        return self.box.sizes[4] == 1 and self.box.sizes[1] > 1
+        return self.box.has_columns
 
     @property
     def is_cached(self) -> bool:
         """Whether a group, or all of a sample of columns, stays in the cache from one sweep to the next."""
-        samples, rows, groups, _, _ = self.box.sizes
-        if not self.has_columns:
-            return self.count <= _CACHED
-        return samples > 1 and self.count * groups <= _CACHED and self.box.per >= rows
+        box = self.box
+        if not box.has_columns:
+            return box.count <= _CACHED
+        return box.count * box.sizes[2] <= _CACHED and box.per >= box.sizes[1]
 
     @property
     def has_vectors(self) -> bool:
@@ -73,7 +72,7 @@ class Operand:
     def parameter(self, tensor: Tensor | None, value: float) -> Any:
         """Weight or bias as (Q * G * K,), in the datatype computed in; the value where there is none."""
         if tensor is None:
-            return np.full(self.box.rows // self.box.per * self.box.width, value, self.dtype)
+            return np.full(self.box.parameters_count, value, self.dtype)
         dtype, own = torch.float64 if self.array.itemsize == 8 else torch.float32, self.box.parameters(tensor)
         return compiled().flat((own if own.dtype == dtype else own.to(dtype)).contiguous())
 
@@ -95,10 +94,10 @@ def operand_of(input: Tensor, reduced: Sequence[int], *parameters: Tensor | tupl
 
 def given(values: Operand, mean: Tensor, var: Tensor, *, eps: float) -> Any:
     """Statistics (5, B * G) of a given mean and variance; None where they are not one of each group, in order."""
-    samples, _, groups, _, _ = values.box.sizes
-    if not mean.numel() == var.numel() == samples * groups or not values.box.is_kept_in_order:
+    box = values.box
+    if not box.is_kept_in_order or not mean.numel() == var.numel() == box.groups:
         return None
-    rows = np.empty((5, samples * groups))
+    rows = np.empty((5, box.groups))
     sweeps().fill_given(*(compiled().flat(term.contiguous()) for term in (mean, var)), rows, eps)
     return rows
 

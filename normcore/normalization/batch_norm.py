@@ -125,8 +125,7 @@ def normalize_batch(
     else:
         found = standardize_over(view.input, *affine, axes=view.axes, eps=options.eps, mask=counted, out=out)
         if running is not None:
-            mean, var = found.statistics.mean.flatten(), found.statistics.var.flatten()
-            updated = options.updated(running, mean=mean, m2=var * count, count=count)
+            updated = options.updated_by(running, found.statistics, count=count)
     gradients = None if grad_output is None else view.gradients(grad_output, weight, bias, found.statistics)
     return BatchNormResult.of(
         found, view, before=running, updated=updated, gradients=gradients, nan_policy=options.nan_policy

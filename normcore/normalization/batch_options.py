@@ -6,6 +6,7 @@ from torch import Tensor
 
 from normcore._checks import check_eps
 from normcore.errors import ParameterError, StatisticsError
+from normcore.normalization.closed_forms import Measured, Statistics
 from normcore.statistics.running import Momentum, RunningStatistics, check_momentum, convention_named
 
 NAN_POLICIES = ("propagate", "raise", "skip_update")
@@ -45,8 +46,19 @@ class BatchOptions:
     def updated(
         self, running: RunningStatistics, *, mean: Tensor, m2: Tensor, count: int | Tensor
     ) -> RunningStatistics:
-        """Running statistics after a batch with two or more values per channel."""
+        """Running statistics after a batch of these moments, of two or more values per channel."""
         if self.is_skipped(mean, m2):
             return running
         rule = convention_named(self.convention)
         return running.moved(mean, m2 / (count - rule.correction), running.weight_of_new(self.momentum, rule))
+
+    def updated_by(self, running: RunningStatistics, batch: Statistics, *, count: int) -> RunningStatistics:
+        """The same after a batch with these statistics."""
+        found = batch.found
+        if not isinstance(found, Measured) or not (running.mean.is_cpu and running.var.is_cpu):
+            mean, var = batch.mean.flatten(), batch.var.flatten()
+            return self.updated(running, mean=mean, m2=var * count, count=count)
+        rule = convention_named(self.convention)
+        weight = running.weight_of_new(self.momentum, rule)
+        moved, is_finite = running.moved_by(found.rows[2:4], weight, count=count, correction=rule.correction)
+        return running if self.nan_policy == "skip_update" and not is_finite else moved

@@ -39,7 +39,7 @@ class BatchNormResult(StandardizedResult):
         gradients: Gradients | None,
         nan_policy: str,
     ) -> Self:
-        shape, running = (view.num_features,), _as_output(updated, view)
+        shape, running = (view.num_features,), _as_output(updated, view, is_new=updated is not before)
         return cls(found.output, found.statistics, shape, gradients, view.input, running, before, nan_policy)
 
     @classmethod
@@ -48,7 +48,7 @@ class BatchNormResult(StandardizedResult):
     ) -> Self:
         """That of an input without values in training: statistics stay as they are."""
         gradients = None if grad_output is None else view.empty_gradients(weight)
-        return cls(view.input.clone(), gradients=gradients, running=_as_output(running, view))
+        return cls(view.input.clone(), gradients=gradients, running=_as_output(running, view, is_new=False))
 
     @property
     def running_mean(self) -> Tensor | None:
@@ -77,10 +77,10 @@ class BatchNormResult(StandardizedResult):
         ).report()
 
 
-def _as_output(running: RunningStatistics | None, view: BatchView) -> RunningStatistics | None:
-    """A copy in the datatype that statistics of such an input have."""
+def _as_output(running: RunningStatistics | None, view: BatchView, *, is_new: bool) -> RunningStatistics | None:
+    """In the datatype that statistics of such an input have; a copy of what is not new."""
     if running is None:
         return None
     dtype = accumulation_dtype(view.input.dtype)
-    mean, var = running.mean.to(dtype, copy=True), running.var.to(dtype, copy=True)
+    mean, var = running.mean.to(dtype, copy=not is_new), running.var.to(dtype, copy=not is_new)
     return RunningStatistics(mean, var, running.num_batches_tracked)

@@ -175,4 +175,7 @@ def _gradients(
 
 
 def _like(grad: Tensor, like: Tensor | None) -> Tensor | None:
-    return None if like is None else grad.sum_to_size(like.shape).to(like.dtype)
+    if like is None:
+        return None
+    own = grad if grad.shape == like.shape else grad.sum_to_size(like.shape)
+    return own if own.dtype == like.dtype else own.to(like.dtype)

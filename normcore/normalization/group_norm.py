@@ -39,7 +39,7 @@ def group_norm(
 
     Args:
         input: (N, C, *), float16, bfloat16, float32 or float64; it may be empty.
-        weight: (C,), or (N, C) for an adaptive norm; 1 where not given.
+        weight: (C,), or for an adaptive norm (N, C) or the input's shape; 1 where not given.
         bias: the same; of the weight's shape where both are given.
         grad_output: gradient of the output, of the input's shape; gives the gradients of input, weight and bias.
         mask: bool, broadcasts against the input; false where a value shall not count in mean and variance.
@@ -70,16 +70,16 @@ def group_norm(
     check_eps("eps", eps, is_zero_allowed=True)
     # No channels are a single group of none, whatever the number that divides them.
     groups = num_groups if channels else 1
-    size = channels // groups
+    size, positions = channels // groups, input.shape[2:].numel()
     return Operands(
         input,
         weight,
         bias,
         grad_output,
         mask,
-        view=(samples, groups, size, input.shape[2:].numel()),
+        view=(samples, groups, size, positions),
         axes=(2, 3),
-        affine=(samples if len(affine_shape) == 2 else 1, groups, size, 1),
+        affine=(samples if len(affine_shape) > 1 else 1, groups, size, positions if len(affine_shape) > 2 else 1),
         affine_shape=affine_shape,
         statistics_shape=(samples, groups),
         out=out,
@@ -100,8 +100,8 @@ GROUP_NORM = Method(
     source="Wu and He, arXiv 1803.08494; ONNX GroupNormalization-21; torch.nn.GroupNorm",
     tensors=(
         TensorArgument("input", "values to normalize", "(N, C, *)", is_required=True),
-        TensorArgument("weight", "scale (gamma); 1 where not given", "(C,) or (N, C)"),
-        TensorArgument("bias", "shift (beta); 0 where not given", "(C,) or (N, C), as the weight"),
+        TensorArgument("weight", "scale (gamma); 1 where not given", "(C,), (N, C) or the input's"),
+        TensorArgument("bias", "shift (beta); 0 where not given", "the weight's"),
         GRAD_OUTPUT,
         MASK,
     ),
@@ -115,8 +115,8 @@ GROUP_NORM = Method(
         Output("var", "(N, G)", "biased variance; none for an empty input"),
         Output("invstd", "(N, G)", "(var + eps)^-1/2; none for an empty input"),
         GRAD_INPUT,
-        grad_parameter("weight", "(C,) or (N, C)"),
-        grad_parameter("bias", "(C,) or (N, C)"),
+        grad_parameter("weight", "(C,), (N, C) or the input's"),
+        grad_parameter("bias", "(C,), (N, C) or the input's"),
     ),
     function=group_norm,
 )

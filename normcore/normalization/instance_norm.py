@@ -90,7 +90,7 @@ def instance_norm(
         input: (N, C, *), float16, bfloat16, float32 or float64. An empty one changes no statistics.
         running_mean: (C,), any floating datatype; with running_var.
         running_var: (C,), values >= 0.
-        weight: (C,), or (N, C) for an adaptive norm; 1 where not given.
+        weight: (C,), or for an adaptive norm (N, C) or the input's shape; 1 where not given.
         bias: the same; of the weight's shape where both are given.
         grad_output: gradient of the output, of the input's shape; gives the gradients of input, weight and bias.
         mask: bool, broadcasts against the input; false where a value shall not count in mean and variance of the
@@ -124,15 +124,16 @@ def instance_norm(
     check_fraction("momentum", momentum)
     running = _running_statistics(running_mean, running_var, num_features=channels)
     is_own = training or running is None
+    positions = input.shape[2:].numel()
     operands = Operands(
         input,
         weight,
         bias,
         grad_output,
         mask,
-        view=(samples, channels, input.shape[2:].numel()),
+        view=(samples, channels, positions),
         axes=(2,),
-        affine=(samples if len(affine_shape) == 2 else 1, channels, 1),
+        affine=(samples if len(affine_shape) > 1 else 1, channels, positions if len(affine_shape) > 2 else 1),
         affine_shape=affine_shape,
         statistics_shape=(samples, channels) if is_own else (channels,),
         out=out,
@@ -180,8 +181,8 @@ INSTANCE_NORM = Method(
         TensorArgument("input", "values to normalize", "(N, C, *)", is_required=True),
         TensorArgument("running_mean", "running mean; used in inference, updated in training", "(C,)"),
         TensorArgument("running_var", "running variance, with running_mean", "(C,)"),
-        TensorArgument("weight", "scale (gamma); 1 where not given", "(C,) or (N, C)"),
-        TensorArgument("bias", "shift (beta); 0 where not given", "(C,) or (N, C), as the weight"),
+        TensorArgument("weight", "scale (gamma); 1 where not given", "(C,), (N, C) or the input's"),
+        TensorArgument("bias", "shift (beta); 0 where not given", "the weight's"),
         GRAD_OUTPUT,
         MASK,
     ),
@@ -210,8 +211,8 @@ INSTANCE_NORM = Method(
         Output("running_mean", "(C,)", "updated running mean; only in training with running statistics"),
         Output("running_var", "(C,)", "updated running variance; only in training with running statistics"),
         GRAD_INPUT,
-        grad_parameter("weight", "(C,) or (N, C)"),
-        grad_parameter("bias", "(C,) or (N, C)"),
+        grad_parameter("weight", "(C,), (N, C) or the input's"),
+        grad_parameter("bias", "(C,), (N, C) or the input's"),
     ),
     function=instance_norm,
 )

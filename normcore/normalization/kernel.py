@@ -4,7 +4,9 @@ On the CPU compiled sweeps do it, where the tensor is one of their boxes. Everyt
 backward with a mask, takes the closed forms in plain torch operations in float64. Nothing here is recorded by autograd.
 """
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,7 +78,7 @@ def standardize_given(
     out: Tensor | None = None,
 ) -> Standardized:
     """The same by given statistics, constants that broadcast against the input."""
-    values = operand_of(input, _shared_axes(input, mean.shape), weight, bias)
+    values = operand_of(input, _shared_axes(input.ndim, mean.shape), weight, bias)
     # Ahead of small tensors, which would split the memory that the last output of its size has left.
     output = None if values is None else _target(values, out)
     rows = None if values is None else _standardize.given(values, mean, var, eps=eps)
@@ -105,15 +107,19 @@ def backward(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, affine_shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; the last two of `affine_shape`, which broadcasts against the input."""
-    of_input = torch.empty_like(input)
+    of_input = torch.empty_like(input) if by.axes else _frozen_gradient(grad_output, input, weight, by)
     pair = _pair(grad_output, input, weight, by, affine_shape)
-    if pair is None or not by.axes:
+    if pair is None:
         sums = gradient_sums(grad_output, input, weight, by, affine_shape=affine_shape)
-        return input_gradient(grad_output, input, weight, by, sums), sums.weight, sums.bias
+        of_input = input_gradient(grad_output, input, weight, by, sums) if by.axes else of_input
+        return of_input, sums.weight, sums.bias
     values, grads, rows = pair
-    sums = _gradients.gradients(values, grads, of_input, weight, rows, has_mean=by.has_mean)
-    of_bias, of_weight = (_as_parameter(own, values.box, affine_shape) for own in sums)
-    return of_input, of_weight, of_bias
+    if by.axes:
+        of_bias, of_weight = _gradients.gradients(values, grads, of_input, weight, rows, has_mean=by.has_mean)
+    else:
+        of_bias, of_weight = _gradients.parameter_sums(values, grads, weight, rows)
+    box = values.box
+    return of_input, _as_parameter(of_weight, box, affine_shape), _as_parameter(of_bias, box, affine_shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +159,7 @@ def input_gradient(
 ) -> Tensor:
     """The input's gradient dx = s * (a - mean(a) - xh * mean(a * xh)), in its datatype and memory format."""
     if not by.axes:
-        # Nothing of the input's values is in it.
-        table = by.table.clone()
-        table[:3] = 0.0
-        return standardize(_laid_out_as(input, grad_output), Statistics(table, by.eps), weight, None)
+        return _frozen_gradient(grad_output, input, weight, by)
     pair = _pair(grad_output, input, weight, by, None)
     if pair is None:
         return closed_forms.input_gradient(grad_output, input, weight, by, total=sums.total, dot=sums.dot)
@@ -167,6 +170,19 @@ def input_gradient(
     output = torch.empty_like(values.tensor)
     _gradients.input_gradient(values, grads, output, weight, rows, means.numpy())
     return output
+
+
+def _frozen_gradient(grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics) -> Tensor:
+    """The gradient s * a where statistics are given: nothing of the input's values is in it."""
+    if isinstance(by.found, Measured):
+        rows = by.found.rows.copy()
+        rows[:3] = 0.0
+        scales = Statistics(Measured(rows, by.found.box), by.eps)
+    else:
+        table = by.table.clone()
+        table[:3] = 0.0
+        scales = Statistics(table, by.eps)
+    return standardize(_laid_out_as(input, grad_output), scales, weight, None)
 
 
 def _target(values: Operand, out: Tensor | None) -> Tensor:
@@ -203,18 +219,24 @@ def _pair(
 
 def _axes_of(input: Tensor, by: Statistics) -> tuple[int, ...]:
     """The axes along which values share their statistics."""
-    return by.axes or _shared_axes(input, by.table.shape[1:])
+    if by.axes:
+        return by.axes
+    return by.found.box.shared if isinstance(by.found, Measured) else _shared_axes(input.ndim, by.table.shape[1:])
 
 
-def _shared_axes(input: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The same for statistics of a shape that broadcasts against the input."""
-    missing = input.ndim - len(shape)
-    return tuple(axis for axis in range(input.ndim) if axis < missing or shape[axis - missing] == 1)
+@lru_cache(1024)
+def _shared_axes(rank: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The same for statistics of a shape that broadcasts against an input of this rank."""
+    missing = rank - len(shape)
+    return tuple(axis for axis in range(rank) if axis < missing or shape[axis - missing] == 1)
 
 
 def _as_parameter(sums: Any, box: Box, shape: tuple[int, ...]) -> Tensor:
     """A gradient of weight or bias in their shape; what varies within the box and not there is summed."""
-    own = box.restore_parameters(torch.from_numpy(sums))
+    own = torch.from_numpy(sums)
+    if box.is_affine_in_order and own.numel() == math.prod(shape):
+        return own.view(shape)
+    own = box.restore_parameters(own)
     return own.sum_to_size((1,) * (own.ndim - len(shape)) + shape).reshape(shape)
 
 

@@ -192,7 +192,7 @@ def trailing_axes(input: Tensor, normalized_shape: str | int | Sequence[int] | N
 
 
 def check_channel_affine(weight: Tensor | None, bias: Tensor | None, *, input: Tensor) -> tuple[int, ...]:
-    """The one shape of weight and bias: (C,), or (N, C) for parameters of each sample.
+    """The one shape of weight and bias: (C,), (N, C) for those of each sample, or the input's for those of each value.
 
     Raises:
         DtypeError: a tensor that is not floating.
@@ -202,9 +202,10 @@ def check_channel_affine(weight: Tensor | None, bias: Tensor | None, *, input: T
     given = [(name, term) for name, term in (("weight", weight), ("bias", bias)) if term is not None]
     for name, term in given:
         check_floating(name, term)
-        if tuple(term.shape) not in ((channels,), (samples, channels)):
+        if term.shape not in ((channels,), (samples, channels), input.shape):
+            each = "" if input.ndim == 2 else f", or {tuple(input.shape)}, one for each value"
             expected = f"shape ({channels},) or ({samples}, {channels}), one value per channel, for all samples or each"
-            raise ShapeError(name, expected=expected, received=f"shape {tuple(term.shape)}")
+            raise ShapeError(name, expected=expected + each, received=f"shape {tuple(term.shape)}")
     shape = tuple(given[0][1].shape) if given else (channels,)
     if given and tuple(given[-1][1].shape) != shape:
         received = f"shape {tuple(given[-1][1].shape)}"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -107,8 +107,23 @@ class RunningStatistics:
 
     def moved(self, mean: Tensor, var: Tensor, weight: float | Tensor) -> "RunningStatistics":
         """The statistics after one more batch of this mean and corrected variance (C,), float64, and weight."""
-        tracked = None if self.num_batches_tracked is None else self.num_batches_tracked + 1
-        return RunningStatistics(_average(self.mean, mean, weight), _average(self.var, var, weight), tracked)
+        return RunningStatistics(_average(self.mean, mean, weight), _average(self.var, var, weight), self._one_more())
+
+    def moved_by(
+        self, moments: Any, weight: float | Tensor, *, count: int, correction: int
+    ) -> tuple["RunningStatistics", bool]:
+        """The same of arrays of mean and biased variance (2, C), compiled, and whether these are finite."""
+        from normcore._compiled import flat
+        from normcore.statistics.moving import move
+
+        weight, mean, var = float(weight), torch.empty_like(self.mean), torch.empty_like(self.var)
+        is_finite = move(flat(self.mean.contiguous()), flat(mean), moments[0], weight, 1.0, 1.0)
+        freedom = float(count - correction)
+        is_finite &= move(flat(self.var.contiguous()), flat(var), moments[1], weight, float(count), freedom)
+        return RunningStatistics(mean, var, self._one_more()), is_finite
+
+    def _one_more(self) -> Tensor | None:
+        return None if self.num_batches_tracked is None else self.num_batches_tracked + 1
 
     def weight_of_new(self, momentum: Momentum, rule: Convention) -> float | Tensor:
         """The weight of the next batch."""

@@ -1,10 +1,14 @@
-"""Accuracy of batch norm against the long double oracle, over means, deviations, datatypes and memory formats."""
+"""Accuracy of batch norm against the long double oracle, over means, deviations, datatypes and memory formats.
+
+With -s, torch's errors are shown beside ours.
+"""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from normcore import _standardize
 from normcore.normalization import batch_norm
@@ -30,6 +34,10 @@ def _error_in_ulp(output: torch.Tensor, expected: oracle.LongDouble) -> float:
     return float((np.abs(oracle.exact(output) - expected) / ulp).max())
 
 
+def _error(output: torch.Tensor, expected: oracle.LongDouble) -> float:
+    return float(np.abs(oracle.exact(output) - expected).max())
+
+
 def _tolerates(dtype: torch.dtype, mean: float, std: float) -> bool:
     """Whether a cell of the grid promises accuracy; the others only promise an answer."""
     if dtype == torch.float16 and abs(mean) + 6 * std > 65504:
@@ -48,16 +56,18 @@ def test_training_is_accurate(mean: float, std: float, dtype: torch.dtype, memor
     assert result.output.dtype == dtype
     assert result.output.is_contiguous(memory_format=memory_format)
     if not _tolerates(dtype, mean, std):
-        # Either the statistics say that something is wrong with the data, or the output is a number everywhere.
-        is_finite = bool(result.output.isfinite().all())
-        assert is_finite or "non_finite_channels" in result.diagnostics()
+        # A datatype that cannot hold the data is named; float64 holds them, to fewer digits than promised.
+        findings = result.diagnostics()
+        assert bool(result.output.isfinite().all()) or "non_finite_channels" in findings
+        why = {"non_finite_channels", "unresolved_channels", "constant_channels"}
+        assert dtype == torch.float64 or why & findings.keys()
         return
     expected = oracle.batch_norm(input, eps=EPS)
-    if dtype in MANTISSA_BITS:
-        assert _error_in_ulp(result.output, expected.output) <= 1.0
-    else:
-        error = np.abs(oracle.exact(result.output) - expected.output).max()
-        assert error <= (1e-14 if dtype == torch.float64 else 1.0e-6)
+    measure, bound = (_error_in_ulp, 1.0) if dtype in MANTISSA_BITS else (_error, 1.0e-6)
+    error = measure(result.output, expected.output)
+    theirs = measure(functional.batch_norm(input, None, None, training=True, eps=EPS), expected.output)
+    print(f"{dtype} {memory_format} mean {mean:g} std {std:g}: {error:.1e}, torch {theirs:.1e}")  # noqa: T201
+    assert error <= (1e-14 if dtype == torch.float64 else bound)
     assert result.mean is not None
     assert result.var is not None
     mean_error = np.abs(oracle.exact(result.mean) - expected.mean)

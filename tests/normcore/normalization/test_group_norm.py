@@ -1,6 +1,7 @@
 """Behaviour of group and instance norm: torch's functions, state, adaptive parameters, edge cases and refusals."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,6 +136,21 @@ def test_parameters_of_each_sample(mean: float, dtype: torch.dtype, memory_forma
         assert torch.allclose(given.output[sample], one.output[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parameters_of_each_value(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    input = (_randn(3, 6, 5, 4) + 100).to(dtype).to(memory_format=memory_format)
+    weight, bias = _randn(3, 6, 5, 4, seed=1), _randn(3, 6, 5, 4, seed=2)
+    for result, num_groups in (
+        (group_norm(input, weight, bias, num_groups=2), 2),
+        (instance_norm(input, None, None, weight, bias), 6),
+    ):
+        normalized = oracle.groups(input, num_groups, eps=1e-5).normalized
+        expected = oracle.affine(normalized, weight, bias, shape=(3, 6, 5, 4))
+        assert oracle.beyond_rounding(result.output, expected) <= 2e-6
+        assert result.output.is_contiguous(memory_format=memory_format)
+
+
 def test_statistics_and_their_shapes() -> None:
     input = _randn(3, 6, 5, 4) + 3
     groups, instances = group_norm(input, num_groups=2, eps=1e-3), instance_norm(input, eps=1e-3)
@@ -226,6 +242,23 @@ def test_non_finite_values_stay_in_their_group(poison: float) -> None:
     assert result.diagnostics() == {"non_finite_groups": 1, "non_finite_values": 1}
 
 
+def test_instance_norm_measures_the_distance_to_the_running_statistics() -> None:
+    input = _randn(8, 3, 200)
+
+    def findings(mean: list[float], var: list[float], *, training: bool = True) -> dict[str, Any]:
+        running = torch.tensor(mean), torch.tensor(var)
+        return dict(instance_norm(input, *running, training=training).diagnostics())
+
+    assert findings([0.0] * 3, [1.0] * 3) == {}
+    far = findings([0.0, -5.0, 0.0], [1.0, 1.0, 0.01])
+    assert far == {
+        "running_mean_distance": pytest.approx(5, rel=0.1),
+        "running_var_ratio": pytest.approx(100, rel=0.1),
+    }
+    # Which is what the batch is measured with: its own statistics, not those that it moves.
+    assert "running_mean_distance" not in findings([0.0, -5.0, 0.0], [1.0] * 3, training=False)
+
+
 def test_masked_positions_shape_no_statistics() -> None:
     input = _randn(3, 6, 5, dtype=torch.float64)
     lengths = torch.tensor([5, 3, 2])
@@ -243,11 +276,11 @@ def test_masked_positions_shape_no_statistics() -> None:
     assert torch.allclose(result.running_var, torch.stack([part.var(1) for part in parts]).mean(0))
 
 
-@pytest.mark.parametrize("adaptive", [False, True], ids=["(C,)", "(N, C)"])
+@pytest.mark.parametrize("affine", [(4,), (2, 4), (2, 4, 3)], ids=["(C,)", "(N, C)", "full"])
 @pytest.mark.parametrize("with_mask", [False, True], ids=["all", "masked"])
-def test_derivatives_are_right(with_mask: bool, adaptive: bool) -> None:
+def test_derivatives_are_right(with_mask: bool, affine: tuple[int, ...]) -> None:
     mask = torch.tensor([True, True, False]) if with_mask else None
-    shapes = ((2, 4, 3), *[(2, 4) if adaptive else (4,)] * 2)
+    shapes = ((2, 4, 3), affine, affine)
     operands = tuple(_randn(*size, dtype=torch.float64, seed=seed).requires_grad_() for seed, size in enumerate(shapes))
     mean, var = _randn(4, dtype=torch.float64), _randn(4, dtype=torch.float64).square()
 
@@ -266,13 +299,12 @@ def test_derivatives_are_right(with_mask: bool, adaptive: bool) -> None:
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("adaptive", [False, True], ids=["(C,)", "(N, C)"])
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (3, 6, 5, 4)], ids=["(C,)", "(N, C)", "full"])
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 def test_gradients_asked_for_are_those_of_autograd(
-    mean: float, adaptive: bool, memory_format: torch.memory_format
+    mean: float, shape: tuple[int, ...], memory_format: torch.memory_format
 ) -> None:
     input = (_randn(3, 6, 5, 4) + mean).to(memory_format=memory_format)
-    shape = (3, 6) if adaptive else (6,)
     weight, bias, grad_output = _randn(*shape, seed=1), _randn(*shape, seed=2), _randn(3, 6, 5, 4, seed=3)
     running = torch.full((6,), mean), torch.full((6,), 2.0)
 
@@ -283,7 +315,7 @@ def test_gradients_asked_for_are_those_of_autograd(
             normalized = (values - mean) / (2.0 + 1e-5) ** 0.5
         else:
             normalized = functional.group_norm(values, num_groups)
-        scale, shift = (term.reshape(-1, 6, 1, 1) for term in wide[1:])
+        scale, shift = (term.reshape(*shape if len(shape) == 4 else (-1, 6, 1, 1)) for term in wide[1:])
         return list(torch.autograd.grad(normalized * scale + shift, wide, grad_output.double()))
 
     with torch.inference_mode():

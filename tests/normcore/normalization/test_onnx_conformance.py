@@ -1,13 +1,15 @@
-"""The ONNX standard's own node tests."""
+"""The ONNX standard's own node tests, and its batch norms converted from torch."""
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor
 
 from normcore.normalization import (
@@ -144,3 +146,19 @@ def test_no_node_test_of_an_operator_is_left_out(operator: str, cases: dict[str,
     graphs = {name: case.model.graph for name, case in cases.items() if case.model is not None}
     own = [name for name, graph in graphs.items() if [node.op_type for node in graph.node] == [operator]]
     assert sorted(own) == sorted(CASES[operator])
+
+
+@pytest.mark.parametrize("name", ["1d_3d_input_eval", "2d_eval", "2d_momentum_eval", "3d_eval", "3d_momentum_eval"])
+def test_batch_norm_passes_the_converted_models(name: str) -> None:
+    folder = Path(onnx.__file__).parent / "backend/test/data/pytorch-converted" / f"test_BatchNorm{name}"
+    graph = onnx.load(folder / "model.onnx").graph
+    (node,) = graph.node
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    data = folder / "test_data_set_0"
+    given = numpy_helper.to_array(onnx.load_tensor(data / "input_0.pb"))
+    inputs = [torch.from_numpy(np.array(arrays.get(name, given))) for name in node.input]
+    output = RUN[node.op_type](*inputs, attributes)[0]
+    assert output is not None
+    expected = numpy_helper.to_array(onnx.load_tensor(data / "output_0.pb"))
+    np.testing.assert_allclose(output.numpy(), expected, rtol=1e-3, atol=1e-7)

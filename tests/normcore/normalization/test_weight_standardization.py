@@ -169,6 +169,17 @@ def test_diagnostics_name_what_is_questionable(dtype: torch.dtype) -> None:
     result = weight_standardization(input)
     assert result.output.isnan().all(1).tolist() == [False, False, True, False]
     assert result.diagnostics()["non_finite_filters"] == 1
+    assert weight_standardization(_randn(4, 3, dtype=dtype)).diagnostics()["few_values_per_filter"] == 3
+    loud = weight_standardization(_randn(4, 30, dtype=dtype), torch.full((4,), 9.0)).diagnostics()
+    assert loud["share_beyond_4_before"] == 0.0
+    assert loud["share_beyond_4_after"] == pytest.approx(0.65, abs=0.1)
+
+
+def test_diagnostics_name_filters_that_the_datatype_cannot_hold() -> None:
+    input = _randn(4, 30, dtype=torch.float64)
+    input[2] += 3e3
+    assert weight_standardization(input.bfloat16()).diagnostics() == {"unresolved_filters": 1}
+    assert weight_standardization(input).diagnostics() == {}
 
 
 def test_method_row_serves_inference_mode() -> None:

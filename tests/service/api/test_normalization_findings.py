@@ -77,6 +77,11 @@ def of_groups() -> Iterator[Case]:
 
 
 def of_others() -> Iterator[Case]:
+    running: dict[str, Any] = {"training": True, **STATE}
+    far = {"running_mean_distance": pytest.approx(7, abs=0.7)}
+    yield "instance_norm", running | {"input": image(lambda x: x + 7)}, far
+    wide = {"running_var_ratio": pytest.approx(100, rel=0.5)}
+    yield "instance_norm", running | {"input": image(lambda x: x * 10)}, wide
     covariance = of([1, 0, 0, 0, 1, 0, 0, 0, 1], 1, 3, 3)
     whitening = {"training": True, "running_mean": STATE["running_mean"], "running_covariance": covariance}
     yield "whitening", whitening | {"input": image(samples=1)}, {"few_values_per_channel": 5}
@@ -92,6 +97,17 @@ def of_others() -> Iterator[Case]:
     yield "weight_norm", {"input": image(poisoned)}, {"non_finite_norms": 1}
     yield "weight_standardization", {"input": image(lambda x: x * 1e-4)}, {"eps_dominated_filters": 4}
     yield "weight_standardization", {"input": image(lambda x: x * 0 + 7)}, {"constant_filters": 4}
+    yield "weight_standardization", {"input": of(list(range(12)), 4, 3)}, {"few_values_per_filter": 3}
+    half = image(lambda x: x * 0.1 + np.tile(np.arange(5), (3, 1)) + 600, datatype="BF16")
+    yield "weight_standardization", {"input": half}, {"unresolved_filters": 4}
+    spread = {"share_beyond_4_before": 0.0, "share_beyond_4_after": pytest.approx(0.65, abs=0.1)}
+    yield "weight_standardization", {"input": image(), "gain": of([9] * 4)}, spread
+    yield "group_norm", {"input": of(list(range(6)), 2, 3), "num_groups": 3}, {"single_value_groups": 6}
+    yield "rms_norm", {"input": image(lambda x: x * 0)}, {"zero_groups": 12}
+    yield "lp_norm", {"input": image(lambda x: x * 0)}, {"zero_vectors": 12}
+    yield "weight_norm", {"input": image(lambda x: x * 0)}, {"zero_rows": 4}
+    clipped = {"r_clipped_channels": 3, "d_clipped_channels": 3}
+    yield "batch_renorm", running | {"input": image(lambda x: x * 10 + 100)}, clipped
     yield "lp_norm", {"input": image(poisoned)}, {"non_finite_norms": 1}
     yield "lp_norm", {"input": image(lambda x: x * 1e-4), "eps": 1}, {"eps_dominated_vectors": 12}
     yield "local_response_norm", {"input": image(poisoned)}, {"non_finite_values": 6}
