@@ -59,12 +59,12 @@ def largest_growth_bytes(work: str, source: Path, target: Path) -> int:
 
 
 def _measure(work: str, source: Path, target: Path) -> None:
-    before = _peak_bytes()
+    before = peak_bytes()
     WORK[work](source, target)
-    sys.stdout.write(str(_peak_bytes() - before))
+    sys.stdout.write(str(peak_bytes() - before))
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Of this process alone: what getrusage tells begins with the parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
