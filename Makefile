@@ -31,6 +31,8 @@ check: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.normalization
 	$(BIN)/python -m benchmarks.folding
+	$(BIN)/python -m benchmarks.state_dict_folding
+	$(BIN)/python -m benchmarks.folding_peers
 	$(BIN)/python -m benchmarks.statistics
 	$(BIN)/python -m benchmarks.inference
 

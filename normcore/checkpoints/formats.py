@@ -60,7 +60,10 @@ def sniff(head: bytes) -> Format:
 
 
 def _sniff_zip(head: bytes) -> Format:
-    """The name of the first entry tells torch's archives apart: NAME/data.pkl, NAME/data/weights/weight_0, ..."""
+    """The name of the first entry tells torch's archives apart: NAME/data.pkl, NAME/data/weights/weight_0, ...
+
+    TorchScript begins with NAME/data/0; who reads PyTorch checkpoints knows what to say of it.
+    """
     length = int.from_bytes(head[26:28], "little")
     entry = head[_FIRST_ENTRY_NAME : _FIRST_ENTRY_NAME + length]
     inner = entry.partition(b"/")[2]
@@ -68,6 +71,8 @@ def _sniff_zip(head: bytes) -> Format:
         return "torch_zip"
     if inner.startswith((b"data/weights/", b"data/constants/", b"models/", b"archive_")):
         return "exported_program"
+    if inner.startswith(b"data/"):
+        return "torch_zip"
     return "zip"
 
 

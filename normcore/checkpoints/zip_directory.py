@@ -146,7 +146,8 @@ def _check_stored(name: str, flags: int, method: int, size: int, packed: int) ->
         raise CheckpointError(f"entry {quote(name)} of the archive is encrypted")
     if method or size != packed:
         raise CheckpointError(
-            f"entry {quote(name)} of the archive is compressed, which torch.save never does; save the checkpoint again"
+            f"entry {quote(name)} of the archive is compressed, which torch.save never does (TorchScript archives, "
+            "which hold a program, are); save the tensors alone: torch.save(model.state_dict(), path)"
         )
 
 

