@@ -14,6 +14,7 @@ from service.state import Services
 
 _JOIN_BYTES = 64 * 1024
 _LEAVE = "normserve.leave"
+IS_WHOLE = "normserve.is_whole"  # in the scope once all of the body has come: `receive` brings it and does not wait
 
 
 class Endpoint:

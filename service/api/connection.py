@@ -6,7 +6,7 @@ from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.api.asgi import leave
+from service.api.asgi import IS_WHOLE, leave
 from service.api.errors import envelope
 
 _HEAD_BYTES = 64 * 1024
@@ -18,6 +18,7 @@ class Connection(HttpToolsProtocol):
     timeout_s = 30.0
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _is_in_head = True
 
     @classmethod
     def within(cls, timeout_s: float) -> type["Connection"]:
@@ -29,7 +30,7 @@ class Connection(HttpToolsProtocol):
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; it also ends a connection whose peer's window stays closed
             connection: socket.socket = transport.get_extra_info("socket")
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.timeout_s * 1000))
-        self._begin_head()
+        self._time_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
@@ -40,16 +41,25 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)
         super().data_received(data)
-        if self._head_timer is not None and self._head_bytes > _HEAD_BYTES and not self.transport.is_closing():
+        if not self._is_in_head:
+            return
+        if self._head_bytes > _HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"the head of a request is over {_HEAD_BYTES} bytes")
+        self._time_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._begin_head()
+        self._end_head()
+        self._is_in_head, self._head_bytes = True, 0
 
     def on_headers_complete(self) -> None:
         self._end_head()
+        self._is_in_head = False
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self.scope[IS_WHOLE] = True  # type: ignore[literal-required]  # a key of our own
 
     def send_400_response(self, msg: str) -> None:
         """In the form of every other error answer."""
@@ -59,10 +69,10 @@ class Connection(HttpToolsProtocol):
         self.transport.write(b"\r\n".join([*head, b"", bytes(answer.body)]))
         self.transport.close()
 
-    def _begin_head(self) -> None:
-        self._end_head()
-        self._head_bytes = 0
-        self._head_timer = self.loop.call_later(self.timeout_s, self._give_up)
+    def _time_head(self) -> None:
+        """From its first bytes that came without its end: most heads come whole, and need no timer."""
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.timeout_s, self._give_up)
 
     def _give_up(self) -> None:
         if self.cycle is None or self.cycle.response_complete:  # a pipelined head may wait for earlier answers

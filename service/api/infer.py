@@ -11,7 +11,7 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.asgi import CancelledWhenClientLeaves, headers_of, send_tensors, services_of
+from service.api.asgi import IS_WHOLE, CancelledWhenClientLeaves, headers_of, send_tensors, services_of
 from service.api.body import Received
 from service.api.compression import response_coding
 from service.api.errors import ANSWERED, answer
@@ -66,7 +66,8 @@ async def infer(name: str, version: str | None, scope: Scope, receive: Receive, 
     entry.engine()
     headers = headers_of(scope)
     header = headers.get("inference-header-content-length")
-    async with Received(receive, headers, services, aligned_at=_number(header)) as body:
+    is_whole = IS_WHOLE in scope
+    async with Received(receive, headers, services, aligned_at=_number(header), is_whole=is_whole) as body:
         if entry.loaded is None:  # another may have taken its place while the body came
             entry = find_entry(services.models, name, version)
         started = time.perf_counter_ns()
