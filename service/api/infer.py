@@ -44,9 +44,7 @@ class InferRoute:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        found = None
-        if scope["type"] == "http":
-            found = _PATH.fullmatch(scope["path"].removeprefix(scope["root_path"]))
+        found = _called(scope) if scope["type"] == "http" else None
         if found is None:
             await self.app(scope, receive, send)
             return
@@ -81,6 +79,16 @@ async def infer(name: str, version: str | None, scope: Scope, receive: Receive, 
     timing = Timing(result.queue_ns, decoded - started, result.compute_ns, time.perf_counter_ns() - computed)
     entry.usage.succeeded(timing, result, request_bytes=len(body), response_bytes=encoded.size_bytes)
     await send_tensors(send, encoded, timing, coding=response_coding(headers))
+
+
+def find_called_entry(models: Models, scope: Scope) -> Entry | None:
+    """The model whose inference a request asks for; None where it asks for something else."""
+    found = _called(scope)
+    return None if found is None else find_entry(models, found["name"], found["version"])
+
+
+def _called(scope: Scope) -> re.Match[str] | None:
+    return _PATH.fullmatch(scope["path"].removeprefix(scope["root_path"]))
 
 
 def find_entry(models: Models, name: str, version: str | None) -> Entry:
