@@ -42,6 +42,7 @@ from service.api.batches import post_batch
 from service.api.connection import Connection
 from service.api.infer import InferRoute
 from service.api.middleware import Guard, RequestContext
+from service.api.shortcut import Shortcut
 from service.application.batches import Batches
 from service.application.calibration import Calibration
 from service.application.checkpoints import Checkpoints
@@ -74,6 +75,7 @@ class LifespanState(TypedDict):
     """What every request's scope carries."""
 
     services: Services
+    shortcut: Shortcut
 
 
 def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
@@ -87,7 +89,7 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
             if tracing is not None:
                 stack.push_async_callback(asyncio.to_thread, tracing.close)
             services = await _open(settings, health, stack)
-            yield {"services": services}
+            yield {"services": services, "shortcut": Shortcut(services)}
 
     app = FastAPIOffline(
         title="normserve",

@@ -60,7 +60,12 @@ def by_name(name: object, *, field: str = "datatype") -> Datatype:
 
 def of(array: NDArray[Any]) -> Datatype:
     """Return the row of an array in native byte order."""
-    row = _BY_NUMPY.get(array.dtype)
+    return of_numpy(array.dtype)
+
+
+def of_numpy(dtype: np.dtype[Any]) -> Datatype:
+    """Return the row of numpy's type."""
+    row = _BY_NUMPY.get(dtype)
     if row is None:
-        raise UnsupportedError(f"tensor of numpy type {array.dtype}: expected one of {', '.join(_BY_NAME)}")
+        raise UnsupportedError(f"tensor of numpy type {dtype}: expected one of {', '.join(_BY_NAME)}")
     return row

@@ -14,6 +14,7 @@ from service.state import Services
 
 _JOIN_BYTES = 64 * 1024
 _LEAVE = "normserve.leave"
+IS_WHOLE = "normserve.is_whole"  # in the scope once all of the body has come: `receive` brings it and does not wait
 
 
 class Endpoint:
@@ -89,20 +90,24 @@ async def send_tensors(send: Send, body: EncodedBody, timing: Timing, *, coding:
     if coding is not None:
         compressed = await asyncio.to_thread(compress, body.chunks, coding)
         body = replace(body, chunks=[compressed], headers={**body.headers, "Content-Encoding": coding})
-    length = body.size_bytes
+    await send({"type": "http.response.start", "status": 200, "headers": tensor_headers(body, timing)})
+    *first, last = body.chunks if body.size_bytes > _JOIN_BYTES else [b"".join(body.chunks)]
+    for chunk in first:
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def tensor_headers(body: EncodedBody, timing: Timing) -> list[tuple[bytes, bytes]]:
+    """What stands before an encoded body."""
     headers = [
         (b"content-type", body.content_type.encode()),
-        (b"content-length", str(length).encode()),
+        (b"content-length", str(body.size_bytes).encode()),
         (b"server-timing", _server_timing(timing)),
     ]
     headers += [(name.lower().encode(), value.encode("latin-1")) for name, value in body.headers.items()]
     if body.json_length is not None:
         headers.append((b"inference-header-content-length", str(body.json_length).encode()))
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    *first, last = body.chunks if length > _JOIN_BYTES else [b"".join(body.chunks)]
-    for chunk in first:
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-    await send({"type": "http.response.body", "body": last, "more_body": False})
+    return headers
 
 
 def _server_timing(timing: Timing) -> bytes:

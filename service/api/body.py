@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from service.api.compression import decompressed, request_coding
 from service.errors import BodyTimeoutError, MediaTypeError, PayloadMalformedError, PayloadTooLargeError
@@ -19,18 +19,26 @@ class Received:
     """A context with a whole tensor body; its bytes count against the receive budget until the context ends.
 
     The byte at offset `aligned_at` lies at a multiple of 16 in memory, so that tensors that begin there need no copy.
+    With `is_whole` the first message brings all of the body without a wait; most small bodies come with their heads.
     """
 
-    __slots__ = ("_aligned_at", "_budget", "_headers", "_receive", "_reserved_bytes", "_settings")
+    __slots__ = ("_aligned_at", "_budget", "_headers", "_is_whole", "_receive", "_reserved_bytes", "_settings")
 
     def __init__(
-        self, receive: Receive, headers: Mapping[str, str], services: Services, *, aligned_at: int = 0
+        self,
+        receive: Receive,
+        headers: Mapping[str, str],
+        services: Services,
+        *,
+        aligned_at: int = 0,
+        is_whole: bool = False,
     ) -> None:
         self._receive = receive
         self._headers = headers
         self._settings = services.settings
         self._budget = services.budget
         self._aligned_at = aligned_at
+        self._is_whole = is_whole
         self._reserved_bytes = 0
 
     async def __aenter__(self) -> memoryview:
@@ -56,6 +64,10 @@ class Received:
         limit_bytes = self._settings.max_body_bytes
         padding = -self._aligned_at % _ALIGNMENT
         body = bytearray(padding)
+        if self._is_whole and coding is None:
+            body += _chunk(await self._receive())
+            _check_size(len(body) - padding, limit_bytes, "NORMSERVE_MAX_BODY_BYTES")
+            return memoryview(body)[padding:]
         chunks: AsyncIterator[bytes] = Stream(self._receive, self._headers, timeout_s=self._settings.body_timeout_s)
         if coding is not None:
             chunks = decompressed(chunks, coding)
@@ -126,9 +138,7 @@ class Stream(AsyncIterator[bytes]):
                 f"body: stopped arriving; received {self._total} of {length} bytes, and too little within "
                 f"{self._timeout_s:g} s (NORMSERVE_BODY_TIMEOUT_S)"
             ) from None
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        chunk: bytes = message.get("body", b"")
+        chunk = _chunk(message)
         self._is_complete = not message.get("more_body", False)
         self._total += len(chunk)
         self._fresh += len(chunk)
@@ -136,6 +146,13 @@ class Stream(AsyncIterator[bytes]):
         if self._fresh >= _PROGRESS_BYTES:
             self._fresh, self._remaining_s = 0, self._timeout_s
         return chunk
+
+
+def _chunk(message: Message) -> bytes:
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    chunk: bytes = message.get("body", b"")
+    return chunk
 
 
 def _declared_length(headers: Mapping[str, str]) -> int | None:

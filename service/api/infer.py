@@ -11,7 +11,7 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.asgi import CancelledWhenClientLeaves, headers_of, send_tensors, services_of
+from service.api.asgi import IS_WHOLE, CancelledWhenClientLeaves, headers_of, send_tensors, services_of
 from service.api.body import Received
 from service.api.compression import response_coding
 from service.api.errors import ANSWERED, answer
@@ -44,9 +44,7 @@ class InferRoute:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        found = None
-        if scope["type"] == "http":
-            found = _PATH.fullmatch(scope["path"].removeprefix(scope["root_path"]))
+        found = _called(scope) if scope["type"] == "http" else None
         if found is None:
             await self.app(scope, receive, send)
             return
@@ -66,7 +64,8 @@ async def infer(name: str, version: str | None, scope: Scope, receive: Receive, 
     entry.engine()
     headers = headers_of(scope)
     header = headers.get("inference-header-content-length")
-    async with Received(receive, headers, services, aligned_at=_number(header)) as body:
+    is_whole = IS_WHOLE in scope
+    async with Received(receive, headers, services, aligned_at=_number(header), is_whole=is_whole) as body:
         if entry.loaded is None:  # another may have taken its place while the body came
             entry = find_entry(services.models, name, version)
         started = time.perf_counter_ns()
@@ -80,6 +79,16 @@ async def infer(name: str, version: str | None, scope: Scope, receive: Receive, 
     timing = Timing(result.queue_ns, decoded - started, result.compute_ns, time.perf_counter_ns() - computed)
     entry.usage.succeeded(timing, result, request_bytes=len(body), response_bytes=encoded.size_bytes)
     await send_tensors(send, encoded, timing, coding=response_coding(headers))
+
+
+def find_called_entry(models: Models, scope: Scope) -> Entry | None:
+    """The model whose inference a request asks for; None where it asks for something else."""
+    found = _called(scope)
+    return None if found is None else find_entry(models, found["name"], found["version"])
+
+
+def _called(scope: Scope) -> re.Match[str] | None:
+    return _PATH.fullmatch(scope["path"].removeprefix(scope["root_path"]))
 
 
 def find_entry(models: Models, name: str, version: str | None) -> Entry:

@@ -39,8 +39,7 @@ class RequestContext:
                 await self._handle(scope, receive, send, span)
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send, span: RequestSpan | None = None) -> None:
-        offered = header(scope, b"x-request-id")
-        identity = offered if _REQUEST_ID.fullmatch(offered) else f"{random.getrandbits(64):016x}"
+        identity = identity_of(header(scope, b"x-request-id"))
         token = request_id.set(identity)
         started = time.perf_counter()
         status = 0
@@ -70,6 +69,11 @@ class RequestContext:
                 extra = {"method": scope["method"], "path": scope["path"], "status": status, "ms": elapsed_ms}
                 log.log(level, "request", extra=extra)
             request_id.reset(token)
+
+
+def identity_of(offered: str) -> str:
+    """The request's id: the offered one if it is fit to be logged, else a new one."""
+    return offered if _REQUEST_ID.fullmatch(offered) else f"{random.getrandbits(64):016x}"
 
 
 def _route(scope: Scope) -> str:

@@ -62,6 +62,15 @@ class Inference:
             entry.usage.failed(time.perf_counter_ns() - started, _reason(error))
             raise
 
+    def infer_now(
+        self, entry: Entry, requests: Sequence[tuple[Tensors, Sequence[str] | None]]
+    ) -> list[InferResult | None]:
+        """The results of requests without parameters that are known to be brief, computed in the event loop.
+
+        None for each that is left to `infer`, which counts and raises what fails. The inputs were checked.
+        """
+        return entry.engine().infer_now(requests, deadline_s=self._deadline_s)
+
     def _deadline(self, timeout_us: object) -> float:
         if timeout_us is None or timeout_us == 0:
             return self._deadline_s

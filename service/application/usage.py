@@ -18,6 +18,7 @@ _DURATIONS_NS = tuple(
         *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
     )
 )
+_PARTS = ("request", "queue", "decode", "compute", "encode")  # the whole, and then as Timing has them
 _BATCH_SIZES = tuple(2**power for power in range(11))
 
 
@@ -40,10 +41,6 @@ class Timing(NamedTuple):
     compute_input_ns: int
     compute_infer_ns: int
     compute_output_ns: int
-
-    @property
-    def total_ns(self) -> int:
-        return self.queue_ns + self.compute_input_ns + self.compute_infer_ns + self.compute_output_ns
 
 
 class Histogram:
@@ -83,12 +80,10 @@ class Usage:
         self._last_inference_ms = 0
         self.inference_count = 0
         self.execution_count = 0
-        self._success, self._fail, self._queue = Duration(), Duration(), Duration()
-        self._input, self._infer, self._output = Duration(), Duration(), Duration()
+        self._success_count = 0
+        self._fail = Duration()
         self._batches: defaultdict[int, BatchUsage] = defaultdict(BatchUsage)
-        self.durations = {
-            part: Histogram(_DURATIONS_NS) for part in ("request", "queue", "decode", "compute", "encode")
-        }
+        self.durations = {part: Histogram(_DURATIONS_NS) for part in _PARTS}
         self.batch_sizes = Histogram(_BATCH_SIZES)
         self.failures: Counter[FailureReason] = Counter()
         self.request_bytes = 0
@@ -99,12 +94,9 @@ class Usage:
         self.inference_count += result.rows
         self.request_bytes += request_bytes
         self.response_bytes += response_bytes
-        self._observe(timing)
-        self._success.add(timing.total_ns)
-        self._queue.add(timing.queue_ns)
-        self._input.add(timing.compute_input_ns)
-        self._infer.add(timing.compute_infer_ns)
-        self._output.add(timing.compute_output_ns)
+        self._success_count += 1
+        for histogram, ns in zip(self.durations.values(), (sum(timing), *timing), strict=True):
+            histogram.add(ns)
         if not result.is_first:
             return
         self.execution_count += 1
@@ -121,12 +113,12 @@ class Usage:
     def to_dict(self) -> dict[str, Any]:
         """The keys of one element of `model_stats`, without name and version."""
         parts = {
-            "success": self._success,
+            "success": self._summed("request"),
             "fail": self._fail,
-            "queue": self._queue,
-            "compute_input": self._input,
-            "compute_infer": self._infer,
-            "compute_output": self._output,
+            "queue": self._summed("queue"),
+            "compute_input": self._summed("decode"),
+            "compute_infer": self._summed("compute"),
+            "compute_output": self._summed("encode"),
             "cache_hit": Duration(),
             "cache_miss": Duration(),
         }
@@ -148,12 +140,8 @@ class Usage:
             "memory_usage": [],
         }
 
-    def _observe(self, timing: Timing) -> None:
-        self.durations["request"].add(timing.total_ns)
-        self.durations["queue"].add(timing.queue_ns)
-        self.durations["decode"].add(timing.compute_input_ns)
-        self.durations["compute"].add(timing.compute_infer_ns)
-        self.durations["encode"].add(timing.compute_output_ns)
+    def _summed(self, part: str) -> Duration:
+        return Duration(self._success_count, self.durations[part].total)
 
 
 def _duration(duration: Duration) -> dict[str, int]:

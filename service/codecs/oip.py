@@ -1,8 +1,12 @@
 """Requests and responses of the Open Inference Protocol, JSON with or without binary tensors behind it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
 
 from service import datatypes
 from service.codecs import json_pieces, json_tensors, oip_binary
@@ -29,13 +33,11 @@ _RESERVED_PREFIX = "triton_"
 _SHARED_MEMORY = "shared_memory_region"
 
 
-@dataclass(frozen=True, slots=True)
-class RequestedOutput:
+class RequestedOutput(NamedTuple):
     """An output that the client named, and whether it wants its data behind the JSON."""
 
     name: str
     is_binary: bool
-    parameters: dict[str, ParameterValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,29 +137,60 @@ def encode_response(
     wants_binary: bool = False,
 ) -> EncodedBody:
     """Encode the requested outputs in the order of the request, or all; binary ones behind the JSON."""
+    selected = requested or [RequestedOutput(name, wants_binary) for name in outputs]
+    arrays = [(name, _output(outputs, name), is_binary) for name, is_binary in selected]
+    binary = [oip_binary.encode(array) for _, array, is_binary in arrays if is_binary]
+    texts: Sequence[bytes]
+    if len(binary) < len(arrays) or parameters or not arrays:
+        texts = _texts(model_name, model_version, arrays, binary, id, parameters)
+    else:
+        pairs = zip(arrays, binary, strict=True)
+        behind = tuple([(name, array.dtype, array.shape, len(chunk)) for (name, array, _), chunk in pairs])
+        text = _remembered_text(model_name, model_version, behind)
+        texts = [text if not id else b'{"id":' + orjson.dumps(id) + b"," + text[1:]]
+    if binary:
+        return EncodedBody([*texts, *binary], "application/octet-stream", json_length=sum(map(len, texts)))
+    return EncodedBody([*texts], "application/json")
+
+
+def _texts(
+    model_name: str,
+    model_version: str,
+    arrays: Sequence[tuple[str, Tensor, bool]],
+    binary: Sequence[bytes | memoryview],
+    id: str,
+    parameters: Parameters | None,
+) -> Sequence[bytes]:
     document: dict[str, object] = {"id": id} if id else {}
     document |= {"model_name": model_name, "model_version": model_version}
     if parameters:
         document["parameters"] = printable(parameters, are_tokens_bare=True)
     entries: list[dict[str, object]] = []
-    binary: list[bytes | memoryview] = []
-    writer = json_tensors.Writer(are_tokens_bare=True)
-    is_binary_by_name = {output.name: output.is_binary for output in requested} or dict.fromkeys(outputs, wants_binary)
-    for name, is_binary in is_binary_by_name.items():
-        array = _output(outputs, name)
-        entry: dict[str, object] = {"name": name, "datatype": datatypes.of(array).name, "shape": array.shape}
+    writer, chunks = json_tensors.Writer(are_tokens_bare=True), iter(binary)
+    for name, array, is_binary in arrays:
+        entry = _entry(name, array.dtype, array.shape)
         if is_binary:
-            chunk = oip_binary.encode(array)
-            entry["parameters"] = {"binary_data_size": len(chunk)}
-            binary.append(chunk)
+            entry["parameters"] = {"binary_data_size": len(next(chunks))}
         else:
             entry["data"] = writer.data(array)
         entries.append(entry)
-    document["outputs"] = entries
-    texts = writer.chunks(document)
-    if any(is_binary_by_name.values()):
-        return EncodedBody([*texts, *binary], "application/octet-stream", json_length=sum(map(len, texts)))
-    return EncodedBody([*texts], "application/json")
+    return writer.chunks(document | {"outputs": entries})
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _remembered_text(
+    model_name: str, model_version: str, binary: tuple[tuple[str, np.dtype[Any], tuple[int, ...], int], ...]
+) -> bytes:
+    """The JSON of an answer whose tensors all stand behind it: the same for every request of a shape."""
+    entries = [
+        _entry(name, dtype, shape) | {"parameters": {"binary_data_size": size_bytes}}
+        for name, dtype, shape, size_bytes in binary
+    ]
+    return orjson.dumps({"model_name": model_name, "model_version": model_version, "outputs": entries})
+
+
+def _entry(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> dict[str, object]:
+    return {"name": name, "datatype": datatypes.of_numpy(dtype).name, "shape": shape}
 
 
 def _json_length(header_length: int | str | None, body_length: int) -> int:
@@ -233,7 +266,7 @@ def _outputs(value: object, *, wants_binary: bool) -> tuple[RequestedOutput, ...
             if refused in parameters:
                 raise UnsupportedError(f"{place}: the parameter {refused} is not offered")
         is_binary = _flag(parameters.pop("binary_data", wants_binary), f"{place}.parameters.binary_data")
-        outputs[name] = RequestedOutput(name, is_binary, parameters)
+        outputs[name] = RequestedOutput(name, is_binary)
     return tuple(outputs.values())
 
 

@@ -83,6 +83,13 @@ class NormalizationEngine:
         computed, diagnostics = ran.result
         return InferResult(computed, diagnostics=diagnostics, queue_ns=ran.queue_ns, compute_ns=ran.compute_ns)
 
+    def infer_now(
+        self, requests: Sequence[tuple[Tensors, Sequence[str] | None]], *, deadline_s: float
+    ) -> list[InferResult | None]:
+        """See Engine. What a normalization takes is not known before."""
+        del deadline_s
+        return [None] * len(requests)
+
     async def drain(self) -> None:
         """See Engine."""
         await self._worker.drain()

@@ -4,7 +4,8 @@ import asyncio
 import ctypes
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import onnxruntime
 from normcore.errors import CheckpointError, DeadlineError, NormcoreError, ParameterError, ShapeError
 from normcore.execution import TensorInfo, describe, open_session, run
 from service.datatypes import BYTES, Datatype, by_name
-from service.engine.batch import Batching, Part
+from service.engine.batch import Batching, Part, Ran
 from service.engine.devices import Providers, providers_for
 from service.engine.protocol import InferResult, ModelOptions, ModelSpec, Parameters, Tensor, Tensors, TensorSpec
 from service.engine.worker import Worker
@@ -127,14 +128,23 @@ class OnnxEngine:
             raise DeadlineExceededError(
                 f"{self._worker.name}: stopped at its deadline of {deadline_s:g} s", deadline_s=deadline_s
             ) from None
-        return InferResult(
-            ran.result,
-            queue_ns=ran.queue_ns,
-            compute_ns=ran.compute_ns,
-            rows=rows or 1,
-            batch_rows=rows or 1 if part is None else ran.batch_rows,
-            is_first=ran.is_first,
-        )
+        return _result(ran, rows or 1, rows or 1 if part is None else ran.batch_rows)
+
+    def infer_now(
+        self, requests: Sequence[tuple[Tensors, Sequence[str] | None]], *, deadline_s: float
+    ) -> list[InferResult | None]:
+        """See Engine."""
+        if self._session is None or not self.options.max_batch_size:
+            return [None] * len(requests)
+        calls: list[tuple[Callable[[], dict[str, Tensor]], Part | None]] = []
+        for inputs, outputs in requests:
+            names, rows = self._output_names if outputs is None else tuple(outputs), _rows(inputs)
+            part = _part(inputs, names, rows) if rows else None
+            calls.append((partial(self._compute, inputs, names, deadline_s), part))
+        return [
+            None if ran is None or part is None else _result(ran, part.rows, ran.batch_rows)
+            for ran, (_, part) in zip(self._worker.run_now(calls, deadline_s=deadline_s), calls, strict=True)
+        ]
 
     async def drain(self) -> None:
         """See Engine."""
@@ -184,6 +194,17 @@ class _Request(NamedTuple):
     inputs: Tensors
     outputs: tuple[str, ...]
     rows: int
+
+
+def _result(ran: Ran[dict[str, Tensor]], rows: int, batch_rows: int) -> InferResult:
+    return InferResult(
+        ran.result,
+        queue_ns=ran.queue_ns,
+        compute_ns=ran.compute_ns,
+        rows=rows,
+        batch_rows=batch_rows,
+        is_first=ran.is_first,
+    )
 
 
 def _zeros(datatype: Datatype, shape: Sequence[int]) -> Tensor:

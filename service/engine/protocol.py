@@ -116,6 +116,16 @@ class Engine(Protocol):
         """
         ...
 
+    def infer_now(
+        self, requests: Sequence[tuple[Tensors, Sequence[str] | None]], *, deadline_s: float
+    ) -> list[InferResult | None]:
+        """Compute at once, in the event loop, what is known to take far less than a millisecond.
+
+        Inputs and named outputs of requests without parameters; None for each that is left to `infer`: nothing was
+        computed for it, or its computation failed.
+        """
+        ...
+
     async def drain(self) -> None:
         """Return when every call made so far has ended."""
         ...

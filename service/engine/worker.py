@@ -8,7 +8,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from service.engine.batch import Batch, Batching, Part, Ran, Task
@@ -25,6 +25,7 @@ class Worker:
         self.name = name
         self._queue_size = queue_size
         self._batching = batching
+        self._runs_brief = batching is not None and batching.is_cost_known and batching.max_delay_s == 0
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
         self._changed = threading.Condition()
@@ -69,6 +70,21 @@ class Worker:
                 task.timer.cancel()
             del task  # for the reason given in _step
 
+    def run_now(
+        self, calls: Sequence[tuple[Callable[[], T], Part | None]], *, deadline_s: float
+    ) -> list[Ran[T] | None]:
+        """Run in the event loop, joined as `submit` would join them, the calls that are known to be brief.
+
+        None for a call that did not run, or failed: `submit` is for those.
+        """
+        if self._is_closed or not self._runs_brief or self._arrived:
+            return [None] * len(calls)
+        tasks = [Task(call, self._loop.create_future(), deadline_s, part) for call, part in calls]
+        self._run_brief(tasks)
+        return [
+            task.future.result() if task.future.done() and task.future.exception() is None else None for task in tasks
+        ]
+
     async def drain(self) -> None:
         """Return once nothing waits or runs."""
         idle = self._loop.create_future()
@@ -111,8 +127,9 @@ class Worker:
         self._arrived.append(task)
 
     def _hand_over(self) -> None:
-        if self._batching is not None and self._batching.is_cost_known and self._batching.max_delay_s == 0:
-            self._run_brief(self._batching)
+        if self._runs_brief:
+            self._arrived = self._run_brief(self._arrived)
+            self._wake_drains()
         for task in self._arrived:  # a timer costs as much as a brief run: only those who wait for a thread need one
             task.timer = self._loop.call_later(task.remaining_s(), self._expire, task)
         if self._arrived:
@@ -121,18 +138,19 @@ class Worker:
                 self._arrived.clear()
                 self._changed.notify_all()  # one thread may wait for calls of its batch, another for any call
 
-    def _run_brief(self, limits: Batching) -> None:
-        """In the event loop: the batches that are brief, while the threads have nothing to do."""
-        while self._arrived and not self._waiting and not self._running:
-            batch = Batch(self._arrived[0])
-            others = [task for task in self._arrived[1:] if not batch.takes(task, limits)]
+    def _run_brief(self, arrived: list[Task[Any]]) -> list[Task[Any]]:
+        """In the event loop: the batches that are brief, while the threads have nothing to do; the rest is returned."""
+        assert self._batching is not None
+        while arrived and not self._waiting and not self._running:
+            batch = Batch(arrived[0])
+            others = [task for task in arrived[1:] if not batch.takes(task, self._batching)]
             if batch.group is None or not self._pace.is_brief(batch.group, batch.rows):
-                return
-            self._arrived = others
+                break
+            arrived = others
             self._execute(batch, in_thread=False)
             for task in batch.tasks:
                 task.deliver()
-        self._wake_drains()
+        return arrived
 
     def _closed_error(self) -> ModelNotReadyError:
         return ModelNotReadyError(f"{self.name} is being unloaded")

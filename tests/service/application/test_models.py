@@ -63,6 +63,11 @@ class FakeEngine:
     ) -> InferResult:
         return InferResult({})
 
+    def infer_now(
+        self, requests: Sequence[tuple[Tensors, Sequence[str] | None]], *, deadline_s: float
+    ) -> list[InferResult | None]:
+        return [None] * len(requests)
+
     async def drain(self) -> None: ...
 
     async def close(self) -> None: ...

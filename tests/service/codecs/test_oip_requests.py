@@ -36,7 +36,7 @@ def test_a_request_carries_id_parameters_and_outputs() -> None:
     )
     assert request.id == "7"
     assert request.parameters == {"eps": 1e-3, "training": True, "name": "a", "steps": 3, "momentum": None}
-    assert request.outputs == (RequestedOutput("y", False), RequestedOutput("z", True, {"k": 1}))
+    assert request.outputs == (RequestedOutput("y", False), RequestedOutput("z", True))
     assert not request.wants_binary
     assert request.raw is None
     assert request.inputs["x"].tolist() == [1.5, -2]
