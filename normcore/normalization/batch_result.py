@@ -82,5 +82,7 @@ def _as_output(running: RunningStatistics | None, view: BatchView, *, is_new: bo
     if running is None:
         return None
     dtype = accumulation_dtype(view.input.dtype)
+    if is_new and running.mean.dtype == running.var.dtype == dtype:
+        return running
     mean, var = running.mean.to(dtype, copy=not is_new), running.var.to(dtype, copy=not is_new)
     return RunningStatistics(mean, var, running.num_batches_tracked)

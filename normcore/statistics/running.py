@@ -1,7 +1,8 @@
 """Running statistics: exponential or cumulative averages over batches, in the convention the caller names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -113,9 +114,7 @@ class RunningStatistics:
         self, moments: Any, weight: float | Tensor, *, count: int, correction: int
     ) -> tuple["RunningStatistics", bool]:
         """The same of arrays of mean and biased variance (2, C), compiled, and whether these are finite."""
-        from normcore._compiled import flat
-        from normcore.statistics.moving import move
-
+        flat, move = _kernels()
         weight, mean, var = float(weight), torch.empty_like(self.mean), torch.empty_like(self.var)
         is_finite = move(flat(self.mean.contiguous()), flat(mean), moments[0], weight, 1.0, 1.0)
         freedom = float(count - correction)
@@ -133,6 +132,14 @@ class RunningStatistics:
             expected = "the number of batches so far, with momentum null (cumulative)"
             raise StatisticsError("num_batches_tracked", expected=expected, received="none")
         return 1.0 / (self.num_batches_tracked + 1).to(torch.float64)
+
+
+@cache
+def _kernels() -> tuple[Callable[..., Any], Callable[..., bool]]:
+    from normcore._compiled import flat
+    from normcore.statistics.moving import move
+
+    return flat, move
 
 
 def _average(kept: Tensor, new: Tensor, weight: float | Tensor) -> Tensor:

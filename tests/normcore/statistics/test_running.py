@@ -80,3 +80,25 @@ def test_update_refuses() -> None:
     with pytest.raises(StatisticsError, match="batch: expected more than 1 value per channel"):
         _start().update(Moments.of(torch.ones(1, 1)))
     assert float(_start().update(Moments.of(torch.ones(1, 1)), convention="onnx").var) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("correction", [0, 1])
+def test_compiled_move_gives_the_bits_of_the_plain_one(dtype: torch.dtype, correction: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    kept = torch.randn(2, 64, generator=generator, dtype=torch.float64).abs()
+    # Every other value of a longer tensor, as views of checkpoints are.
+    start = RunningStatistics(kept[0].to(dtype)[::2], kept[1].to(dtype)[::2], torch.tensor(7))
+    moments = torch.randn(2, 32, generator=generator, dtype=torch.float64).abs()
+    mean, var = moments
+    moved, is_finite = start.moved_by(moments.numpy(), 0.3, count=11, correction=correction)
+    expected = start.moved(mean, var * 11 / (11 - correction), 0.3)
+    assert is_finite
+    assert moved.mean.dtype == moved.var.dtype == dtype
+    assert torch.equal(moved.mean, expected.mean)
+    assert torch.equal(moved.var, expected.var)
+    assert moved.num_batches_tracked == 8
+    for row in range(2):
+        spoiled = moments.clone()
+        spoiled[row, 5] = torch.inf
+        assert not start.moved_by(spoiled.numpy(), 0.3, count=11, correction=correction)[1]

@@ -76,12 +76,17 @@ def of_groups() -> Iterator[Case]:
     yield "rms_norm", {"input": image(lambda x: x * 1e-4), "eps": 1e-5}, {"eps_dominated_groups": 12}
 
 
-def of_others() -> Iterator[Case]:
+def of_running() -> Iterator[Case]:
     running: dict[str, Any] = {"training": True, **STATE}
     far = {"running_mean_distance": pytest.approx(7, abs=0.7)}
     yield "instance_norm", running | {"input": image(lambda x: x + 7)}, far
     wide = {"running_var_ratio": pytest.approx(100, rel=0.5)}
     yield "instance_norm", running | {"input": image(lambda x: x * 10)}, wide
+    clipped = {"r_clipped_channels": 3, "d_clipped_channels": 3}
+    yield "batch_renorm", running | {"input": image(lambda x: x * 10 + 100)}, clipped
+
+
+def of_others() -> Iterator[Case]:
     covariance = of([1, 0, 0, 0, 1, 0, 0, 0, 1], 1, 3, 3)
     whitening = {"training": True, "running_mean": STATE["running_mean"], "running_covariance": covariance}
     yield "whitening", whitening | {"input": image(samples=1)}, {"few_values_per_channel": 5}
@@ -106,8 +111,6 @@ def of_others() -> Iterator[Case]:
     yield "rms_norm", {"input": image(lambda x: x * 0)}, {"zero_groups": 12}
     yield "lp_norm", {"input": image(lambda x: x * 0)}, {"zero_vectors": 12}
     yield "weight_norm", {"input": image(lambda x: x * 0)}, {"zero_rows": 4}
-    clipped = {"r_clipped_channels": 3, "d_clipped_channels": 3}
-    yield "batch_renorm", running | {"input": image(lambda x: x * 10 + 100)}, clipped
     yield "lp_norm", {"input": image(poisoned)}, {"non_finite_norms": 1}
     yield "lp_norm", {"input": image(lambda x: x * 1e-4), "eps": 1}, {"eps_dominated_vectors": 12}
     yield "local_response_norm", {"input": image(poisoned)}, {"non_finite_values": 6}
@@ -115,7 +118,8 @@ def of_others() -> Iterator[Case]:
 
 
 CASES = [
-    pytest.param(*case, id=f"{case[0]}-{next(iter(case[2]))}") for case in (*of_batches(), *of_groups(), *of_others())
+    pytest.param(*case, id=f"{case[0]}-{next(iter(case[2]))}")
+    for case in (*of_batches(), *of_groups(), *of_running(), *of_others())
 ]
 
 
