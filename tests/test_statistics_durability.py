@@ -125,6 +125,30 @@ def _post_and_kill(process: BaseProcess, workers: list[Worker], url: str, *, aft
             item.result()
 
 
+def test_states_keys_and_frozen_copies_outlive_a_kill(tmp_path: Path) -> None:
+    keyed = {"idempotency-key": "one"}
+    with forked(tmp_path) as (_, url):
+        path = httpx.post(f"{url}/v1/statistics", json={"num_features": 1}).headers["location"]
+        old = httpx.get(f"{url}{path}").headers["etag"]
+        first = httpx.post(f"{url}{path}/batches", json={"input": [[1], [3]]}, headers=keyed)
+        assert first.status_code == 200, first.text
+        read = httpx.get(f"{url}{path}")
+        frozen = httpx.post(f"{url}{path}/freeze")
+    with forked(tmp_path) as (_, url):
+        assert httpx.get(f"{url}{path}", headers={"if-none-match": read.headers["etag"]}).status_code == 304
+        again = httpx.post(f"{url}{path}/batches", json={"input": [[1], [3]]}, headers=keyed)
+        assert (again.json(), again.headers["idempotent-replayed"]) == (first.json(), "true")
+        other = httpx.post(f"{url}{path}/batches", json={"input": [[1], [4]]}, headers=keyed)
+        assert (other.status_code, other.json()["code"]) == (409, "conflict")
+        stale = httpx.post(f"{url}{path}/batches", json={"input": [[1]]}, headers={"if-match": old})
+        assert (stale.status_code, stale.json()["code"]) == (412, "precondition_failed")
+        copy = httpx.get(f"{url}{frozen.headers['location']}")
+        assert (copy.json(), copy.headers["etag"]) == (frozen.json(), frozen.headers["etag"])
+        assert httpx.get(f"{url}{path}").json() == read.json()
+        counted = httpx.post(f"{url}{path}/batches", json={"input": [[1]]}, headers={"if-match": read.headers["etag"]})
+        assert (counted.status_code, counted.json()["sequence"]) == (200, 2)
+
+
 @pytest.fixture(scope="module")
 def server_settings() -> dict[str, str]:
     return SETTINGS

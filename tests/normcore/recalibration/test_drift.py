@@ -69,6 +69,25 @@ def test_too_few_values_are_unknown() -> None:
     assert "4 per channel" in report.sentence
 
 
+def test_one_layer_with_too_few_values_leaves_it_unknown_where_the_others_are_fresh() -> None:
+    net = Net()
+    pooled = net.op("GlobalAveragePool", net.norm("x", 3), output="pooled")
+    net.norm(pooled, 3, output="y")
+    data = [images(4)]
+    model, _ = recalibrate_onnx(net.model({"x": ["N", 3, "H", "W"]}, "y"), data)
+    report = measure_drift(model, data)
+    assert report.verdict == "unknown"
+    assert report.sentence.startswith("1 of 2 batch norms have too few values")
+
+
+def test_the_threshold_is_the_distance_from_which_a_layer_is_stale() -> None:
+    data = [{"x": noise(200, 3)}]
+    (layer,) = measure_drift(gemm(), data).layers
+    assert layer.distance is not None
+    verdicts = [measure_drift(gemm(), data, threshold=layer.distance * share).verdict for share in (0.99, 1.01)]
+    assert verdicts == ["stale", "fresh"]
+
+
 def test_no_batch_norm_is_unknown() -> None:
     net = Net()
     net.op("Relu", "x", output="y")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -185,3 +186,31 @@ def test_of_and_merge_refuse_what_does_not_fit() -> None:
         Moments.of(torch.zeros(3, 2), channel_axis=2)
     with pytest.raises(ShapeError, match="others: expected 2 channels, received 3 channels"):
         Moments.of(torch.zeros(3, 2)).merge(Moments.of(torch.zeros(3, 3)))
+
+
+@pytest.mark.parametrize("inner", [1, 2**16], ids=["columns", "runs"])
+def test_a_first_value_far_from_the_others_costs_no_digits(inner: int) -> None:
+    values = torch.randn(2**16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    values[0] = 1e6
+    wide = values.numpy().astype(np.longdouble)
+    m2 = ((wide - wide.mean()) ** 2).sum()
+    found = Moments.of(values.view(-1, 1, inner))
+    assert abs(np.longdouble(float(found.m2)) / m2 - 1) <= 1e-12
+
+
+def test_the_low_part_is_what_rounding_left_over() -> None:
+    found = Moments.of(torch.tensor([[0.0], [1.0], [1.0]], dtype=torch.float64) + 10**9)
+    assert found.mean_low is not None
+    exact = 10**9 + Fraction(2, 3)
+    assert abs(Fraction(float(found.mean)) + Fraction(float(found.mean_low)) - exact) < Fraction(1, 10**15)
+
+
+@pytest.mark.parametrize("values", [[torch.inf, 1.0], [1.0, torch.inf]], ids=["first", "last"])
+def test_the_place_of_an_infinity_does_not_matter(values: list[float]) -> None:
+    assert float(Moments.of(torch.tensor(values).view(-1, 1)).mean) == torch.inf
+
+
+def test_squares_that_overflow_beside_no_values_are_infinite() -> None:
+    one = torch.ones(1, dtype=torch.float64)
+    parts = [Moments(one, one * mean, one * 0) for mean in (1e200, -1e200)]
+    assert float(parts[0].merge(parts[1], Moments.none(1)).m2) == torch.inf

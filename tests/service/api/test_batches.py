@@ -312,6 +312,19 @@ async def test_a_key_with_another_request_is_a_conflict(client: httpx.AsyncClien
     assert answer.status_code == 200, "a key belongs to its resource"
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
+async def test_a_key_with_other_values_is_a_conflict_in_every_encoding(
+    client: httpx.AsyncClient, encoding: str
+) -> None:
+    path = await created(client)
+    other = ARRAY[::-1].copy()  # the same moments
+    statuses = []
+    for request in (ENCODINGS[encoding], encodings(other)[encoding]):
+        headers = request.get("headers", {}) | {"idempotency-key": "one"}
+        statuses.append((await client.post(f"{path}/batches", **(request | {"headers": headers}))).status_code)
+    assert statuses == [200, 409]
+
+
 async def test_a_retry_of_a_conditional_post_is_answered(client: httpx.AsyncClient) -> None:
     path = await created(client)
     headers = {"idempotency-key": "one", "if-match": (await client.get(path)).headers["etag"]}

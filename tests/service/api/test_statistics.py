@@ -1,6 +1,7 @@
 """/v1/statistics: what a resource holds, and what its life is."""
 
 import hashlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -106,6 +107,38 @@ async def test_a_frozen_copy_never_changes_and_its_source_stays_open(client: htt
     await post_all(client, path, batches(1))
     assert (await client.get(first.headers["location"])).json() == frozen
     assert (await client.post(f"{path}/freeze")).json()["content_hash"] != frozen["content_hash"]
+
+
+async def test_frozen_and_deleted_ones_are_refused_before_a_body_is_read(client: httpx.AsyncClient) -> None:
+    path = await created(client)
+    await post_all(client, path, batches(1))
+    frozen = (await client.post(f"{path}/freeze")).headers["location"]
+    await client.delete(path)
+    read = []
+
+    async def body() -> AsyncIterator[bytes]:
+        read.append(True)
+        yield npy(batches(1)[0])
+
+    answers = [await client.post(f"{closed}/batches", content=body(), headers=NPY) for closed in (frozen, path)]
+    assert ([answer.status_code for answer in answers], read) == ([409, 404], [])
+
+
+async def test_the_content_hash_tells_apart_all_that_counts(client: httpx.AsyncClient) -> None:
+    array = np.array([[1.0], [3.0]])
+    posts: list[dict[str, Any]] = [
+        {"content": npy(array), "headers": NPY},
+        {"json": {"count": 2, "mean": [2], "m2": [2]}},
+    ]
+    hashes = set()
+    for request in posts:  # the same moments, with a histogram and without
+        for axis in (1, -1):
+            path = await created(client, 1, channel_axis=axis)
+            await client.post(f"{path}/batches", **request)
+            frozen = await client.post(f"{path}/freeze")
+            assert frozen.headers["etag"] == f'"{frozen.json()["content_hash"]}"'
+            hashes.add(frozen.json()["content_hash"])
+    assert len(hashes) == 4
 
 
 async def test_nothing_cannot_be_frozen(client: httpx.AsyncClient) -> None:

@@ -12,6 +12,7 @@ from safetensors import numpy as safetensors
 from normcore.statistics import Histogram, Moments, PopulationStatistics
 from service.application.statistics import Batch, NewStatistics, Statistics
 from service.application.totals import encode_histogram
+from service.errors import ConflictError
 from service.storage.metadata import Metadata
 from service.storage.statistics import JOINED_POSTS, StatisticsStore
 from tests.service.conftest import small_settings
@@ -102,4 +103,20 @@ async def test_histograms_that_were_kept_with_the_totals_are_carried_over(tmp_pa
         expected = Histogram.start(CHANNELS).update(values).histogram(5, channel=3)
         assert torch.equal(found.counts, expected.counts)
         assert torch.equal(found.edges, expected.edges)
+    await metadata.close()
+
+
+@pytest.mark.asyncio
+async def test_a_frozen_one_takes_no_post_from_anybody(tmp_path: Path) -> None:
+    metadata = Metadata(f"sqlite:///{tmp_path / 'test.db'}")
+    await metadata.open()
+    store = StatisticsStore(metadata, limit=5)
+    await store.open()
+    statistics = Statistics(store=store, settings=small_settings(tmp_path))
+    resource = (await statistics.create(NewStatistics(1))).record.id
+    batch = Batch(Moments.of(torch.ones(2, 1)), None, "raise", None, "")
+    await statistics.post(resource, batch, check=lambda record: None)
+    frozen = (await statistics.freeze(resource, check=lambda record: None)).record.id
+    with pytest.raises(ConflictError, match="frozen"):
+        await statistics.post(frozen, batch, check=lambda record: None)
     await metadata.close()

@@ -107,3 +107,10 @@ async def test_a_full_disk_is_named(tmp_path: Path) -> None:
         await metadata.close()
     finally:
         sqlalchemy.event.remove(sqlalchemy.Engine, "connect", allow_few_pages)
+
+
+async def test_a_commit_waits_for_the_disk(tmp_path: Path) -> None:
+    metadata = await opened(tmp_path)
+    pragma = sqlalchemy.text("PRAGMA synchronous")
+    assert await metadata.transact(lambda connection: connection.execute(pragma).scalar_one()) == 2  # FULL
+    await metadata.close()

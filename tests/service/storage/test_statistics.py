@@ -61,3 +61,17 @@ async def test_a_key_that_cannot_be_written_takes_the_state_back_with_it(tmp_pat
         await store.post("a", Post("key", "digest", accept, count, b"".join))
     assert await store.read("a", lambda stored: stored.state) == b"x"
     await metadata.close()
+
+
+async def test_nothing_is_left_of_a_deleted_one(tmp_path: Path) -> None:
+    metadata, store = await opened(tmp_path)
+    await store.derive((), lambda _: Stored(RECORD, b"", (b"part",)), lambda stored: stored)
+    await store.post("a", Post("key", "digest", accept, count, b"".join))
+    await store.delete("a", accept)
+
+    def left(connection: sql.Connection) -> list[int]:
+        tables = ("statistics", "statistics_keys", "statistics_histograms")
+        return [connection.execute(sql.text(f"SELECT count(*) FROM {table}")).scalar_one() for table in tables]
+
+    assert await metadata.transact(left) == [0, 0, 0]
+    await metadata.close()
