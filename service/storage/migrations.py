@@ -21,6 +21,9 @@ def migrate(engine: sql.Engine, schema: sql.MetaData) -> None:
     """
     version_table = sql.Table("schema_version", sql.MetaData(), sql.Column("version", sql.Integer, nullable=False))
     with engine.begin() as connection:
+        if engine.dialect.name == "sqlite":
+            # Its driver begins no transaction before a change of the schema.
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
         found = _found_version(connection, version_table)
         if found is not None and found > SCHEMA_VERSION:
             raise SchemaTooNewError(

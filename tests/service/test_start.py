@@ -1,5 +1,6 @@
 """Starts that cannot be: one line that names the setting, and an exit code."""
 
+import json
 import os
 import re
 import socket
@@ -95,6 +96,14 @@ def test_unknown_variables_are_reported_with_what_was_meant() -> None:
         "NORMSERVE_PROT: no such setting, did you mean NORMSERVE_PORT?",
         "NORMSERVE_XYZZY_QUUX: no such setting",
     ]
+
+
+def test_an_unknown_variable_is_a_line_in_the_log(tmp_path: Path) -> None:
+    done = _start(tmp_path, NORMSERVE_PROT="1", NORMSERVE_DEVICE="cuda:99")
+    warning, problem = done.stderr.splitlines()
+    assert json.loads(warning)["message"] == "NORMSERVE_PROT: no such setting, did you mean NORMSERVE_PORT?"
+    assert problem.startswith("NORMSERVE_DEVICE: ")
+    assert done.returncode == 3
 
 
 async def test_auto_without_a_gpu_says_so(
