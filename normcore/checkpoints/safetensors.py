@@ -49,12 +49,6 @@ def open_safetensors(path: Path, *, limits: TensorLimits) -> TensorFile:
     return TensorFile(path=path, format="safetensors", tensors=tensors, keeps_order=False)
 
 
-def read_metadata(path: Path, *, limits: TensorLimits) -> dict[str, str]:
-    """The texts that a safetensors file carries beside its tensors. Raises CheckpointError."""
-    metadata = _read_header(path, limits)[0].get(_METADATA, {})
-    return dict(metadata) if isinstance(metadata, dict) else {}
-
-
 def _read_header(path: Path, limits: TensorLimits) -> tuple[dict[str, Any], int]:
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -132,4 +126,4 @@ def _check_coverage(ranges: list[tuple[int, int, str]], size: int) -> None:
         raise CheckpointError(f"the data of the safetensors file is {problem}: {size} bytes, {end} declared")
 
 
-__all__ = ["open_safetensors", "read_metadata"]
+__all__ = ["open_safetensors"]

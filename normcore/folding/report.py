@@ -163,10 +163,6 @@ class Certificate:
     regions: tuple[Region, ...]
     reference: str
 
-    @property
-    def failed_outputs(self) -> tuple[str, ...]:
-        return tuple(region.output for region in self.regions if not region.equivalent)
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: None in place of NaN and the infinities."""
         return to_json(asdict(self))

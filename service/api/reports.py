@@ -142,8 +142,8 @@ class FoldReport(BaseModel):
     entries: list[Normalization]
     notes: list[str]
     options: dict[str, Any] = Field({}, description="What was asked for, defaults included.")
-    nodes_before: int | None = Field(None, description="Of a graph.")
-    nodes_after: int | None = Field(None, description="Of a graph.")
+    nodes_before: int | None = Field(None, description="Nodes of a graph, `Constant` nodes among them.")
+    nodes_after: int | None = Field(None, description="The same after the fold, which needs fewer constants.")
     certificate: Certificate | None = Field(None, description="Of a graph; null where nothing was folded.")
     form: str | None = Field(None, description="Of named tensors: deploy or shape_preserving.")
     contents: dict[str, Any] | None = Field(None, description="Of named tensors: what the file holds.")

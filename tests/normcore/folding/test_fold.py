@@ -130,6 +130,8 @@ def test_writes_and_proves(tmp_path: Path) -> None:
     assert report.certificate.verdict == "equivalent"
     assert report.certificate.folded_sha256 == hashlib.sha256(target.read_bytes()).hexdigest()
     assert report.notes == ()
+    assert [entry.consumers for entry in report.entries] == [("relu_2",), ("conv_5",), ()]
+    assert {entry.eps_source for entry in report.entries} == {"default of the operator"}
     assert steps == [("load", 0, 4), ("fold", 1, 4), ("write", 2, 4), ("verify", 3, 4), ("done", 4, 4)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folded.onnx", "source.onnx"]
     assert operators(load_onnx(target)) == ["Conv", "Relu", "ConvTranspose", "Conv"]

@@ -202,3 +202,24 @@ def test_old_elementwise_operators_are_left_alone() -> None:
     folded, entries = fold_onnx(net.model({"x": (C, 3)}, output))
     assert operators(folded) == ["MatMul", "Mul"]
     assert entries == ()
+
+
+@pytest.mark.parametrize("is_per_channel", [False, True], ids=["per-tensor", "per-channel"])
+def test_quantized_weight_stays_as_it_is(is_per_channel: bool) -> None:
+    """A scale folded into eight-bit numbers would round them again."""
+    net = Net()
+    quantized = net.constant(net.generator.integers(-127, 128, (C, 3, 3, 3)).astype(np.int8))
+    shape = (C,) if is_per_channel else ()
+    steps = net.constant(np.full(shape, 0.01, np.float32)), net.constant(np.zeros(shape, np.int8))
+    weight = net.op("DequantizeLinear", quantized, *steps, axis=0)
+    model = net.model({"x": (2, 3, 9, 8)}, net.norm(net.op("Conv", "x", weight), C))
+    assert "is computed at run time by DequantizeLinear" in refusal(model)
+
+
+def test_quantized_convolution_takes_no_norm() -> None:
+    net = Net()
+    weight = net.constant(net.generator.integers(-127, 128, (C, 3, 3, 3)).astype(np.int8))
+    step = net.constant(np.float32(0.1)), net.constant(np.int8(0))
+    convolved = net.op("QLinearConv", net.op("QuantizeLinear", "x", *step), *step, weight, *step, *step)
+    model = net.model({"x": (2, 3, 9, 8)}, net.norm(net.op("DequantizeLinear", convolved, *step), C))
+    assert "its input is produced by DequantizeLinear" in refusal(model)
