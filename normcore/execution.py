@@ -98,6 +98,7 @@ def open_session(
     threads: int,
     optimization: Optimization = "all",
     providers: Sequence[str | tuple[str, dict[str, Any]]] = CPU,
+    has_arena: bool = True,
 ) -> onnxruntime.InferenceSession:
     """Session of an ONNX file or of its bytes, with `threads` compute threads that sleep between runs.
 
@@ -107,6 +108,7 @@ def open_session(
         optimization: how far onnxruntime rewrites the graph; "none" leaves it exactly as it is in the file
             (ORT_DISABLE_ALL): the reference of every proof.
         providers: execution providers in order of preference, with their options.
+        has_arena: whether the session keeps the memory of intermediate results on the CPU between runs.
 
     Raises:
         CheckpointError: onnxruntime cannot load the graph.
@@ -116,6 +118,7 @@ def open_session(
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = has_arena
     options.log_severity_level = _FATAL
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")

@@ -269,6 +269,7 @@ async def _open_models(
             queue_size=settings.queue_size,
             deadline_s=settings.sandbox_deadline_s,
             max_batch_bytes=settings.max_batch_bytes,
+            has_arena=settings.arena,
             options=options,
         )
 

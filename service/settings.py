@@ -62,6 +62,10 @@ class Settings(BaseSettings):
     max_batch_bytes: int = Field(
         64 * MIB, gt=0, description="Bytes of the inputs of requests that are run together, at most."
     )
+    arena: bool = Field(
+        True,
+        description="Models keep the memory of their intermediate results between runs; false gives it back each time.",
+    )
     infer_deadline_s: float = Field(
         30.0,
         gt=0,

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -89,7 +88,7 @@ async def send_tensors(send: Send, body: EncodedBody, timing: Timing, *, coding:
     """
     if coding is not None:
         compressed = await asyncio.to_thread(compress, body.chunks, coding)
-        body = replace(body, chunks=[compressed], headers={**body.headers, "Content-Encoding": coding})
+        body = body._replace(chunks=[compressed], headers={**body.headers, "Content-Encoding": coding})
     await send({"type": "http.response.start", "status": 200, "headers": tensor_headers(body, timing)})
     *first, last = body.chunks if body.size_bytes > _JOIN_BYTES else [b"".join(body.chunks)]
     for chunk in first:
@@ -103,6 +102,7 @@ def tensor_headers(body: EncodedBody, timing: Timing) -> list[tuple[bytes, bytes
         (b"content-type", body.content_type.encode()),
         (b"content-length", str(body.size_bytes).encode()),
         (b"server-timing", _server_timing(timing)),
+        (b"vary", b"Accept-Encoding"),
     ]
     headers += [(name.lower().encode(), value.encode("latin-1")) for name, value in body.headers.items()]
     if body.json_length is not None:

@@ -4,7 +4,6 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TypeVar
 
 import orjson
@@ -106,7 +105,7 @@ async def _decode(body: memoryview, header: str | None, entry: Entry, services: 
     request = await run_codec(services, lambda: oip.decode_request(body, header), size_bytes=json_bytes)
     if request.raw is None:
         return request
-    return replace(request, inputs=decode_raw(request.raw, entry.engine().spec.inputs))
+    return request._replace(inputs=decode_raw(request.raw, entry.engine().spec.inputs))
 
 
 async def _encode(request: oip.InferRequest, result: InferResult, entry: Entry, services: Services) -> EncodedBody:

@@ -39,10 +39,18 @@ _STARTED = time.time()
 
 @router.get("/metrics", response_class=Response)
 async def read_metrics(services: ServicesDep) -> Response:
-    """Counters, gauges and histograms of every loaded model, and of the process, in Prometheus' text format."""
-    entries = [entry for entry in services.models.entries() if entry.loaded is not None]
+    """Counters, gauges and histograms of models and of the process, in Prometheus' text format.
+
+    A served model is there from its load on, a built-in one from its first call on.
+    """
+    entries = [entry for entry in services.models.entries() if entry.loaded is not None and _is_shown(entry)]
     families = [*_counters(entries), *_histograms(entries), *_gauges(entries, services), *_process()]
     return Response(prometheus.encode(families), media_type=prometheus.CONTENT_TYPE)
+
+
+def _is_shown(entry: Entry) -> bool:
+    """A served model from its load on; of the many that are built in, those that were called."""
+    return entry.record is not None or entry.usage.execution_count > 0 or entry.usage.failures.total() > 0
 
 
 def _counters(entries: Iterable[Entry]) -> Iterable[Family]:

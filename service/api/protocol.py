@@ -4,13 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from service import __version__
-from service.api.body import received_small
-from service.api.dependencies import ServicesDep
+from service.api.dependencies import ServicesDep, read_object
 from service.api.infer import find_entry
 from service.application.models import Entry
 from service.codecs.json_text import describe, expect_object
@@ -19,8 +17,6 @@ from service.datatypes import by_name
 from service.engine.protocol import TensorSpec
 from service.errors import PayloadMalformedError, UnsupportedError
 from service.state import Services
-
-_INLINE_JSON_BYTES = 64 * 1024
 
 
 def _body(**properties: Any) -> dict[str, Any]:
@@ -134,7 +130,7 @@ async def read_model_metadata(name: str, request: Request, services: ServicesDep
 @router.post("/repository/index", openapi_extra=_body(ready={"type": "boolean"}))
 async def index_repository(request: Request, services: ServicesDep) -> list[dict[str, str]]:
     """Every version of every model and its state; `{"ready": true}` asks for the ready ones only."""
-    document = await _document(request, services)
+    document = await read_object(request)
     wants_ready = document.get("ready", False)
     if not isinstance(wants_ready, bool):
         raise PayloadMalformedError(f"ready: expected true or false, received {wants_ready!r}")
@@ -153,7 +149,7 @@ async def load_model(name: str, request: Request, services: ServicesDep) -> Resp
     `instance_group`; with `file:<version>/model.onnx`, base64, these files become the versions of the model.
     """
     services.health.refuse_while_draining()
-    document = await _document(request, services, limit_bytes=services.settings.max_json_bytes)
+    document = await read_object(request, limit_bytes=services.settings.max_json_bytes)
     parameters = _parameters(document)
     overrides = await asyncio.to_thread(decode_overrides, parameters, model=name)
     if overrides is None:
@@ -172,7 +168,7 @@ async def unload_model(name: str, request: Request, services: ServicesDep) -> Re
 
     Of the parameters only `unload_dependents` is known; no model here has any, so that both values do the same.
     """
-    document = await _document(request, services)
+    document = await read_object(request)
     parameters = _parameters(document)
     for key, value in parameters.items():
         if key != "unload_dependents":
@@ -236,19 +232,3 @@ async def _keep(services: Services, content: bytes) -> str:
 
     record, _ = await services.checkpoints.keep(await services.checkpoints.stage(chunks()), filename="model.onnx")
     return record.id
-
-
-async def _document(request: Request, services: Services, *, limit_bytes: int | None = None) -> dict[str, Any]:
-    """A JSON object, a small one unless a limit is given; an empty body is an empty object, as clients send it."""
-    body = await received_small(request.receive, request.headers, services, limit_bytes=limit_bytes)
-    loop = asyncio.get_running_loop()
-    try:
-        if limit_bytes is not None and len(body) > _INLINE_JSON_BYTES:
-            document = await loop.run_in_executor(services.json_thread, orjson.loads, body)
-        else:
-            document = orjson.loads(body) if body.strip() else {}
-    except orjson.JSONDecodeError as error:
-        raise PayloadMalformedError(f"body: expected a JSON object, received text that is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise PayloadMalformedError("body: expected a JSON object")
-    return document

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 
 from normcore.errors import DtypeError, ParameterError, ShapeError
 from normcore.execution import ExecutionError
@@ -135,11 +136,15 @@ def _check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
     datatype = datatypes.of(tensor).name
     if datatype != spec.datatype:
         raise DtypeError(spec.name, expected=spec.datatype, received=datatype)
-    fits = len(tensor.shape) == len(spec.shape) and all(
-        wanted in (-1, size) for wanted, size in zip(spec.shape, tensor.shape, strict=True)
-    )
-    if not fits:
+    if not _fits(spec.shape, tensor.shape):
         raise ShapeError(spec.name, expected=f"shape {list(spec.shape)}", received=f"shape {list(tensor.shape)}")
+
+
+@lru_cache(maxsize=1024)  # requests repeat their shapes, and each is checked
+def _fits(wanted: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(wanted) == len(shape) and all(
+        expected in (-1, size) for expected, size in zip(wanted, shape, strict=True)
+    )
 
 
 def _wanted(spec: TensorSpec) -> str:

@@ -1,8 +1,9 @@
 """What a codec takes and gives: named tensors with parameters in, chunks of bytes out."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 from service.codecs.buffers import Buffer
 from service.engine.protocol import ParameterValue, Tensor, Tensors
@@ -18,18 +19,17 @@ class TensorBody:
     outputs: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedBody:
+class EncodedBody(NamedTuple):
     """A response body in chunks to be joined once. `json_length`: of the JSON before binary tensors, None without."""
 
     chunks: list[bytes | memoryview]
     content_type: str
     json_length: int | None = None
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = MappingProxyType({})
 
     @property
     def size_bytes(self) -> int:
-        return sum(len(chunk) for chunk in self.chunks)
+        return sum(map(len, self.chunks))
 
 
 class Codec(Protocol):

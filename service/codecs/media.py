@@ -17,7 +17,9 @@ def request_codec(content_type: str | None) -> Codec:
         return json_v1
     codec = CODECS.get(content_type.partition(";")[0].strip().lower())
     if codec is None:
-        raise MediaTypeError(f"Content-Type: expected one of {_LISTED}, received {content_type[:80]!r}")
+        # what curl says of a body where it is not told
+        hint = "; with curl add -H 'Content-Type: application/json'" if "x-www-form-urlencoded" in content_type else ""
+        raise MediaTypeError(f"Content-Type: expected one of {_LISTED}, received {content_type[:80]!r}{hint}")
     return codec
 
 

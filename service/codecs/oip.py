@@ -40,8 +40,7 @@ class RequestedOutput(NamedTuple):
     is_binary: bool
 
 
-@dataclass(frozen=True, slots=True)
-class InferRequest:
+class InferRequest(NamedTuple):
     """A decoded request. `raw`: a body without JSON, for `oip_binary.decode_raw`; then everything else is empty."""
 
     id: str

@@ -58,6 +58,7 @@ class OnnxEngine:
         queue_size: int,
         deadline_s: float,
         max_batch_bytes: int,
+        has_arena: bool,
         options: ModelOptions,
     ) -> "OnnxEngine":
         """Open the session in one of the engine's worker threads, and run the warm-up shapes there.
@@ -76,7 +77,13 @@ class OnnxEngine:
 
         def start() -> None:
             engine._session, engine._spec = _open(
-                path, name=name, version=version, threads=threads, providers=providers, options=options
+                path,
+                name=name,
+                version=version,
+                threads=threads,
+                providers=providers,
+                has_arena=has_arena,
+                options=options,
             )
             engine._output_names = tuple([tensor.name for tensor in engine._spec.outputs])
             for shapes in options.warmup:
@@ -235,13 +242,21 @@ def _check_batch_axis(spec: ModelSpec) -> None:
 
 
 def _open(
-    path: Path, *, name: str, version: str, threads: int, providers: Providers, options: ModelOptions
+    path: Path,
+    *,
+    name: str,
+    version: str,
+    threads: int,
+    providers: Providers,
+    has_arena: bool,
+    options: ModelOptions,
 ) -> tuple[onnxruntime.InferenceSession, ModelSpec]:
     session = open_session(
         path,
         threads=max(1, threads // options.instances),
         optimization=options.optimization,
         providers=providers,
+        has_arena=has_arena,
     )
     signature = describe(session)
     spec = ModelSpec(

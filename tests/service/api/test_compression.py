@@ -49,8 +49,10 @@ async def test_an_answer_is_compressed_for_who_asks_for_just_that(client: httpx.
     headers = {"Inference-Header-Content-Length": str(json_length)}
     plain = await client.post(INFER, content=body, headers=headers | {"Accept-Encoding": "gzip, deflate, br"})
     assert "content-encoding" not in plain.headers
+    assert plain.headers["vary"] == "Accept-Encoding"
     answer = await client.post(INFER, content=body, headers=headers | {"Accept-Encoding": coding})
     assert answer.headers["content-encoding"] == coding
+    assert answer.headers["vary"] == "Accept-Encoding"
     assert answer.content == plain.content  # httpx decodes it
     name = "inference-header-content-length"
     assert answer.headers[name] == plain.headers[name]

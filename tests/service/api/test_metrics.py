@@ -63,6 +63,32 @@ async def test_counters_and_histograms_agree_with_the_statistics(tmp_path: Path)
         assert found["process_resident_memory_bytes", frozenset()] > 10_000_000
 
 
+async def test_methods_are_shown_from_their_first_call_on(tmp_path: Path) -> None:
+    async with running_app(small_settings(tmp_path)) as app, http(app) as client:
+        assert not [labels for _, labels in await _scrape(client) if any(name == "model" for name, _ in labels)]
+        wrong = BODY | {"parameters": {"normalized_shape": "5"}}
+        assert (await client.post(INFER, json=wrong)).status_code == 400
+        found = await _scrape(client)
+    assert found[_key("nv_inference_request_failure", reason="OTHER")] == 1
+    assert {dict(labels)["model"] for _, labels in found if "model" in dict(labels)} == {LABELS["model"]}
+
+
+async def test_what_cannot_be_decoded_is_no_failure_of_the_model(client: httpx.AsyncClient) -> None:
+    await client.post(INFER, json=BODY)
+    before = await _scrape(client)
+    for content, headers in (
+        (b"{", {}),
+        (b"", {}),
+        (b"{}", {"Inference-Header-Content-Length": "9"}),
+        (b'{"inputs": [{"name": "input", "shape": [2], "datatype": "FP32", "data": [1]}]}', {}),
+    ):
+        assert (await client.post(INFER, content=content, headers=headers)).status_code == 400
+    after = await _scrape(client)
+    for reason in ("REJECTED", "CANCELED", "BACKEND", "OTHER"):
+        key = _key("nv_inference_request_failure", reason=reason)
+        assert after[key] == before[key]
+
+
 async def test_buckets_are_cumulative(client: httpx.AsyncClient) -> None:
     await client.post(INFER, json=BODY)
     found = await _scrape(client)

@@ -92,6 +92,9 @@ async def test_malformed_json_is_named(client: httpx.AsyncClient) -> None:
 async def test_media_types_are_negotiated(client: httpx.AsyncClient) -> None:
     headers = {"content-type": "text/csv"}
     refused(await client.post(BATCH_NORM, content=b"1,2", headers=headers), 415, "media_type_unsupported", "text/csv")
+    headers = {"content-type": "application/x-www-form-urlencoded"}  # curl's own, with -d
+    answer = await client.post(BATCH_NORM, content=b'{"input": [[1]]}', headers=headers)
+    refused(answer, 415, "media_type_unsupported", "-H 'Content-Type: application/json'")
     answer = await client.post(BATCH_NORM, json={"input": ROWS}, headers={"accept": "image/png"})
     refused(answer, 406, "not_acceptable", "image/png")
     answer = await client.post(BATCH_NORM, json={"input": ROWS}, headers={"content-encoding": "br"})

@@ -285,3 +285,29 @@ async def test_calls_of_unknown_cost_never_run_in_the_event_loop() -> None:
     names = await _threads(worker, 100, lasts_s=0, part=Part("a", 1, 1, 0))
     await worker.close()
     assert set(names) == {"thread"}
+
+
+async def test_calls_known_to_be_brief_run_at_once_and_those_that_fail_are_left() -> None:
+    run = Runs(fails=True)  # so that the calls of a batch are run one by one
+    worker = Worker("now", 20, batching=_batching(run))
+
+    def now(*contents: int) -> list[int | None]:
+        calls = [(partial(_alone, content), Part("a", 1, 1, content)) for content in contents]
+        return [None if ran is None else ran.result for ran in worker.run_now(calls, deadline_s=10)]
+
+    assert now(1) == [None]  # nothing is known of it yet
+    for _ in range(200):
+        await _submit(worker, 1)
+        if now(1) == [2]:
+            break
+    for _ in range(200):
+        await asyncio.gather(_submit(worker, 1), _submit(worker, 1), _submit(worker, 1))
+        if now(1, -1, 3) == [2, None, 6]:
+            break
+    assert now(1, -1, 3) == [2, None, 6]
+    gate, running = await _behind_a_gate(worker)
+    assert now(1) == [None]  # the threads have something to do
+    gate.opened.set()
+    await running
+    await worker.close()
+    assert now(1) == [None]

@@ -23,7 +23,7 @@ Load = Callable[..., Awaitable[OnnxEngine]]
 async def load(tmp_path: Path) -> AsyncIterator[Load]:
     engines = []
 
-    async def load(model: ModelProto, *, queue_size: int = 4, **options: Any) -> OnnxEngine:
+    async def load(model: ModelProto, *, queue_size: int = 4, has_arena: bool = True, **options: Any) -> OnnxEngine:
         engine = await OnnxEngine.load(
             graphs.save(model, tmp_path),
             name="m",
@@ -32,6 +32,7 @@ async def load(tmp_path: Path) -> AsyncIterator[Load]:
             queue_size=queue_size,
             deadline_s=20,
             max_batch_bytes=1_000_000,
+            has_arena=has_arena,
             options=ModelOptions(**options),
         )
         engines.append(engine)
@@ -146,6 +147,15 @@ async def test_closed_engine_refuses(load: Load) -> None:
         await engine.infer({"x": np.ones((1, 3), dtype=np.float32)}, deadline_s=10)
 
 
+@pytest.mark.parametrize("has_arena", [True, False])
+async def test_a_session_keeps_memory_between_runs_where_it_may(load: Load, has_arena: bool) -> None:
+    engine = await load(graphs.doubling(), has_arena=has_arena)
+    assert engine._session is not None
+    assert engine._session.get_session_options().enable_cpu_mem_arena == has_arena
+    result = await engine.infer({"x": np.ones((1, 3), np.float32)}, deadline_s=10)
+    np.testing.assert_array_equal(result.outputs["sum"], [[2, 2, 2]])
+
+
 async def test_load_of_a_broken_file_names_the_reason_and_leaves_no_thread(tmp_path: Path) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"\x08\x09nonsense")
@@ -160,6 +170,7 @@ async def test_load_of_a_broken_file_names_the_reason_and_leaves_no_thread(tmp_p
             queue_size=1,
             deadline_s=20,
             max_batch_bytes=1,
+            has_arena=True,
             options=ModelOptions(),
         )
     await asyncio.sleep(0.05)
@@ -177,6 +188,7 @@ async def test_load_stays_off_the_event_loop(tmp_path: Path) -> None:
             queue_size=1,
             deadline_s=0,
             max_batch_bytes=1,
+            has_arena=True,
             options=ModelOptions(),
         )
 
