@@ -23,6 +23,8 @@ _NARROW_BYTES, _WIDE_BYTES = 256, 4096
 _PART = 2**16
 # Elements that stay in a core's cache from one sweep to the next.
 _CACHED = 2**18
+# Places of fewer bytes than this, apart from each other, are slower to read twice in turn than all of memory in order.
+_RUN_BYTES = 2**14
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +62,10 @@ class Operand:
     @property
     def is_cached(self) -> bool:
         """Whether a group, or all of a sample of columns, stays in the cache from one sweep to the next."""
-        samples, rows, groups, _, _ = self.box.sizes
+        samples, rows, groups, channels, positions = self.box.sizes
         if not self.has_columns:
-            return self.count <= _CACHED
+            run = channels * positions * self.array.itemsize
+            return self.count <= _CACHED and (rows == 1 or run >= _RUN_BYTES)
         return samples > 1 and self.count * groups <= _CACHED and self.box.per >= rows
 
     @property
