@@ -107,17 +107,21 @@ def fill_terms(weight: Any, bias: Any, by: Any, terms: Any, sizes: Any, segment:
     return is_usual
 
 
-@fused
+@compiled
 def standardize_cells(x: Any, y: Any, terms: Any, segment: int, positions: int, start: int, stop: int) -> None:
     """The output (x - center) * scale + shift, from row to row; `terms` are those of (3, segments, channels)."""
-    channels = terms.shape[2]
     for row in range(start, stop):
-        own = row // segment
-        for channel in range(channels):
-            center, scale, shift = terms[0, own, channel], terms[1, own, channel], terms[2, own, channel]
-            first = np.uintp((row * channels + channel) * positions)
-            for index in range(first, first + np.uintp(positions)):
-                store(y, index, (read(x, index) - center) * scale + shift)
+        for channel in range(terms.shape[2]):
+            standardize_channel(x, y, terms, row // segment, row, channel, positions)
+
+
+@fused
+def standardize_channel(x: Any, y: Any, terms: Any, own: int, row: int, channel: int, positions: int) -> None:
+    """The same for a channel of a row, by the terms of its own segment."""
+    center, scale, shift = terms[0, own, channel], terms[1, own, channel], terms[2, own, channel]
+    first = np.uintp((row * terms.shape[2] + channel) * positions)
+    for index in range(first, first + np.uintp(positions)):
+        store(y, index, (read(x, index) - center) * scale + shift)
 
 
 @compiled

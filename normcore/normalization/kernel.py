@@ -106,12 +106,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; the last two of `affine_shape`, which broadcasts against the input."""
     of_input = torch.empty_like(input)
-    pair = _pair(grad_output, input, weight, by, affine_shape)
-    if pair is None or not by.axes:
-        sums = gradient_sums(grad_output, input, weight, by, affine_shape=affine_shape)
-        return input_gradient(grad_output, input, weight, by, sums), sums.weight, sums.bias
-    values, grads, rows = pair
-    sums = _gradients.gradients(values, grads, of_input, weight, rows, has_mean=by.has_mean)
+    pair, sums = _pair(grad_output, input, weight, by, affine_shape), None
+    if pair is not None:
+        values, grads, rows = pair
+        if by.axes:
+            sums = _gradients.gradients(values, grads, of_input, weight, rows, has_mean=by.has_mean)
+        else:
+            sums = _gradients.frozen_gradients(values, grads, of_input, weight, rows)
+    if sums is None:
+        found = gradient_sums(grad_output, input, weight, by, affine_shape=affine_shape)
+        return input_gradient(grad_output, input, weight, by, found), found.weight, found.bias
     of_bias, of_weight = (_as_parameter(own, values.box, affine_shape) for own in sums)
     return of_input, of_weight, of_bias
 
