@@ -6,7 +6,7 @@ import numpy as np
 
 from normcore._column_sweeps import join_sums, sum_columns
 from normcore._compiled import as_computed, as_read, compiled, fused, read, store
-from normcore._sweeps import CENTER, INVSTD, OFFSET
+from normcore._sweeps import CENTER, INVSTD, OFFSET, repeat
 
 
 @compiled
@@ -37,17 +37,19 @@ def gradient_of_samples(
         affine = sample * rows // per * width
         gamma = weight[affine : affine + width]
         own_by[:] = by[:, sample * groups : (sample + 1) * groups]
-        for column in range(wide):
-            center[0, column] = own_by[CENTER, column % width // channels]
+        for group in range(groups):
+            center[0, group * channels : (group + 1) * channels] = as_computed(x, own_by[CENTER, group])
+        repeat(center[0], width)
         sum_columns(x[first:last], grad[first:last], None, None, center, found, parts, 0, 1)
         join_sums(found, joined, 1)
         means[:] = 0.0
-        for column in range(width):
-            group = column // channels
-            joined[1, 0, column] -= own_by[OFFSET, group] * joined[0, 0, column]
-            joined[1, 0, column] *= own_by[INVSTD, group]
-            means[0, group] += gamma[column] * joined[0, 0, column] / (rows * channels) if has_mean else 0.0
-            means[1, group] += gamma[column] * joined[1, 0, column] / (rows * channels)
+        for group in range(groups):
+            for column in range(group * channels, (group + 1) * channels):
+                joined[1, 0, column] -= own_by[OFFSET, group] * joined[0, 0, column]
+                joined[1, 0, column] *= own_by[INVSTD, group]
+                means[0, group] += gamma[column] * joined[0, 0, column] if has_mean else 0.0
+                means[1, group] += gamma[column] * joined[1, 0, column]
+        means /= rows * channels
         sums[:, sample] = joined[:, 0]
         fill_gradient_terms(gamma, own_by, means, terms, own, rows, rows)
         gradient_of_columns(x[first:last], grad[first:last], out[first:last], terms, parts, 0, 1)
@@ -70,16 +72,17 @@ def fill_gradient_terms(weight: Any, by: Any, means: Any, terms: Any, sizes: Any
     width = groups * channels
     for own in range(terms.shape[1]):
         affine, first = own * segment // per * width, own * segment // rows * groups
-        for column in range(terms.shape[2]):
-            channel = column % width
-            group = first + channel // channels
+        for group in range(first, first + groups):
             invstd = by[INVSTD, group]
             slope = -invstd * invstd * means[1, group]
-            terms[0, own, column] = by[CENTER, group]
-            terms[1, own, column] = invstd * weight[affine + channel]
-            terms[2, own, column] = slope
-            offset = (by[CENTER, group] - terms[0, own, column]) + by[OFFSET, group]
-            terms[3, own, column] = -invstd * means[0, group] - offset * slope
+            for column in range((group - first) * channels, (group - first + 1) * channels):
+                terms[0, own, column] = by[CENTER, group]
+                terms[1, own, column] = invstd * weight[affine + column]
+                terms[2, own, column] = slope
+                offset = (by[CENTER, group] - terms[0, own, column]) + by[OFFSET, group]
+                terms[3, own, column] = -invstd * means[0, group] - offset * slope
+        for term in range(4):
+            repeat(terms[term, own], width)
 
 
 @fused

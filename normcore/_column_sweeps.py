@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, load, read, store
-from normcore._sweeps import LEAST, MOST, fill_terms, settle
+from normcore._sweeps import LEAST, MOST, fill_terms, repeat, settle
 
 _FEW = 16
 # Elements that stay in the first cache.
@@ -105,8 +105,11 @@ def join_sums(sums: Any, joined: Any, blocks: int) -> None:
     joined[:] = 0.0
     for part in range(len(sums)):
         for index in range(2):
-            for column in range(sums.shape[2]):
-                joined[index, part // blocks, column % width] += sums[part, index, column]
+            total = joined[index, part // blocks]
+            for first in range(0, sums.shape[2], width):
+                own = sums[part, index, first : first + width]
+                for column in range(np.uintp(width)):
+                    total[column] += own[column]
 
 
 @compiled
@@ -121,9 +124,9 @@ def find_centers(x: Any, center: Any, width: int, rows: int) -> None:
             at = first + np.uintp(row * width)
             for column in range(np.uintp(width)):
                 total[column] += np.float64(load(x, at + column)) - np.float64(load(x, first + column))
-        for column in range(center.shape[1]):
-            own = np.uintp(column % width)
-            center[sample, column] = as_computed(x, np.float64(load(x, first + own)) + total[own] / few)
+        for column in range(np.uintp(width)):
+            center[sample, column] = as_computed(x, np.float64(load(x, first + column)) + total[column] / few)
+        repeat(center[sample], width)
 
 
 @compiled
@@ -137,10 +140,10 @@ def correct_centers(x: Any, center: Any, sums: Any, rows: int) -> bool:
             is_off |= 2.0 * total[sample, column] ** 2 > squares[sample, column] * rows
     if is_off:
         for sample in range(samples):
-            for column in range(center.shape[1]):
-                own = column % width
-                moved = np.float64(center[sample, column]) + total[sample, own] / rows
+            for column in range(width):
+                moved = np.float64(center[sample, column]) + total[sample, column] / rows
                 center[sample, column] = as_computed(x, moved)
+            repeat(center[sample], width)
     return bool(is_off)
 
 
