@@ -14,8 +14,8 @@ from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fus
 from normcore._sweeps import LEAST, MOST, fill_terms, repeat, settle
 
 _FEW = 16
-# Elements that stay in the first cache.
-_NEAR = 2**12
+# Elements that stay in the cache next to the core.
+_NEAR = 2**14
 
 
 @compiled
