@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, load, read, store
-from normcore._sweeps import CENTER, INVSTD, LEAST, MOST, OFFSET, fill_terms, settle
+from normcore._sweeps import LEAST, MOST, fill_terms, repeat, settle
 
 _FEW = 16
+# Elements that stay in the cache next to the core.
+_NEAR = 2**14
 
 
 @compiled
@@ -47,14 +49,14 @@ def standardize_samples(
         affine = sample * rows // per * width
         if has_mean:
             find_centers(values, center, width, rows)
-        sum_columns(values, None, center, sums, parts, 0, 1)
+        sum_columns(values, None, None, None, center, sums, parts, 0, 1)
         join_sums(sums, joined, 1)
         if has_mean and correct_centers(values, center, joined, rows):
-            sum_columns(values, None, center, sums, parts, 0, 1)
+            sum_columns(values, None, None, None, center, sums, parts, 0, 1)
             join_sums(sums, joined, 1)
         if not has_digits(values, joined[1], rows):
             wide_center[:] = center
-            sum_columns(values, None, wide_center, sums, parts, 0, 1)
+            sum_columns(values, None, None, None, wide_center, sums, parts, 0, 1)
             join_sums(sums, joined, 1)
         settle_columns(values, found, center, joined, own, eps, has_mean)
         by[:, sample * groups : (sample + 1) * groups] = found
@@ -63,65 +65,27 @@ def standardize_samples(
 
 
 @compiled
-def gradient_of_samples(
-    x: Any,
-    grad: Any,
-    out: Any,
-    weight: Any,
-    by: Any,
-    sums: Any,
-    sizes: Any,
-    steps: Any,
-    has_mean: bool,
-    start: int,
-    stop: int,
+def sum_columns(
+    x: Any, grad: Any, out: Any, terms: Any, center: Any, sums: Any, parts: Any, start: int, stop: int
 ) -> None:
-    """The whole backward of each sample; its sums of dy and dy * xh go into `sums` (2, B, G * K).
-
-    Only those for an empty `out`.
-    """
-    _, rows, groups, channels, _ = sizes
-    per, wide = steps
-    width = groups * channels
-    own, parts = (1, rows, groups, channels, 1), (1, rows * width, rows * width)
-    center = np.full((1, wide), as_computed(x, 0.0))
-    found, joined, means = np.empty((1, 2, wide)), np.empty((2, 1, width)), np.empty((2, groups))
-    terms = np.full((4, 1, wide), as_read(x, 0.0))
-    own_by = np.empty((5, groups))
-    for sample in range(start, stop):
-        first, last = sample * rows * width, (sample + 1) * rows * width
-        affine = sample * rows // per * width
-        gamma = weight[affine : affine + width]
-        own_by[:] = by[:, sample * groups : (sample + 1) * groups]
-        for column in range(wide):
-            center[0, column] = own_by[CENTER, column % width // channels]
-        sum_columns(x[first:last], grad[first:last], center, found, parts, 0, 1)
-        join_sums(found, joined, 1)
-        means[:] = 0.0
-        for column in range(width):
-            group = column // channels
-            joined[1, 0, column] -= own_by[OFFSET, group] * joined[0, 0, column]
-            joined[1, 0, column] *= own_by[INVSTD, group]
-            means[0, group] += gamma[column] * joined[0, 0, column] / (rows * channels) if has_mean else 0.0
-            means[1, group] += gamma[column] * joined[1, 0, column] / (rows * channels)
-        sums[:, sample] = joined[:, 0]
-        if out.size:
-            fill_gradient_terms(gamma, own_by, means, terms, own, rows, rows)
-            gradient_of_columns(x[first:last], grad[first:last], out[first:last], terms, parts, 0, 1)
-
-
-@compiled
-def sum_columns(x: Any, grad: Any, center: Any, sums: Any, parts: Any, start: int, stop: int) -> None:
     """Sums of deviations from `center` (P, W) and of their squares, into `sums` (parts of all, 2, W).
 
-    With `grad`, sums of it and of its products with the deviations.
+    With `grad`, sums of it and of its products with the deviations. With `out`, what `standardize_columns` makes of
+    `grad` goes there, of few rows at a time, while they are in the cache.
     """
     blocks, size, elements = parts
+    width = center.shape[1]
+    step = size if out is None else max(1, _NEAR // (4 * width)) * 4 * width
     for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
         sums[part] = 0.0
-        length = min(size, elements - first)
-        _add_rows(x, grad, np.uintp(own * elements + first), length, center[own], sums[part, 0], sums[part, 1])
+        last = min(first + size, elements)
+        while first < last:
+            at, length = np.uintp(own * elements + first), min(step, last - first)
+            _add_rows(x, grad, at, length, center[own], sums[part, 0], sums[part, 1])
+            if out is not None:
+                _scale_rows(grad, out, at, length, terms[0, own], terms[1, own], terms[2, own])
+            first += step
 
 
 @compiled
@@ -135,24 +99,17 @@ def standardize_columns(x: Any, y: Any, terms: Any, parts: Any, start: int, stop
 
 
 @compiled
-def gradient_of_columns(x: Any, grad: Any, out: Any, terms: Any, parts: Any, start: int, stop: int) -> None:
-    """The gradient dy * scale + (x - center) * slope + constant; `terms` are center, scale, ..., (4, P, W)."""
-    blocks, size, elements = parts
-    for part in range(start, stop):
-        own, first = part // blocks, part % blocks * size
-        at, length = np.uintp(own * elements + first), min(size, elements - first)
-        _combine_rows(x, grad, out, at, length, terms[0, own], terms[1, own], terms[2, own], terms[3, own])
-
-
-@compiled
 def join_sums(sums: Any, joined: Any, blocks: int) -> None:
     """Sums (parts of all, 2, W) over parts and repeated columns, into (2, P, columns)."""
     width = joined.shape[2]
     joined[:] = 0.0
     for part in range(len(sums)):
         for index in range(2):
-            for column in range(sums.shape[2]):
-                joined[index, part // blocks, column % width] += sums[part, index, column]
+            total = joined[index, part // blocks]
+            for first in range(0, sums.shape[2], width):
+                own = sums[part, index, first : first + width]
+                for column in range(np.uintp(width)):
+                    total[column] += own[column]
 
 
 @compiled
@@ -167,9 +124,9 @@ def find_centers(x: Any, center: Any, width: int, rows: int) -> None:
             at = first + np.uintp(row * width)
             for column in range(np.uintp(width)):
                 total[column] += np.float64(load(x, at + column)) - np.float64(load(x, first + column))
-        for column in range(center.shape[1]):
-            own = np.uintp(column % width)
-            center[sample, column] = as_computed(x, np.float64(load(x, first + own)) + total[own] / few)
+        for column in range(np.uintp(width)):
+            center[sample, column] = as_computed(x, np.float64(load(x, first + column)) + total[column] / few)
+        repeat(center[sample], width)
 
 
 @compiled
@@ -183,10 +140,10 @@ def correct_centers(x: Any, center: Any, sums: Any, rows: int) -> bool:
             is_off |= 2.0 * total[sample, column] ** 2 > squares[sample, column] * rows
     if is_off:
         for sample in range(samples):
-            for column in range(center.shape[1]):
-                own = column % width
-                moved = np.float64(center[sample, column]) + total[sample, own] / rows
+            for column in range(width):
+                moved = np.float64(center[sample, column]) + total[sample, column] / rows
                 center[sample, column] = as_computed(x, moved)
+            repeat(center[sample], width)
     return bool(is_off)
 
 
@@ -221,25 +178,6 @@ def settle_columns(x: Any, by: Any, center: Any, sums: Any, sizes: Any, eps: flo
             if has_mean:
                 m2 += rows * (distance * distance - own * own)
         settle(x, by, group, origin, mean, m2 / (rows * channels), eps)
-
-
-@compiled
-def fill_gradient_terms(weight: Any, by: Any, means: Any, terms: Any, sizes: Any, segment: int, per: int) -> None:
-    """Terms for `gradient_of_columns`, the columns repeated to its width."""
-    _, rows, groups, channels, _ = sizes
-    width = groups * channels
-    for own in range(terms.shape[1]):
-        affine, first = own * segment // per * width, own * segment // rows * groups
-        for column in range(terms.shape[2]):
-            channel = column % width
-            group = first + channel // channels
-            invstd = by[INVSTD, group]
-            slope = -invstd * invstd * means[1, group]
-            terms[0, own, column] = by[CENTER, group]
-            terms[1, own, column] = invstd * weight[affine + channel]
-            terms[2, own, column] = slope
-            offset = (by[CENTER, group] - terms[0, own, column]) + by[OFFSET, group]
-            terms[3, own, column] = -invstd * means[0, group] - offset * slope
 
 
 # Loops below take rows together that share what they load of the columns.
@@ -286,28 +224,5 @@ def _scale_rows(x: Any, y: Any, start: Any, length: int, center: Any, scale: Any
     while rest > 0:
         for column in range(np.uintp(min(rest, center.size))):
             store(y, start + column, (read(x, start + column) - center[column]) * scale[column] + shift[column])
-        start += width
-        rest -= center.size
-
-
-@fused
-def _combine_rows(
-    x: Any, grad: Any, out: Any, start: Any, length: int, center: Any, scale: Any, slope: Any, constant: Any
-) -> None:
-    width = np.uintp(center.size)
-    for _ in range(length // center.size // 2):
-        for column in range(width):
-            first, second = start + column, start + column + width
-            a = (read(x, first) - center[column]) * slope[column] + constant[column]
-            b = (read(x, second) - center[column]) * slope[column] + constant[column]
-            store(out, first, read(grad, first) * scale[column] + a)
-            store(out, second, read(grad, second) * scale[column] + b)
-        start += width + width
-    rest = length % (2 * center.size)
-    while rest > 0:
-        for column in range(np.uintp(min(rest, center.size))):
-            index = start + column
-            correction = (read(x, index) - center[column]) * slope[column] + constant[column]
-            store(out, index, read(grad, index) * scale[column] + correction)
         start += width
         rest -= center.size

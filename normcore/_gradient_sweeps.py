@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, load, read, store
-from normcore._sweeps import CENTER, INVSTD, OFFSET
+from normcore._sweeps import CENTER, INVSTD, OFFSET, standardize_channel
 
 _BLOCK = 1024
 
@@ -49,12 +49,20 @@ def gradient_of_groups(
 
 
 @compiled
-def sum_cells(x: Any, grad: Any, by: Any, sums: Any, sizes: Any, start: int, stop: int) -> None:
-    """Sums of dy and dy * xh over positions, into `sums` (2, B * R * G * K), from row to row of the B * R."""
+def sum_cells(
+    x: Any, grad: Any, out: Any, terms: Any, by: Any, sums: Any, sizes: Any, segment: int, start: int, stop: int
+) -> None:
+    """Sums of dy and dy * xh over positions, into `sums` (2, B * R * G * K), from row to row of the B * R.
+
+    With `out`, what `standardize_cells` makes of dy goes there, cell by cell, while it is in the cache.
+    """
     _, rows, groups, channels, positions = sizes
     for row in range(start, stop):
         for index in range(groups):
             _sum_cell(x, grad, by, sums, row // rows * groups + index, row * groups + index, channels, positions)
+            if out is not None:
+                for channel in range(index * channels, (index + 1) * channels):
+                    standardize_channel(grad, out, terms, row // segment, row, channel, positions)
 
 
 @compiled

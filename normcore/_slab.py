@@ -64,14 +64,8 @@ class Slab:
 
     def per_channel(self, tensor: Tensor) -> Tensor:
         """A tensor that broadcasts against the original, with size 1 along all axes but those kept, as (channels,)."""
-        return tensor.expand(self._channel_shape()).reshape(-1)
-
-    def restore_channels(self, channels: Tensor) -> Tensor:
-        """One value per channel, in a shape that broadcasts against the original."""
-        return channels.view(self._channel_shape())
-
-    def _channel_shape(self) -> list[int]:
-        return [size if axis in self.kept else 1 for axis, size in enumerate(self.shape)]
+        sizes = [size if axis in self.kept else 1 for axis, size in enumerate(self.shape)]
+        return tensor.expand(sizes).reshape(-1)
 
 
 def is_adjacent(shape: torch.Size, axes: Collection[int]) -> bool:

@@ -23,6 +23,8 @@ _NARROW_BYTES, _WIDE_BYTES = 256, 4096
 _PART = 2**16
 # Elements that stay in a core's cache from one sweep to the next.
 _CACHED = 2**18
+# Places of fewer bytes than this, apart from each other, are slower to read twice in turn than all of memory in order.
+_RUN_BYTES = 2**14
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +62,11 @@ class Operand:
     def is_cached(self) -> bool:
         """Whether a group, or all of a sample of columns, stays in the cache from one sweep to the next."""
         box = self.box
+        _, rows, groups, channels, positions = box.sizes
         if not box.has_columns:
-            return box.count <= _CACHED
-        return box.count * box.sizes[2] <= _CACHED and box.per >= box.sizes[1]
+            run = channels * positions * self.array.itemsize
+            return box.count <= _CACHED and (rows == 1 or run >= _RUN_BYTES)
+        return box.count * groups <= _CACHED and box.per >= rows
 
     @property
     def has_vectors(self) -> bool:
@@ -174,11 +178,11 @@ def _measure_columns(values: Operand, by: Any, *, eps: float, has_mean: bool) ->
     center = np.zeros((samples, columns.width), values.sum_dtype)
     if has_mean:
         column_sweeps().find_centers(values.array, center, values.box.width, rows)
-    sums = columns.sums(center, None)
+    sums = columns.sums(center)
     if has_mean and column_sweeps().correct_centers(values.array, center, sums, rows):
-        sums = columns.sums(center, None)
+        sums = columns.sums(center)
     if not column_sweeps().has_digits(values.array, sums[1], rows):
-        sums = columns.sums(center.astype(np.float64), None)
+        sums = columns.sums(center.astype(np.float64))
     column_sweeps().settle_columns(values.array, by, center, sums, values.box.sizes, eps, has_mean)
 
 
@@ -237,11 +241,15 @@ class Columns:
         """Room for terms (count, segments, W), the columns repeated."""
         return np.empty((count, self.count, self.width), self.values.dtype)
 
-    def sums(self, center: Any, grad: Any) -> Any:
-        """Two sums (2, segments, columns) around centers (segments, W), made in their datatype."""
+    def sums(self, center: Any, grad: Any = None, out: Any = None, terms: Any = None) -> Any:
+        """Two sums (2, segments, columns) around centers (segments, W), made in their datatype.
+
+        With `out`, what `standardize` by the terms makes of the gradient goes there.
+        """
         parts = self.parts
         found = np.empty((self.count * parts[0], 2, self.width))
-        self.values.divide(column_sweeps().sum_columns, len(found), self.values.array, grad, center, found, parts)
+        arguments = self.values.array, grad, out, terms, center, found, parts
+        self.values.divide(column_sweeps().sum_columns, len(found), *arguments)
         joined = np.empty((2, self.count, self.values.box.width))
         column_sweeps().join_sums(found, joined, parts[0])
         return joined

@@ -93,31 +93,41 @@ def fill_terms(weight: Any, bias: Any, by: Any, terms: Any, sizes: Any, segment:
     is_usual = True
     for own in range(terms.shape[1]):
         affine, first = own * segment // per * width, own * segment // rows * groups
-        for column in range(width):
-            group = first + column // channels
-            scale = by[INVSTD, group] * weight[affine + column]
-            terms[0, own, column] = by[CENTER, group]
-            terms[1, own, column] = scale
-            offset = (by[CENTER, group] - terms[0, own, column]) + by[OFFSET, group]
-            terms[2, own, column] = bias[affine + column] - offset * scale
-            is_usual &= terms.itemsize == 8 or not (0.0 < abs(scale) < LEAST_SCALE or abs(scale) > MOST_SCALE)
-        for column in range(width, terms.shape[2]):
-            for term in range(3):
-                terms[term, own, column] = terms[term, own, column - width]
+        for group in range(first, first + groups):
+            for column in range((group - first) * channels, (group - first + 1) * channels):
+                scale = by[INVSTD, group] * weight[affine + column]
+                terms[0, own, column] = by[CENTER, group]
+                terms[1, own, column] = scale
+                offset = (by[CENTER, group] - terms[0, own, column]) + by[OFFSET, group]
+                terms[2, own, column] = bias[affine + column] - offset * scale
+                is_usual &= terms.itemsize == 8 or not (0.0 < abs(scale) < LEAST_SCALE or abs(scale) > MOST_SCALE)
+        for term in range(3):
+            repeat(terms[term, own], width)
     return is_usual
 
 
-@fused
+@compiled
+def repeat(row: Any, width: int) -> None:
+    """Fill a row of columns with its first ones, again and again."""
+    for column in range(np.uintp(width), np.uintp(row.size)):
+        row[column] = row[column - np.uintp(width)]
+
+
+@compiled
 def standardize_cells(x: Any, y: Any, terms: Any, segment: int, positions: int, start: int, stop: int) -> None:
     """The output (x - center) * scale + shift, from row to row; `terms` are those of (3, segments, channels)."""
-    channels = terms.shape[2]
     for row in range(start, stop):
-        own = row // segment
-        for channel in range(channels):
-            center, scale, shift = terms[0, own, channel], terms[1, own, channel], terms[2, own, channel]
-            first = np.uintp((row * channels + channel) * positions)
-            for index in range(first, first + np.uintp(positions)):
-                store(y, index, (read(x, index) - center) * scale + shift)
+        for channel in range(terms.shape[2]):
+            standardize_channel(x, y, terms, row // segment, row, channel, positions)
+
+
+@fused
+def standardize_channel(x: Any, y: Any, terms: Any, own: int, row: int, channel: int, positions: int) -> None:
+    """The same for a channel of a row, by the terms of its own segment."""
+    center, scale, shift = terms[0, own, channel], terms[1, own, channel], terms[2, own, channel]
+    first = np.uintp((row * terms.shape[2] + channel) * positions)
+    for index in range(first, first + np.uintp(positions)):
+        store(y, index, (read(x, index) - center) * scale + shift)
 
 
 @compiled

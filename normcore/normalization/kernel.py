@@ -107,19 +107,19 @@ def backward(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, affine_shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; the last two of `affine_shape`, which broadcasts against the input."""
-    of_input = torch.empty_like(input) if by.axes else _frozen_gradient(grad_output, input, weight, by)
-    pair = _pair(grad_output, input, weight, by, affine_shape)
-    if pair is None:
-        sums = gradient_sums(grad_output, input, weight, by, affine_shape=affine_shape)
-        of_input = input_gradient(grad_output, input, weight, by, sums) if by.axes else of_input
-        return of_input, sums.weight, sums.bias
-    values, grads, rows = pair
-    if by.axes:
-        of_bias, of_weight = _gradients.gradients(values, grads, of_input, weight, rows, has_mean=by.has_mean)
-    else:
-        of_bias, of_weight = _gradients.parameter_sums(values, grads, weight, rows)
-    box = values.box
-    return of_input, _as_parameter(of_weight, box, affine_shape), _as_parameter(of_bias, box, affine_shape)
+    of_input = torch.empty_like(input)
+    pair, sums = _pair(grad_output, input, weight, by, affine_shape), None
+    if pair is not None:
+        values, grads, rows = pair
+        if by.axes:
+            sums = _gradients.gradients(values, grads, of_input, weight, rows, has_mean=by.has_mean)
+        else:
+            sums = _gradients.frozen_gradients(values, grads, of_input, weight, rows)
+    if sums is None:
+        found = gradient_sums(grad_output, input, weight, by, affine_shape=affine_shape)
+        return input_gradient(grad_output, input, weight, by, found), found.weight, found.bias
+    of_bias, of_weight = (_as_parameter(own, values.box, affine_shape) for own in sums)
+    return of_input, of_weight, of_bias
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,10 @@ class _Response:
         sums = _window_sums(terms, before=self.after, after=self.before)
         return grad_output * power - values * sums * (2 * self.scale * self.beta)
 
+    def gradient_without(self, ignored: Tensor, values: Tensor, grad_output: Tensor, divisor: Tensor) -> Tensor:
+        """The same with some windows taken for windows of zeros, so that not even derivatives see their D."""
+        return replace(self, k=0.0).gradient(values, grad_output, divisor.masked_fill(ignored, 0.0))
+
     def _power(self, divisor: Tensor) -> Tensor:
         """D^-beta; 0 where D is 0, and so are the values."""
         positive = self._positive(divisor)
@@ -186,10 +190,16 @@ def _output(values: Tensor, divisor: Tensor, response: _Response) -> Tensor:
 
 
 def _input_gradient(values: Tensor, divisor: Tensor, grad_output: Tensor, response: _Response) -> Tensor:
-    gradient = response.gradient(values, grad_output, divisor)
-    for unit, is_beyond in _beyond_float64(divisor):
+    beyond = list(_beyond_float64(divisor.detach()))
+    if not beyond:
+        return response.gradient(values, grad_output, divisor)
+    of_zeros = torch.zeros_like(divisor, dtype=torch.bool)
+    gradient = response.gradient_without(sum((mask for _, mask in beyond), of_zeros), values, grad_output, divisor)
+    for unit, is_beyond in beyond:
         scaled, smaller = response.over(unit), values / unit
-        found = scaled.gradient(smaller, grad_output, scaled.divisor(smaller))
+        # Infinite are only values of other windows.
+        smaller = smaller.masked_fill(smaller.isinf(), 0.0)
+        found = scaled.gradient_without(~is_beyond, smaller, grad_output, scaled.divisor(smaller))
         # Where any of the windows that have the channel is of usual size, it outweighs the others.
         usual = _window_sums((~is_beyond).double(), before=response.after, after=response.before)
         gradient = torch.where(usual == 0, _times_power(found, unit, -2 * response.beta), gradient)
@@ -217,7 +227,7 @@ def _differentiable_gradient(input: Tensor, grad_output: Tensor, response: _Resp
     """The same for derivatives of higher order, whole and in float64."""
     shape = (*input.shape[:2], input.shape[2:].numel())
     values, grad_values = input.double().reshape(shape), grad_output.double().reshape(shape)
-    gradient = response.gradient(values, grad_values, response.divisor(values))
+    gradient = _input_gradient(values, response.divisor(values), grad_values, response)
     return gradient.reshape(input.shape).to(input.dtype)
 
 

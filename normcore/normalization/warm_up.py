@@ -26,7 +26,7 @@ def warm_up() -> None:
         for input in (images, images.to(memory_format=torch.channels_last)):
             batch_norm(input, torch.zeros(4), torch.ones(4), grad_output=input)
             batch_norm(input, torch.zeros(4), torch.ones(4), grad_output=input, training=True)
-            group_norm(input, grad_output=input, num_groups=2)
+            group_norm(input, torch.ones(4), grad_output=input, num_groups=2)
             group_norm(input, mask=mask, num_groups=2)
             _in_two_steps(input)
         layer_norm(images, grad_output=images)

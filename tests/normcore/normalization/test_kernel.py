@@ -119,6 +119,7 @@ def test_groups_too_large_for_the_cache_are_the_same_but_for_a_last_place(
     found = []
     for cached in (_standardize._CACHED, 0):
         monkeypatch.setattr(_standardize, "_CACHED", cached)
+        monkeypatch.setattr(_standardize, "_RUN_BYTES", 0)
         output, by = standardize_own(input, weight, bias, axes=axes, eps=1e-5)
         found.append((output, by.mean, by.var, *backward(grad, input, weight, by, affine_shape=affine)))
     for own, other in zip(*found, strict=True):
@@ -316,31 +317,62 @@ def test_strides_with_gaps_are_no_obstacle(dtype: torch.dtype) -> None:
         _assert_close(found.grad_input, expected.grad_input, DTYPES[dtype])
 
 
-def test_given_statistics_keep_gradients_of_what_is_not_finite() -> None:
-    input = torch.tensor([[torch.nan, 1.0], [torch.inf, 2.0]])
-    by = given_statistics(torch.zeros(2), torch.ones(2), eps=0.0)
+@last_or_not
+@dtypes
+def test_gradients_by_given_statistics_are_the_closed_forms(is_last: bool, dtype: torch.dtype) -> None:
+    shape = (5, 6, 90, 40)
+    input, grad, weight, _ = _tensors(shape, (1, 6, 1, 1), dtype, is_last=is_last)
+    assert weight is not None
+    by = given_statistics(torch.randn(1, 6, 1, 1), torch.full((1, 6, 1, 1), 0.7), eps=0.0)
+    exact = [term.double() for term in (grad, input, weight)]
+    found = backward(grad, input, weight, by, affine_shape=(1, 6, 1, 1))
+    of_bias = exact[0].sum((0, 2, 3), keepdim=True)
+    of_weight = (exact[0] * (exact[1] - by.mean) * by.invstd).sum((0, 2, 3), keepdim=True)
+    _assert_close(found[0], exact[0] * exact[2] * by.invstd, DTYPES[dtype])
+    for own, expected in zip(found[1:], (of_weight, of_bias), strict=True):
+        _assert_close(own, expected, 1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@last_or_not
+def test_gradients_by_given_statistics_have_scales_beyond_products_of_float32(is_last: bool) -> None:
+    input, grad, _, _ = _tensors((4, 6, 7, 5), (1, 6, 1, 1), torch.float32, is_last=is_last)
+    grad, weight = grad * 1e8, torch.full((1, 6, 1, 1), 3e-27)
+    by = given_statistics(torch.zeros(1, 6, 1, 1), torch.full((1, 6, 1, 1), 1e28), eps=0.0)
+    of_input, *_ = backward(grad, input, weight, by, affine_shape=(1, 6, 1, 1))
+    exact = grad.double() * weight.double() * 1e-14
+    assert float((of_input.double() - exact).abs().max()) <= 6e-8 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 2, 3)], ids=str)
+def test_given_statistics_keep_gradients_of_what_is_not_finite(shape: tuple[int, ...]) -> None:
+    input = torch.full(shape, 2.0)
+    input[:, 0] = torch.nan
+    input[0, 1] = torch.inf
+    terms = torch.zeros(2, *(1,) * (len(shape) - 2))
+    by = given_statistics(terms, terms + 1, eps=0.0)
     assert isinstance(by, Statistics)
-    of_input, _, of_bias = backward(torch.ones(2, 2), input, None, by, affine_shape=(2,))
-    assert torch.equal(of_input, torch.ones(2, 2))
-    assert of_bias.tolist() == [2.0, 2.0]
+    of_input, _, of_bias = backward(torch.ones(shape), input, None, by, affine_shape=tuple(terms.shape))
+    assert torch.equal(of_input, torch.ones(shape))
+    assert of_bias.flatten().tolist() == [input.numel() / 2] * 2
 
 
 def test_warm_up_compiles_what_calls_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    from normcore import _column_sweeps, _gradient_sweeps, _sweeps
+    from normcore import _column_gradients, _column_sweeps, _gradient_sweeps, _sweeps
 
     warm_up()
     kernels = [
         getattr(module, name)
-        for module in (_sweeps, _gradient_sweeps, _column_sweeps)
+        for module in (_sweeps, _gradient_sweeps, _column_sweeps, _column_gradients)
         for name in vars(module)
         if not name.startswith("_") and hasattr(getattr(module, name), "signatures")
     ]
-    public = [kernel for kernel in kernels if kernel.py_func.__module__.endswith("sweeps")]
+    public = [kernel for kernel in kernels if kernel.py_func.__module__.endswith(("sweeps", "gradients"))]
     before = {kernel: len(kernel.signatures) for kernel in public}
     # Those that other kernels call are compiled within them, or come from the disk with them.
     assert sum(count > 0 for count in before.values()) >= 10
     for dtype, cached in product(DTYPES, (_standardize._CACHED, 0)):
         monkeypatch.setattr(_standardize, "_CACHED", cached)
+        monkeypatch.setattr(_standardize, "_RUN_BYTES", 0)
         for memory_format in (torch.contiguous_format, torch.channels_last):
             input = torch.randn(2, 6, 4, 4).to(dtype).contiguous(memory_format=memory_format)
             batch_norm(input, training=True, grad_output=input)

@@ -145,6 +145,31 @@ def test_float64_values_whose_squares_leave_float64(beta: float, scale: float, k
         assert float(errors.max()) <= 1e-13
 
 
+@pytest.mark.parametrize(
+    ("exponent", "beta", "k"),
+    [(530, 0.75, 0.0), (530, 0.1, 1.0), (1000, 0.1, 0.0), (800, 0.4, 1.0), (-560, 0.1, 0.0), (-900, 0.05, 0.0)],
+)
+def test_derivatives_of_float64_values_whose_squares_leave_float64(exponent: int, beta: float, k: float) -> None:
+    def derivatives(scales: Tensor, k: float) -> list[Tensor]:
+        input, grad, cotangent = (_randn(3, 7, 2, dtype=torch.float64, seed=seed) for seed in range(3))
+        input = (input * scales).requires_grad_()
+        grad.requires_grad_()
+        output = local_response_norm(input, size=3, alpha=0.5, beta=beta, k=k).output
+        (first,) = torch.autograd.grad(output, input, grad, create_graph=True)
+        return [first.detach(), *torch.autograd.grad(first, (input, grad), cotangent)]
+
+    one = torch.ones(3, 1, 1, dtype=torch.float64)
+    scale = 2.0**exponent
+    expected = derivatives(one, 0.0)
+    # The first and the last sample alone are of that scale; their D is far beyond k.
+    found = derivatives(torch.tensor([scale, 1.0, scale], dtype=torch.float64)[:, None, None], k)
+    for own, other, order in zip(found, expected, (2 * beta, 2 * beta + 1, 2 * beta), strict=True):
+        exact = other[::2] * 2.0 ** (-order * exponent)
+        assert float((own[::2] - exact).abs().max()) <= 1e-13 * float(exact.abs().max())
+        assert bool(own[1].isfinite().all())
+        assert k or torch.equal(own[1], other[1])
+
+
 def test_a_window_of_zeros_without_k_gives_zeros_with_gradient_zero() -> None:
     input = torch.tensor([[[0.0], [0.0], [0.0], [2.0]]], requires_grad=True)
     result = local_response_norm(input, torch.ones(1, 4, 1), size=3, alpha=3.0, beta=0.5, k=0.0)

@@ -1,0 +1,108 @@
+"""Compiled sweeps of a backward, over the rows of columns of `_column_sweeps`."""
+
+from typing import Any
+
+import numpy as np
+
+from normcore._column_sweeps import join_sums, sum_columns
+from normcore._compiled import as_computed, as_read, compiled, fused, read, store
+from normcore._sweeps import CENTER, INVSTD, OFFSET, repeat
+
+
+@compiled
+def gradient_of_samples(
+    x: Any,
+    grad: Any,
+    out: Any,
+    weight: Any,
+    by: Any,
+    sums: Any,
+    sizes: Any,
+    steps: Any,
+    has_mean: bool,
+    start: int,
+    stop: int,
+) -> None:
+    """The whole backward of each sample; its sums of dy and dy * xh go into `sums` (2, B, G * K)."""
+    _, rows, groups, channels, _ = sizes
+    per, wide = steps
+    width = groups * channels
+    own, parts = (1, rows, groups, channels, 1), (1, rows * width, rows * width)
+    center = np.full((1, wide), as_computed(x, 0.0))
+    found, joined, means = np.empty((1, 2, wide)), np.empty((2, 1, width)), np.empty((2, groups))
+    terms = np.full((4, 1, wide), as_read(x, 0.0))
+    own_by = np.empty((5, groups))
+    for sample in range(start, stop):
+        first, last = sample * rows * width, (sample + 1) * rows * width
+        affine = sample * rows // per * width
+        gamma = weight[affine : affine + width]
+        own_by[:] = by[:, sample * groups : (sample + 1) * groups]
+        for group in range(groups):
+            center[0, group * channels : (group + 1) * channels] = as_computed(x, own_by[CENTER, group])
+        repeat(center[0], width)
+        sum_columns(x[first:last], grad[first:last], None, None, center, found, parts, 0, 1)
+        join_sums(found, joined, 1)
+        means[:] = 0.0
+        for group in range(groups):
+            for column in range(group * channels, (group + 1) * channels):
+                joined[1, 0, column] -= own_by[OFFSET, group] * joined[0, 0, column]
+                joined[1, 0, column] *= own_by[INVSTD, group]
+                means[0, group] += gamma[column] * joined[0, 0, column] if has_mean else 0.0
+                means[1, group] += gamma[column] * joined[1, 0, column]
+        means /= rows * channels
+        sums[:, sample] = joined[:, 0]
+        fill_gradient_terms(gamma, own_by, means, terms, own, rows, rows)
+        gradient_of_columns(x[first:last], grad[first:last], out[first:last], terms, parts, 0, 1)
+
+
+@compiled
+def gradient_of_columns(x: Any, grad: Any, out: Any, terms: Any, parts: Any, start: int, stop: int) -> None:
+    """The gradient dy * scale + (x - center) * slope + constant; `terms` are center, scale, ..., (4, P, W)."""
+    blocks, size, elements = parts
+    for part in range(start, stop):
+        own, first = part // blocks, part % blocks * size
+        at, length = np.uintp(own * elements + first), min(size, elements - first)
+        _combine_rows(x, grad, out, at, length, terms[0, own], terms[1, own], terms[2, own], terms[3, own])
+
+
+@compiled
+def fill_gradient_terms(weight: Any, by: Any, means: Any, terms: Any, sizes: Any, segment: int, per: int) -> None:
+    """Terms for `gradient_of_columns`, the columns repeated to its width."""
+    _, rows, groups, channels, _ = sizes
+    width = groups * channels
+    for own in range(terms.shape[1]):
+        affine, first = own * segment // per * width, own * segment // rows * groups
+        for group in range(first, first + groups):
+            invstd = by[INVSTD, group]
+            slope = -invstd * invstd * means[1, group]
+            for column in range((group - first) * channels, (group - first + 1) * channels):
+                terms[0, own, column] = by[CENTER, group]
+                terms[1, own, column] = invstd * weight[affine + column]
+                terms[2, own, column] = slope
+                offset = (by[CENTER, group] - terms[0, own, column]) + by[OFFSET, group]
+                terms[3, own, column] = -invstd * means[0, group] - offset * slope
+        for term in range(4):
+            repeat(terms[term, own], width)
+
+
+@fused
+def _combine_rows(
+    x: Any, grad: Any, out: Any, start: Any, length: int, center: Any, scale: Any, slope: Any, constant: Any
+) -> None:
+    width = np.uintp(center.size)
+    for _ in range(length // center.size // 2):
+        for column in range(width):
+            first, second = start + column, start + column + width
+            a = (read(x, first) - center[column]) * slope[column] + constant[column]
+            b = (read(x, second) - center[column]) * slope[column] + constant[column]
+            store(out, first, read(grad, first) * scale[column] + a)
+            store(out, second, read(grad, second) * scale[column] + b)
+        start += width + width
+    rest = length % (2 * center.size)
+    while rest > 0:
+        for column in range(np.uintp(min(rest, center.size))):
+            index = start + column
+            correction = (read(x, index) - center[column]) * slope[column] + constant[column]
+            store(out, index, read(grad, index) * scale[column] + correction)
+        start += width
+        rest -= center.size
