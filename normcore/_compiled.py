@@ -44,9 +44,14 @@ def compiled(function: Function) -> Function:
     return _compile(function, fastmath=False)
 
 
+def inlined(function: Function) -> Function:
+    """The same for steps of a kernel, made part of it: a call of arrays costs as much as a hundred values."""
+    return _compile(function, fastmath=False, forceinline=True)
+
+
 def compiled_sum(function: Function) -> Function:
-    """The same for loops that add up: the compiler chooses the order, the same one for every call."""
-    return _compile(function, fastmath=set(ANY_ORDER))
+    """`inlined` for loops that add up: the compiler chooses the order, the same one for every call."""
+    return _compile(function, fastmath=set(ANY_ORDER), forceinline=True)
 
 
 def flat(tensor: Tensor) -> Any:
@@ -89,17 +94,18 @@ def _pool(_process: int, threads: int) -> ThreadPoolExecutor:
 
 
 def fused(function: Function) -> Function:
-    """The same for loops of a * b + c, which become single instructions where the processor has them."""
-    return _compile(function, fastmath={"contract"})
+    """`inlined` for loops of a * b + c, which become single instructions where the processor has them."""
+    return _compile(function, fastmath={"contract"}, forceinline=True)
 
 
-def _compile(function: Function, *, fastmath: bool | set[str]) -> Function:
+def _compile(function: Function, *, fastmath: bool | set[str], forceinline: bool = False) -> Function:
     compiler: Any = numba.njit
     config: Any = numba.config
     folder, found = _cache_folder(), config.CACHE_DIR
     config.CACHE_DIR = folder or ""
     try:
-        made: Function = compiler(nogil=True, error_model="numpy", fastmath=fastmath, cache=bool(folder))(function)
+        options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath, "forceinline": forceinline}
+        made: Function = compiler(cache=bool(folder), **options)(function)
     finally:
         config.CACHE_DIR = found
     return made

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, load, read, store
+from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, inlined, load, read, store
 from normcore._sweeps import CENTER, INVSTD, OFFSET, standardize_channel
 
 _BLOCK = 1024
@@ -31,20 +31,20 @@ def gradient_of_groups(
 ) -> None:
     """The whole backward of each group while it is in the cache; `sums` as `sum_cells` has them."""
     _, rows, groups, channels, positions = sizes
+    count = rows * channels * positions
     for group in range(start, stop):
+        sample = group // groups
+        index = group - sample * groups
         total, dot = 0.0, 0.0
-        for row in range(group // groups * rows, (group // groups + 1) * rows):
-            cell = row * groups + group % groups
-            affine = (row // per * groups + group % groups) * channels
+        for row in range(sample * rows, (sample + 1) * rows):
+            cell, affine = row * groups + index, (row // per * groups + index) * channels
             _sum_cell(x, grad, by, sums, group, cell, channels, positions)
             for channel in range(channels):
                 total += weight[affine + channel] * sums[0, cell * channels + channel]
                 dot += weight[affine + channel] * sums[1, cell * channels + channel]
-        count = rows * channels * positions
         own = _terms(x, by, group, total / count if has_mean else 0.0, dot / count)
-        for row in range(group // groups * rows, (group // groups + 1) * rows):
-            cell = row * groups + group % groups
-            affine = (row // per * groups + group % groups) * channels
+        for row in range(sample * rows, (sample + 1) * rows):
+            cell, affine = row * groups + index, (row // per * groups + index) * channels
             _combine_cell(x, grad, out, weight, own, cell, affine, channels, positions)
 
 
@@ -71,7 +71,8 @@ def gradient_of_cells(
 ) -> None:
     """The gradient of the input from given means, from row to row of the B * R."""
     _, rows, groups, channels, positions = sizes
-    for row in range(start, stop):
+    # From the last on, which is what a sweep before this one has left in the cache.
+    for row in range(stop - 1, start - 1, -1):
         for index in range(groups):
             group, affine = row // rows * groups + index, (row // per * groups + index) * channels
             own = _terms(x, by, group, means[0, group], means[1, group])
@@ -94,47 +95,37 @@ def gradient_of_vectors(
 ) -> None:
     """The whole backward of groups of one position per channel, a slot of samples at a time.
 
-    `steps` is (samples per slot, rows of the B * R that share a weight, has_mean, has_means, has_gradient). Sums of dy
-    and dy * xh over the samples of a slot go into `sums` (2, slots, G * K), where that has slots; the means that
-    correct the gradient into `means`, unless it has them.
+    `steps` is (samples per slot, rows of the B * R that share a weight, has_mean, has_gradient). Sums of dy and dy * xh
+    over the samples of a slot go into `sums` (2, slots, G * K), and the means that correct the gradient into `means`;
+    where `sums` has no slots, `means` are given.
     """
-    samples, rows, groups, channels, _ = sizes
-    height, per, has_mean, has_means, has_gradient = steps
+    samples, _, groups, channels, _ = sizes
+    height, per, has_mean, has_gradient = steps
     has_sums = sums.shape[1] > 0
+    # Converted once, not with every sample.
+    wide = weight.astype(sums.dtype)
     for slot in range(start, stop):
         if has_sums:
             sums[:, slot] = 0.0
         for sample in range(slot * height, min((slot + 1) * height, samples)):
-            own = sample * rows // per * groups * channels
+            own = sample // per * groups * channels
             for index in range(groups):
-                group, affine = sample * groups + index, own + index * channels
-                gamma = weight[affine : affine + channels]
-                first = (sample * rows * groups + index) * channels
-                if not has_means:
-                    center = as_computed(x, by[CENTER, group])
-                    total, dot = 0.0, 0.0
-                    for row in range(rows):
-                        at = np.uintp(first + row * groups * channels)
-                        found = _weighted_sums(x, grad, at, gamma, center)
-                        total += np.float64(found[0])
-                        dot += np.float64(found[1])
-                    means[0, group] = total / (rows * channels) if has_mean else 0.0
-                    dot = (dot - by[OFFSET, group] * total) * by[INVSTD, group]
-                    means[1, group] = dot / (rows * channels)
-                center, slope, constant, _ = _terms(x, by, group, means[0, group], means[1, group])
-                invstd = as_read(x, by[INVSTD, group])
-                offset = as_read(x, (by[CENTER, group] - np.float64(center)) + by[OFFSET, group])
-                for row in range(rows):
-                    at = np.uintp(first + row * groups * channels)
-                    if has_sums:
-                        of_bias = sums[0, slot, index * channels : (index + 1) * channels]
-                        of_weight = sums[1, slot, index * channels : (index + 1) * channels]
-                        _add_vector(x, grad, at, of_bias, of_weight, center, offset, invstd)
-                    if has_gradient:
-                        _combine_vector(x, grad, out, at, gamma, center, invstd, slope, constant)
+                group, first, last = sample * groups + index, index * channels, (index + 1) * channels
+                at = np.uintp(group * channels)
+                if has_sums:
+                    of_bias, of_weight = sums[0, slot, first:last], sums[1, slot, first:last]
+                    gamma = wide[own + first : own + last]
+                    total, dot = _add_vector(x, grad, at, gamma, of_bias, of_weight, *_computed_terms(x, by, group))
+                    means[0, group] = np.float64(total) / channels if has_mean else 0.0
+                    means[1, group] = np.float64(dot) / channels
+                if has_gradient:
+                    center, slope, constant, _ = _terms(x, by, group, means[0, group], means[1, group])
+                    invstd = as_read(x, by[INVSTD, group])
+                    gamma = weight[own + first : own + last]
+                    _combine_vector(x, grad, out, at, gamma, center, invstd, slope, constant)
 
 
-@compiled
+@inlined
 def _terms(x: Any, by: Any, group: int, mean: float, dot: float) -> Any:
     """Center, slope and constant of the corrections (x - center) * slope + constant, and invstd."""
     invstd, center = by[INVSTD, group], as_read(x, by[CENTER, group])
@@ -143,7 +134,15 @@ def _terms(x: Any, by: Any, group: int, mean: float, dot: float) -> Any:
     return center, as_read(x, slope), as_read(x, -invstd * mean - offset * slope), invstd
 
 
-@compiled
+@inlined
+def _computed_terms(x: Any, by: Any, group: int) -> Any:
+    """Center, invstd and shift of xh = (x - center) * invstd + shift, in the datatype of sums."""
+    center, invstd = as_computed(x, by[CENTER, group]), by[INVSTD, group]
+    offset = (by[CENTER, group] - np.float64(center)) + by[OFFSET, group]
+    return center, as_computed(x, invstd), as_computed(x, -offset * invstd)
+
+
+@inlined
 def _sum_cell(x: Any, grad: Any, by: Any, sums: Any, group: int, cell: int, channels: int, positions: int) -> None:
     center = as_computed(x, by[CENTER, group])
     for channel in range(cell * channels, (cell + 1) * channels):
@@ -180,23 +179,19 @@ def _block_sums(x: Any, grad: Any, start: Any, length: int, center: Any) -> Any:
 
 
 @compiled_sum
-def _weighted_sums(x: Any, grad: Any, start: Any, weight: Any, center: Any) -> Any:
+def _add_vector(
+    x: Any, grad: Any, start: Any, weight: Any, of_bias: Any, of_weight: Any, center: Any, invstd: Any, shift: Any
+) -> Any:
     total, dot = center - center, center - center
     for channel in range(np.uintp(weight.size)):
-        value = load(grad, start + channel) * weight[channel]
-        total += value
-        dot += value * (load(x, start + channel) - center)
-    return total, dot
-
-
-@fused
-def _add_vector(
-    x: Any, grad: Any, start: Any, of_bias: Any, of_weight: Any, center: Any, offset: Any, invstd: Any
-) -> None:
-    for channel in range(np.uintp(of_bias.size)):
-        value = read(grad, start + channel)
+        value = load(grad, start + channel)
+        standardized = (load(x, start + channel) - center) * invstd + shift
+        weighted = value * weight[channel]
+        total += weighted
+        dot += weighted * standardized
         of_bias[channel] += value
-        of_weight[channel] += value * (((read(x, start + channel) - center) - offset) * invstd)
+        of_weight[channel] += value * standardized
+    return total, dot
 
 
 @fused

@@ -18,7 +18,7 @@ def gradients(values: Operand, grad: Operand, out: Tensor, weight: Tensor | None
     samples, _, groups, _, _ = values.box.sizes
     if values.has_vectors:
         gamma, means = values.parameter(weight, 1.0), np.empty((2, samples * groups))
-        return _vectors(values, grad, compiled().flat(out), gamma, by, means, has_sums=True, has_mean=has_mean)
+        return _vectors(values, grad, compiled().flat(out), gamma, by, means, has_mean=has_mean)
     if values.is_cached:
         return _cached(values, grad, compiled().flat(out), values.parameter(weight, 1.0), by, has_mean=has_mean)
     totals, sums = gradient_sums(values, grad, weight, by)
@@ -48,7 +48,7 @@ def gradient_sums(values: Operand, grad: Operand, weight: Tensor | None, by: Any
     gamma = values.parameter(weight, 1.0)
     if values.has_vectors:
         means = np.empty((2, samples * groups))
-        sums = _vectors(values, grad, values.array[:0], gamma, by, means, has_sums=True)
+        sums = _vectors(values, grad, values.array[:0], gamma, by, means)
         return means * values.count, sums
     sums = _sums(values, grad, by)
     count, own = sums.shape[1], gamma.reshape(-1, 1, values.box.width)
@@ -130,17 +130,16 @@ def _vectors(
     *,
     has_mean: bool = True,
     has_means: bool = False,
-    has_sums: bool = False,
 ) -> Any:
-    samples, rows, _, _, _ = values.box.sizes
+    samples, _, _, _, _ = values.box.sizes
     own = gamma.size // values.box.width
-    height = values.box.per // rows if own > 1 else -(-samples // _SLOTS)
+    height = values.box.per if own > 1 else -(-samples // _SLOTS)
     slots = -(-samples // height)
-    sums = np.empty((2, slots if has_sums else 0, values.box.width), values.sum_dtype)
-    steps = height, values.box.per, has_mean, has_means, out.size > 0
+    sums = np.empty((2, 0 if has_means else slots, values.box.width), values.sum_dtype)
+    steps = height, values.box.per, has_mean, out.size > 0
     arguments = values.array, grad.array, out, gamma, by, means, sums, values.box.sizes, steps
     values.divide(_sweeps().gradient_of_vectors, slots, *arguments)
-    return _per_parameter(values, gamma, sums) if has_sums else None
+    return None if has_means else _per_parameter(values, gamma, sums)
 
 
 @cache

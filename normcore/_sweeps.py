@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, load, read, store
+from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, inlined, load, read, store
 
 _BLOCK = 1024
 _NEAR = 64
@@ -42,13 +42,14 @@ def standardize_groups(
     """Find the statistics of each group, and standardize it while it is in the cache; no output for an empty `y`."""
     _, rows, groups, channels, positions = sizes
     for group in range(start, stop):
-        first = group // groups * rows * groups + group % groups
+        sample = group // groups
+        index = group - sample * groups
+        first = sample * rows * groups + index
         _measure(x, by, group, first, rows, groups, channels * positions, eps, has_mean)
         if y.size:
-            for row in range(rows):
-                cell = first + row * groups
-                affine = cell // groups // per * groups + cell % groups
-                _standardize_cell(x, y, weight, bias, by, group, cell, affine, sizes)
+            for row in range(sample * rows, (sample + 1) * rows):
+                affine = row // per * groups + index
+                _standardize_cell(x, y, weight, bias, by, group, row * groups + index, affine, sizes)
 
 
 @compiled
@@ -116,7 +117,8 @@ def repeat(row: Any, width: int) -> None:
 @compiled
 def standardize_cells(x: Any, y: Any, terms: Any, segment: int, positions: int, start: int, stop: int) -> None:
     """The output (x - center) * scale + shift, from row to row; `terms` are those of (3, segments, channels)."""
-    for row in range(start, stop):
+    # From the last on, which is what a sweep before this one has left in the cache.
+    for row in range(stop - 1, start - 1, -1):
         for channel in range(terms.shape[2]):
             standardize_channel(x, y, terms, row // segment, row, channel, positions)
 
@@ -160,7 +162,7 @@ def settle_counted(x: Any, by: Any, center: Any, sums: Any, eps: float, has_mean
         settle(x, by, group, center[group], offset, squares / count - offset * offset, eps)
 
 
-@compiled
+@inlined
 def settle(x: Any, by: Any, group: int, center: float, offset: float, var: float, eps: float) -> None:
     """Write statistics; NaN for a variance beyond float64, which would make every output the bias without a trace."""
     var = 0.0 if var < 0.0 else var
@@ -172,7 +174,7 @@ def settle(x: Any, by: Any, group: int, center: float, offset: float, var: float
     by[INVSTD, group] = 1.0 / np.sqrt(var + eps) if var < np.inf else np.nan
 
 
-@compiled
+@inlined
 def _measure(
     x: Any, by: Any, group: int, first: int, rows: int, groups: int, length: int, eps: float, has_mean: bool
 ) -> None:
@@ -192,7 +194,7 @@ def _measure(
     settle(x, by, group, center, offset, squares / count - offset * offset, eps)
 
 
-@compiled
+@inlined
 def _group_sums(x: Any, first: int, rows: int, groups: int, length: int, center: Any) -> Any:
     total, squares = 0.0, 0.0
     for row in range(rows):
@@ -216,7 +218,6 @@ def _block_sums(x: Any, start: Any, length: int, center: Any) -> Any:
     return total, squares
 
 
-# Loops here, not in functions of their own: a call costs as much as a hundred values.
 @fused
 def _standardize_cell(
     x: Any, y: Any, weight: Any, bias: Any, by: Any, group: int, cell: int, affine: int, sizes: Any
