@@ -1,10 +1,12 @@
 """Small inferences of brief models that their connections answer; everything else is left to the app."""
 
 import asyncio
+import gc
 import gzip
 import json
 import logging
 import re
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -305,6 +307,27 @@ async def test_a_body_in_pieces_is_left_to_the_app(service: Service) -> None:
     before, message = service.passed, request()
     assert (await service.ask(message[:-20], message[-20:]))[0] == 200
     assert service.passed == before + 1
+
+
+async def test_a_connection_that_ended_is_let_go_at_once(service: Service) -> None:
+    gc.disable()
+    try:
+        connection, transport = service.connect()
+        connection.data_received(request())
+        assert (await answers(transport, 1))[0][0] == 200
+        connection.connection_lost(None)
+        ended = weakref.ref(connection)
+        del connection, transport
+        assert ended() is None
+    finally:
+        gc.enable()
+
+
+async def test_a_body_that_stops_behind_another_request_is_refused(service: Service) -> None:
+    connection, transport = service.connect()
+    connection.data_received(request() + request()[:-20])
+    assert [status for status, _, _ in await answers(transport, 2)] == [200, 408]
+    connection.connection_lost(None)
 
 
 async def test_a_request_whose_client_left_is_not_answered(service: Service) -> None:
