@@ -67,8 +67,8 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_head()
-        self._is_in_head = False
         super().on_headers_complete()
+        self._is_in_head = False
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -76,8 +76,9 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         shortcut = self.app_state.get("shortcut")
-        if cycle.more_body and cycle.keep_alive and shortcut is not None and shortcut.takes(cycle.scope):
-            self._held = _Exchange(self, cycle, app)  # until what has come of it is read
+        is_fresh = self._is_in_head and cycle.more_body  # else it has waited for answers to those before it
+        if is_fresh and cycle.keep_alive and shortcut is not None and shortcut.takes(cycle.scope):
+            self._held = _Exchange(self, cycle, app)  # until what has come of it is read: `data_received` lets go
         else:
             super()._start_asgi_task(cycle, app)
 
@@ -142,4 +143,8 @@ class _Exchange:
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
             connection.transport.close()
-        cycle.on_response()
+        on_response, cycle.on_response = cycle.on_response, _nothing  # which holds the connection that holds the cycle
+        on_response()
+
+
+def _nothing() -> None: ...

@@ -72,6 +72,12 @@ def test_open_session_reads_a_path_and_leaves_the_graph_alone_when_asked(ocr_cls
     np.testing.assert_allclose(y.sum(1), 1, rtol=1e-5)
 
 
+def test_threads_of_a_session_sleep_between_runs() -> None:
+    options = execution.open_session(identity(TensorProto.FLOAT), threads=2).get_session_options()
+    for pool in ("intra_op", "inter_op"):
+        assert options.get_session_config_entry(f"session.{pool}.allow_spinning") == "0"
+
+
 FLOATS: dict[str, tuple[int, Any]] = {
     "fp16": (TensorProto.FLOAT16, np.float16),
     "bf16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16),

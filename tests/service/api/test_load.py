@@ -51,11 +51,13 @@ def _counts(server: Server, name: str) -> tuple[int, int]:
     return found["inference_count"], found["execution_count"]
 
 
-def test_requests_of_many_clients_run_together_and_keep_their_answers(server: Server) -> None:
-    path = server.serve("joined", perceptron(hidden=1024, layers=4))
+@pytest.mark.parametrize(("hidden", "layers"), [(64, 1), (1024, 4)], ids=["brief", "long"])
+def test_requests_of_many_clients_run_together_and_keep_their_answers(server: Server, hidden: int, layers: int) -> None:
+    name = f"joined{hidden}"
+    path = server.serve(name, perceptron(hidden=hidden, layers=layers))
     rows = np.random.default_rng(1).standard_normal((CLIENTS * REQUESTS, 1, TINY_INPUTS)).astype(np.float32)
     together = asyncio.run(_together([binary_call(server.port, path, "x", row) for row in rows]))
-    inferences, executions = _counts(server, "joined")
+    inferences, executions = _counts(server, name)
     assert inferences == CLIENTS * REQUESTS
     assert executions <= inferences / 3
 
@@ -63,7 +65,7 @@ def test_requests_of_many_clients_run_together_and_keep_their_answers(server: Se
     alone = asyncio.run(_answers(exact[:REQUESTS]))
     for one, other in zip(alone, together, strict=False):
         assert np.abs(one - other).max() <= MAX_ULPS * np.spacing(np.abs(one).max())
-    assert _counts(server, "joined") == (inferences + REQUESTS, executions + REQUESTS)
+    assert _counts(server, name) == (inferences + REQUESTS, executions + REQUESTS)
 
     crowded = asyncio.run(_together(exact))
     assert [row.tobytes() for row in crowded[:REQUESTS]] == [row.tobytes() for row in alone]

@@ -178,11 +178,6 @@ async def test_v2_has_its_error_form_for_404_and_405(client: httpx.AsyncClient) 
     assert answer.headers["allow"] == "POST"
 
 
-async def test_unsupported_extensions_are_501(client: httpx.AsyncClient) -> None:
-    for path in ("/v2/trace/setting", "/v2/logging", "/v2/systemsharedmemory/status"):
-        refused(await client.get(path), 501, "not_implemented", path)
-
-
 async def test_bodies_over_a_limit_are_413(client: httpx.AsyncClient) -> None:
     async def chunked() -> AsyncIterator[bytes]:
         for _ in range(20):

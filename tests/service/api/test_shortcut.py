@@ -1,10 +1,12 @@
 """Small inferences of brief models that their connections answer; everything else is left to the app."""
 
 import asyncio
+import gc
 import gzip
 import json
 import logging
 import re
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from benchmarks.load import connected
 from service.api.connection import Connection
 from service.app import create_app
 from service.settings import Settings
@@ -27,6 +30,9 @@ from tests.service.engine import graphs
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ROW = np.array([[1.5, -2.0, 3.0]], np.float32)
+BODY_TIMEOUT_S = 5.0
+CLIENTS = 16
+REQUESTS = 20
 
 
 class Socket:
@@ -71,11 +77,14 @@ class Service:
     passed: int = 0
     server_state: ServerState = field(default_factory=ServerState)
 
-    def connect(self) -> tuple[Connection, Transport]:
-        http = Connection.within(5)
+    def protocol(self) -> Connection:
+        http = Connection.within(BODY_TIMEOUT_S)
         config = uvicorn.Config(self._counted, http=http, interface="asgi3", lifespan="off", log_config=None)
         config.load()
-        connection, transport = Connection(config, self.server_state, self.state), Transport()
+        return http(config, self.server_state, self.state)
+
+    def connect(self) -> tuple[Connection, Transport]:
+        connection, transport = self.protocol(), Transport()
         connection.connection_made(transport)
         return connection, transport
 
@@ -212,6 +221,30 @@ async def test_requests_of_one_turn_are_joined_and_counted(service: Service) -> 
     assert executions == 1
 
 
+async def _ask_over_and_over(port: int) -> None:
+    exchange = await connected(port)
+    for _ in range(REQUESTS):
+        status, _ = await exchange.ask(request())
+        assert status == 200
+        np.testing.assert_array_equal(np.frombuffer(exchange.body[-ROW.nbytes :], np.float32), -ROW[0])
+    exchange.close()
+
+
+async def test_many_clients_share_executions(service: Service) -> None:
+    server = await asyncio.get_running_loop().create_server(service.protocol, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        for _ in range(20):  # until as many rows as come are known to be brief
+            before, passed = await _counts(service, "brief"), service.passed
+            await asyncio.gather(*(_ask_over_and_over(port) for _ in range(CLIENTS)))
+            if service.passed == passed:
+                break
+    assert service.passed == passed
+    inferences, executions, _ = (now - then for now, then in zip(await _counts(service, "brief"), before, strict=True))
+    assert inferences == CLIENTS * REQUESTS
+    assert executions <= inferences / 3
+
+
 async def test_models_of_one_turn_are_run_apart(service: Service) -> None:
     first, second = service.connect(), service.connect()
     first[0].data_received(request("brief", outputs=[{"name": "sum", "parameters": {"binary_data": True}}]))
@@ -274,6 +307,27 @@ async def test_a_body_in_pieces_is_left_to_the_app(service: Service) -> None:
     before, message = service.passed, request()
     assert (await service.ask(message[:-20], message[-20:]))[0] == 200
     assert service.passed == before + 1
+
+
+async def test_a_connection_that_ended_is_let_go_at_once(service: Service) -> None:
+    gc.disable()
+    try:
+        connection, transport = service.connect()
+        connection.data_received(request())
+        assert (await answers(transport, 1))[0][0] == 200
+        connection.connection_lost(None)
+        ended = weakref.ref(connection)
+        del connection, transport
+        assert ended() is None
+    finally:
+        gc.enable()
+
+
+async def test_a_body_that_stops_behind_another_request_is_refused(service: Service) -> None:
+    connection, transport = service.connect()
+    connection.data_received(request() + request()[:-20])
+    assert [status for status, _, _ in await answers(transport, 2)] == [200, 408]
+    connection.connection_lost(None)
 
 
 async def test_a_request_whose_client_left_is_not_answered(service: Service) -> None:
