@@ -30,6 +30,7 @@ def batch_norm(
     channel_axis: int = 1,
     nan_policy: str = "propagate",
     inverse: bool = False,
+    allow_negative_var: bool = False,
     out: Tensor | None = None,
 ) -> BatchNormResult:
     """Batch normalization in training or inference.
@@ -51,7 +52,7 @@ def batch_norm(
             changes no statistics.
         running_mean: (C,), any floating datatype; with running_var.
         running_var: (C,), values >= 0.
-        weight: (C,), or (N, C) for weights of each sample; 1 where not given.
+        weight: (C,), or for an adaptive norm (N, C) or the input's shape; 1 where not given.
         bias: the weight's shape; 0 where not given.
         grad_output: gradient of the output, of the input's shape; gives the gradients of input, weight and bias.
         mask: bool, true where a position counts in the statistics of the batch; broadcasts to the input's shape
@@ -66,6 +67,8 @@ def batch_norm(
         nan_policy: for values that are not finite. propagate: they make their channel NaN, and its running
             statistics for ever; skip_update: such a batch leaves all running statistics as they are; raise.
         inverse: in inference, the way back: x = (y - bias) / weight * sqrt(var + eps) + mean.
+        allow_negative_var: whether a running_var that is negative or NaN is taken, as torch takes it: a channel whose
+            var + eps is below 0 or NaN comes out as NaN in inference.
         out: takes the output; of the input's shape, datatype and memory format, in memory of its own, and without
             gradients to be recorded; not with inverse.
 
@@ -78,9 +81,9 @@ def batch_norm(
         ShapeError: an input of fewer than two dimensions, or another tensor that does not fit it.
         ParameterError: eps, momentum, convention, channel_axis or nan_policy out of bounds; inverse in training, with
             a grad_output, or with a weight of 0.
-        StatisticsError: no running statistics in inference, one without the other, a running_var negative or NaN,
-            one value per channel in training, momentum None without num_batches_tracked, or, with nan_policy raise,
-            values that are not finite.
+        StatisticsError: no running statistics in inference, one without the other, a running_var negative or NaN
+            where that is not allowed, one value per channel in training, momentum None without num_batches_tracked,
+            or, with nan_policy raise, values that are not finite.
 
     >>> import torch
     >>> result = batch_norm(torch.tensor([[1.0, 7.0], [3.0, 7.0]]), training=True, eps=1e-12)
@@ -91,7 +94,7 @@ def batch_norm(
     view = BatchView.of(input, channel_axis=channel_axis)
     options = BatchOptions(training, eps, nan_policy, momentum, convention)
     view.check_grad_output(grad_output)
-    running = view.running(running_mean, running_var, num_batches_tracked)
+    running = view.running(running_mean, running_var, num_batches_tracked, allow_negative_var=allow_negative_var)
     if out is not None:
         check_out("out", out, input)
     if inverse:
@@ -174,7 +177,7 @@ BATCH_NORM = Method(
         TensorArgument("input", "values to normalize", "(N, C, *)", is_required=True),
         TensorArgument("running_mean", "running mean; needed in inference", "(C,)"),
         TensorArgument("running_var", "running variance; needed in inference", "(C,)"),
-        TensorArgument("weight", "scale (gamma); 1 where not given", "(C,) or (N, C)"),
+        TensorArgument("weight", "scale (gamma); 1 where not given", "(C,), (N, C) or the input's"),
         TensorArgument("bias", "shift (beta); 0 where not given", "the weight's"),
         TensorArgument("grad_output", "gradient of the output; gives the other gradients", "(N, C, *)"),
         TensorArgument(
@@ -217,6 +220,12 @@ BATCH_NORM = Method(
         Parameter(
             "inverse", "bool", False, "In inference, the way back: (y - bias) / weight * sqrt(var + eps) + mean."
         ),
+        Parameter(
+            "allow_negative_var",
+            "bool",
+            False,
+            "Whether a running_var that is negative or NaN is taken; var + eps below 0 gives NaN in inference.",
+        ),
     ),
     outputs=(
         Output("output", "(N, C, *)", "normalized values, in the input's datatype"),
@@ -233,4 +242,9 @@ BATCH_NORM = Method(
         Output("grad_bias", "the weight's or (C,)", "gradient of bias, given or not; only with grad_output"),
     ),
     function=batch_norm,
+)
+
+# Of methods that are batch norm in training alone.
+TRAINING_PARAMETERS = tuple(
+    parameter for parameter in BATCH_NORM.parameters if parameter.name not in ("inverse", "allow_negative_var")
 )

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from normcore._checks import check_fraction
+from normcore._checks import check_fraction, check_out
 from normcore._precision import accumulation_dtype
 from normcore.errors import ParameterError, StatisticsError
 from normcore.normalization.batch_norm import BATCH_NORM, normalize_batch
@@ -53,6 +53,7 @@ def batch_renorm(
     eps: float = 1e-5,
     channel_axis: int = 1,
     nan_policy: str = "propagate",
+    out: Tensor | None = None,
 ) -> BatchRenormResult:
     """Batch renormalization in training or inference.
 
@@ -67,13 +68,13 @@ def batch_renorm(
     kept as running_var = sigma^2 - eps, so that the state is that of batch norm. The paper's schedule: rmax 1 and
     dmax 0 for 5000 steps, then linearly to rmax 3 at 40000 steps and dmax 5 at 25000.
 
-    Precision, derivatives and everything else as in `batch_norm`. No argument is changed.
+    Precision, derivatives and everything else as in `batch_norm`. No argument is changed but out.
 
     Args:
         input: (N, C, *); an empty one in training gives an empty output and changes no statistics.
         running_mean: (C,).
         running_var: (C,), values >= 0.
-        weight: (C,) or (N, C); 1 where not given.
+        weight: (C,), (N, C) or the input's shape; 1 where not given.
         bias: the weight's shape; 0 where not given.
         grad_output: gradient of the output, of the input's shape; gives the gradients of input, weight and bias.
         mask: bool, as in `batch_norm`.
@@ -84,6 +85,8 @@ def batch_renorm(
         eps: > 0 in training, >= 0 in inference.
         channel_axis: axis of the channels, from the back where negative.
         nan_policy: propagate, raise or skip_update, as in `batch_norm`.
+        out: takes the output; of the input's shape, datatype and memory format, in memory of its own, and without
+            gradients to be recorded.
 
     Returns:
         Output, statistics of the batch, updated running statistics, gradients, and r and d of shape (C,).
@@ -108,21 +111,23 @@ def batch_renorm(
     counted = view.mask(mask)
     view.check_grad_output(grad_output)
     running = view.running(running_mean, running_var, None)
+    if out is not None:
+        check_out("out", out, input)
     if running is None:
         raise StatisticsError("running_mean", expected="running statistics", received="none")
     if not training or view.counted(counted) == 0:
-        plain = normalize_batch(view, weight, bias, running, options, grad_output=grad_output, counted=counted)
+        plain = normalize_batch(view, weight, bias, running, options, grad_output=grad_output, counted=counted, out=out)
         return BatchRenormResult.extending(plain)
     options.check_values(input, counted)
     by = own_statistics(input, axes=view.axes, eps=eps, mask=counted)
     correction = _Correction.of(by, running, rmax=rmax, dmax=dmax)
     corrected = correction.affine(view, weight, bias)
-    found = standardize_with(input, *corrected, by)
+    found = standardize_with(input, *corrected, by, out=out)
     gradients = None
     if grad_output is not None:
         shape = tuple(corrected[0].shape)
         of_affine = standardize_gradients(grad_output, input, corrected[0], by, affine_shape=shape)
-        gradients = correction.gradients(of_affine, weight, bias)
+        gradients = correction.gradients(view, of_affine, weight, bias)
     is_skipped = options.is_skipped(by.mean, by.var * by.count)
     updated = running if is_skipped else _updated(running, by, momentum=momentum)
     result = BatchNormResult.of(
@@ -168,19 +173,30 @@ class _Correction:
 
     def affine(self, view: BatchView, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight and bias of the batch norm that this is, weight * r and bias + weight * d, in front of the input."""
-        scale, shift = (self.r, self.d) if weight is None else (weight * self.r, weight * self.d)
+        given = weight if weight is not None else bias
+        scale, shift = self._against(view, given)
+        if weight is not None:
+            scale, shift = weight * scale, weight * shift
+        elif given is not None:
+            scale = scale.expand(given.shape)
         found = view.affine(scale, shift if bias is None else shift + bias)
         assert found[0] is not None
         assert found[1] is not None
         return found[0], found[1]
 
-    def gradients(self, of_affine: Gradients, weight: Tensor | None, bias: Tensor | None) -> Gradients:
+    def gradients(self, view: BatchView, of_affine: Gradients, weight: Tensor | None, bias: Tensor | None) -> Gradients:
         """Those of weight and bias, for those of `affine`."""
         given = weight if weight is not None else bias
         shape = self.r.shape if given is None else given.shape
         of_scale, of_shift = of_affine.weight.view(shape), of_affine.bias.view(shape)
-        of_weight = (of_scale * self.r + of_shift * self.d).to(of_scale.dtype)
-        return Gradients(of_affine.input, of_weight, of_shift)
+        r, d = self._against(view, given)
+        return Gradients(of_affine.input, (of_scale * r + of_shift * d).to(of_scale.dtype), of_shift)
+
+    def _against(self, view: BatchView, given: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both in a shape that broadcasts against a weight or bias."""
+        if given is None or given.shape != view.input.shape:
+            return self.r, self.d
+        return view.in_front(self.r), view.in_front(self.d)
 
 
 _TENSORS = [

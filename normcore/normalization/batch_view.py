@@ -49,14 +49,13 @@ class BatchView:
         return _others(self.input.ndim, self.channel_axis)
 
     def in_front(self, tensor: Tensor) -> Tensor:
-        """(C,) or (N, C) in front of the input."""
-        rank = self.input.ndim
-        if self.channel_axis == rank - 1 and tensor.ndim in (1, rank):
+        """(C,), (N, C) or the input's shape in front of the input."""
+        if tensor.ndim == 1 and self.channel_axis == self.input.ndim - 1:
             return tensor
-        return tensor.view(self.affine_shape(tensor.ndim))
+        return tensor.view(self._front(tensor.shape))
 
     def affine(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias, both (C,) or both one per sample (N, C), in front of the input.
+        """Weight and bias, both (C,), (N, C) for one per sample, or of the input's shape, in front of the input.
 
         Raises:
             DtypeError: a tensor that is not floating.
@@ -65,7 +64,9 @@ class BatchView:
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is None:
                 continue
-            if tensor.ndim != 2 or self.channel_axis == 0:
+            if tensor.ndim > 2 or tensor.shape == self.input.shape:
+                check_shape(name, tensor, self.input.shape, meaning="one value for each of the input")
+            elif tensor.ndim < 2 or self.channel_axis == 0:
                 check_per_channel(name, tensor, num_features=self.num_features)
             else:
                 shape = (self.input.shape[0], self.num_features)
@@ -76,8 +77,10 @@ class BatchView:
         front = None if weight is None else self.in_front(weight)
         return front, None if bias is None else self.in_front(bias)
 
-    def affine_shape(self, rank: int) -> tuple[int, ...]:
-        return _with_ones(self.input.shape, self.channel_axis, is_per_sample=rank == 2)
+    def _front(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if shape == self.input.shape:
+            return shape
+        return _with_ones(self.input.shape, self.channel_axis, is_per_sample=len(shape) == 2)
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
         """A mask of the input's shape without the channel axis, in front of the input.
@@ -97,7 +100,12 @@ class BatchView:
             check_shape("grad_output", grad_output, self.input.shape, meaning="that of the input")
 
     def running(
-        self, mean: Tensor | None, var: Tensor | None, num_batches_tracked: Tensor | None
+        self,
+        mean: Tensor | None,
+        var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        *,
+        allow_negative_var: bool = False,
     ) -> RunningStatistics | None:
         """Running statistics that fit the channels, without gradient; None where there are none."""
         if mean is None and var is None:
@@ -107,7 +115,8 @@ class BatchView:
             raise StatisticsError(missing, expected=f"to be given together with {present}", received="none")
         check_per_channel("running_mean", mean, num_features=self.num_features)
         check_per_channel("running_var", var, num_features=self.num_features)
-        check_variance("running_var", var)
+        if not allow_negative_var:
+            check_variance("running_var", var)
         if num_batches_tracked is not None:
             check_batch_count("num_batches_tracked", num_batches_tracked)
             num_batches_tracked = num_batches_tracked.to(torch.int64).reshape(())
@@ -142,7 +151,7 @@ class BatchView:
         """Those of weight and bias in their own shape, (C,) where neither is given."""
         given = weight if weight is not None else bias
         own_shape = (self.num_features,) if given is None else tuple(given.shape)
-        shape = self.affine_shape(len(own_shape))
+        shape = self._front(own_shape)
         weight = None if weight is None else weight.view(shape)
         found = standardize_gradients(grad_output, self.input, weight, statistics, affine_shape=shape)
         return Gradients(found.input, found.weight.view(own_shape), found.bias.view(own_shape))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normcore.errors import ParameterError
-from normcore.normalization.batch_norm import BATCH_NORM, normalize_batch
+from normcore.normalization.batch_norm import BATCH_NORM, TRAINING_PARAMETERS, normalize_batch
 from normcore.normalization.batch_options import BatchOptions
 from normcore.normalization.batch_result import BatchNormResult
 from normcore.normalization.batch_view import MAX_PARTS, BatchView
@@ -78,7 +78,7 @@ def ghost_batch_norm(
         input: (N, C, *); the samples are along axis 0.
         running_mean: (C,).
         running_var: (C,).
-        weight: (C,) or (N, C).
+        weight: (C,), (N, C) or the input's shape.
         bias: the weight's shape.
         virtual_batch_size: samples of a virtual batch, 1 or more.
         grad_output: gradient of the output, of the input's shape; gives the gradients of input, weight and bias.
@@ -164,7 +164,7 @@ def _joined(results: Sequence[BatchNormResult]) -> GhostBatchNormResult:
     output, gradients = torch.cat([result.output for result in results]), None
     own = [result.gradients for result in results if result.gradients is not None]
     if own:
-        join = torch.cat if own[0].weight.ndim == 2 else _sum
+        join = torch.cat if own[0].weight.ndim > 1 else _sum
         of_affine = (join([getattr(part, name) for part in own]) for name in ("weight", "bias"))
         gradients = Gradients(torch.cat([part.input for part in own]), *of_affine)
     batches = tuple(results)
@@ -192,7 +192,7 @@ GHOST_BATCH_NORM = Method(
     source="Hoffer, Hubara and Soudry 2017, arXiv:1705.08741",
     tensors=BATCH_NORM.tensors,
     parameters=(
-        *(parameter for parameter in BATCH_NORM.parameters if parameter.name != "inverse"),
+        *TRAINING_PARAMETERS,
         _VIRTUAL_BATCH_SIZE,
     ),
     outputs=tuple(

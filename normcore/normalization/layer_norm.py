@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from normcore._checks import check_eps, check_floating, check_rank, check_shape
+from normcore._checks import check_eps, check_floating, check_rank
+from normcore.errors import ShapeError
 from normcore.normalization.method import Method, Output, Parameter, TensorArgument
 from normcore.normalization.per_sample import (
     GRAD_INPUT,
@@ -47,8 +48,9 @@ def layer_norm(
 
     Args:
         input: (*, normalized_shape), float16, bfloat16, float32 or float64; it may be empty.
-        weight: normalized_shape; 1 where not given.
-        bias: normalized_shape; 0 where not given.
+        weight: normalized_shape, or for an adaptive norm as many axes as the input and broadcast against it, such as
+            (N, 1, D) for those of each sample; 1 where not given.
+        bias: the same; of the weight's shape where both are given. 0 where not given.
         grad_output: gradient of the output, of the input's shape; gives the gradients of input, weight and bias.
         mask: bool, broadcasts against the input; false where a value shall not count in mean and variance.
         normalized_shape: sizes of the last axes, as integers or as text; None: the last axis.
@@ -90,29 +92,51 @@ def operands_over_trailing_axes(
     check_floating("input", input)
     check_rank("input", input, minimum=1)
     shape = trailing_axes(input, normalized_shape)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            check_shape(name, tensor, shape, meaning="that which is normalized over")
+    affine_shape = _affine_shape(weight, bias, input=input, shape=shape)
     if eps is not None:
         check_eps("eps", eps, is_zero_allowed=True)
-    outer = input.shape[: input.ndim - len(shape)]
-    size = input.shape[input.ndim - len(shape) :].numel()
+    rank = input.ndim - len(shape)
+    outer = input.shape[:rank]
+    size = input.shape[rank:].numel()
+    is_adaptive = affine_shape != shape
     return Operands(
         input,
         weight,
         bias,
         grad_output,
         mask,
-        view=(outer.numel(), size),
-        axes=(1,),
-        affine=(size,),
-        affine_shape=shape,
+        view=tuple(input.shape) if is_adaptive else (outer.numel(), size),
+        axes=tuple(range(rank, input.ndim)) if is_adaptive else (1,),
+        affine=affine_shape if is_adaptive else (size,),
+        affine_shape=affine_shape,
         statistics_shape=(*outer, *[1] * len(shape)),
         out=out,
     )
 
 
+def _affine_shape(
+    weight: Tensor | None, bias: Tensor | None, *, input: Tensor, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The one shape of weight and bias: the normalized one, or of the input's rank and broadcast against it."""
+    given = [(name, term) for name, term in (("weight", weight), ("bias", bias)) if term is not None]
+    for name, term in given:
+        check_floating(name, term)
+        if term.shape == shape:
+            continue
+        sizes = zip(term.shape, input.shape, strict=False)
+        if term.ndim != input.ndim or any(size not in (1, whole) for size, whole in sizes):
+            expected = f"shape {shape}, that which is normalized over, or for an adaptive norm {input.ndim} axes that "
+            expected += f"broadcast against {tuple(input.shape)}"
+            raise ShapeError(name, expected=expected, received=f"shape {tuple(term.shape)}")
+    own = tuple(given[0][1].shape) if given else shape
+    if given and given[-1][1].shape != own:
+        received = f"shape {tuple(given[-1][1].shape)}"
+        raise ShapeError("bias", expected=f"the weight's shape {own}", received=received)
+    return own
+
+
 STATISTICS = "(*, 1, ...)"
+AFFINE = "normalized_shape, or the input's number of axes and broadcast against it"
 
 LAYER_NORM = Method(
     name="layer_norm",
@@ -121,8 +145,8 @@ LAYER_NORM = Method(
     source="Ba, Kiros and Hinton, arXiv 1607.06450; ONNX LayerNormalization-17; torch.nn.LayerNorm",
     tensors=(
         TensorArgument("input", "values to normalize", "(*, normalized_shape)", is_required=True),
-        TensorArgument("weight", "scale (gamma); 1 where not given", "normalized_shape"),
-        TensorArgument("bias", "shift (beta); 0 where not given", "normalized_shape"),
+        TensorArgument("weight", "scale (gamma); 1 where not given", AFFINE),
+        TensorArgument("bias", "shift (beta); 0 where not given", "the weight's, or as one"),
         GRAD_OUTPUT,
         MASK,
     ),
@@ -133,8 +157,8 @@ LAYER_NORM = Method(
         Output("var", STATISTICS, "biased variance; none for an empty input"),
         Output("invstd", STATISTICS, "(var + eps)^-1/2; none for an empty input"),
         GRAD_INPUT,
-        grad_parameter("weight", "normalized_shape"),
-        grad_parameter("bias", "normalized_shape"),
+        grad_parameter("weight", "the weight's or normalized_shape"),
+        grad_parameter("bias", "the weight's or normalized_shape"),
     ),
     function=layer_norm,
 )

@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normcore._checks import check_floating, check_rank, check_shape
+from normcore._checks import check_floating, check_out, check_rank, check_shape
 from normcore._precision import accumulation_dtype
 from normcore._slab import Slab, blocks
+from normcore.errors import ParameterError
+from normcore.normalization.channel_response import Response, window_sums
 from normcore.normalization.method import JSON, Method, Output, Parameter, ParameterValue, TensorArgument
 
-_WINDOWS = ("torch", "onnx")
+_WINDOWS = ("torch", "onnx", "symmetric-odd")
 # Below this k, float32 squares vanish where float32 values do not, and the division would see it.
 _LEAST_FLOAT32_K = 1e-20
 # Squares of values of this size, over it, are far from the ends of float64.
@@ -42,54 +44,6 @@ class LocalResponseNormResult:
         return {"non_finite_values": count} if count else {}
 
 
-@dataclass(frozen=True, slots=True)
-class _Response:
-    """The function of one call: the window reaches `before` channels back and `after` forth."""
-
-    before: int
-    after: int
-    scale: float
-    beta: float
-    k: float
-
-    def over(self, unit: float) -> "_Response":
-        """That of values over a unit, whose D is this one's over the square of it."""
-        return replace(self, k=self.k / unit / unit)
-
-    def divisor(self, values: Tensor) -> Tensor:
-        """D = k + scale * sum over the window of x^2; values of shape (outer, channels, inner)."""
-        sums = _window_sums(values.square(), before=self.before, after=self.after)
-        return sums.mul_(self.scale).add_(self.k)
-
-    def output(self, values: Tensor, divisor: Tensor) -> Tensor:
-        return values * self._power(divisor)
-
-    def gradient(self, values: Tensor, grad_output: Tensor, divisor: Tensor) -> Tensor:
-        """The adjoint: a channel is reached by those that it reaches, so the window is mirrored."""
-        power = self._power(divisor)
-        terms = grad_output * values * power / self._positive(divisor)
-        sums = _window_sums(terms, before=self.after, after=self.before)
-        return grad_output * power - values * sums * (2 * self.scale * self.beta)
-
-    def gradient_without(self, ignored: Tensor, values: Tensor, grad_output: Tensor, divisor: Tensor) -> Tensor:
-        """The same with some windows taken for windows of zeros, so that not even derivatives see their D."""
-        return replace(self, k=0.0).gradient(values, grad_output, divisor.masked_fill(ignored, 0.0))
-
-    def _power(self, divisor: Tensor) -> Tensor:
-        """D^-beta; 0 where D is 0, and so are the values."""
-        positive = self._positive(divisor)
-        if self.beta == 0.75:
-            # Two roots cost a fifth of a power, and are as exact.
-            root = positive.rsqrt()
-            power = root * root.sqrt()
-        else:
-            power = positive.pow(-self.beta)
-        return power if self.k > 0 else power.masked_fill(divisor == 0, 0.0)
-
-    def _positive(self, divisor: Tensor) -> Tensor:
-        return divisor if self.k > 0 else divisor.masked_fill(divisor == 0, 1.0)
-
-
 def local_response_norm(
     input: Tensor,
     grad_output: Tensor | None = None,
@@ -99,6 +53,8 @@ def local_response_norm(
     beta: float = 0.75,
     k: float = 1.0,
     window: str = "torch",
+    alpha_scaled_by_size: bool = True,
+    out: Tensor | None = None,
 ) -> LocalResponseNormResult:
     """Local response normalization over windows of neighbouring channels.
 
@@ -106,21 +62,24 @@ def local_response_norm(
     dx = dy * D^-beta - 2 alpha beta / size * x * sum(dy_j x_j D_j^(-beta - 1) for all j whose window has c)
 
     The window of c runs from c - size // 2 to c + (size - 1) // 2 (torch), or from c - (size - 1) // 2 to c + size // 2
-    (onnx): the same for an odd size, mirrored for an even one. Beyond the first and the last channel there are zeros,
-    and the sum is always divided by the size.
+    (onnx): the same for an odd size, mirrored for an even one, which symmetric-odd refuses. Beyond the first and the
+    last channel there are zeros, and the sum is divided by the size there too.
 
     Computed in float32 (float64 inputs, and float32 ones whose squares leave the datatype: float64; where squares leave
-    float64, values are scaled by a power of two), rounded once to the input's datatype. No argument is changed. The
-    output is differentiable in the input, to every order.
+    float64, values are scaled by a power of two), rounded once to the input's datatype. No argument is changed but
+    out. The output is differentiable in the input, to every order.
 
     Args:
         input: (N, C, *), float16, bfloat16, float32 or float64; it may be empty.
         grad_output: gradient of the output, of the input's shape; gives grad_input.
         size: channels in a window, >= 1; it may exceed their number.
-        alpha: >= 0; divided by the size (TensorFlow and the AlexNet paper do not divide: pass alpha * size).
+        alpha: >= 0.
         beta: >= 0.
         k: >= 0; with 0, a window of zeros gives 0, with gradient 0.
-        window: torch or onnx.
+        window: torch, onnx or symmetric-odd.
+        alpha_scaled_by_size: whether alpha is divided by the size; TensorFlow and the AlexNet paper do not divide.
+        out: takes the output; of the input's shape, datatype and memory format, in memory of its own, and without
+            gradients to be recorded.
 
     Returns:
         Output and, with grad_output, the input's gradient.
@@ -128,7 +87,7 @@ def local_response_norm(
     Raises:
         DtypeError: a tensor that is not floating.
         ShapeError: an input of fewer than two dimensions, or a grad_output that is not of its shape.
-        ParameterError: size, alpha, beta, k or window out of bounds.
+        ParameterError: size, alpha, beta, k or window out of bounds, or an even size with symmetric-odd.
 
     >>> input = torch.tensor([[3.0, 4.0, 0.0]])
     >>> local_response_norm(input, size=2, alpha=2.0, beta=0.5, k=0.0).output
@@ -139,11 +98,18 @@ def local_response_norm(
     check_floating("input", input)
     check_rank("input", input, minimum=2)
     options: dict[str, ParameterValue] = {"size": size, "alpha": alpha, "beta": beta, "k": k, "window": window}
-    LOCAL_RESPONSE_NORM.check_parameters(options)
+    LOCAL_RESPONSE_NORM.check_parameters(options | {"alpha_scaled_by_size": alpha_scaled_by_size})
+    if window == "symmetric-odd" and size % 2 == 0:
+        raise ParameterError("size", expected="an odd integer with window symmetric-odd", received=repr(size))
     before = size // 2 if window == "torch" else (size - 1) // 2
     reach = max(input.shape[1] - 1, 0)
-    response = _Response(min(before, reach), min(size - 1 - before, reach), alpha / size, beta, k)
-    output: Tensor = _LocalResponse.apply(input, response)  # type: ignore[no-untyped-call]  # torch's has no types
+    scale = alpha / size if alpha_scaled_by_size else alpha
+    response = Response(min(before, reach), min(size - 1 - before, reach), scale, beta, k)
+    if out is None:
+        output: Tensor = _LocalResponse.apply(input, response)  # type: ignore[no-untyped-call]  # torch's has no types
+    else:
+        check_out("out", out, input)
+        output = _response(input, response, out)
     if grad_output is None:
         return LocalResponseNormResult(output)
     check_shape("grad_output", grad_output, input.shape, meaning="that of the input")
@@ -152,14 +118,10 @@ def local_response_norm(
 
 class _LocalResponse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, response: _Response) -> Tensor:
+    def forward(ctx: Any, input: Tensor, response: Response) -> Tensor:
         ctx.save_for_backward(input)
         ctx.response = response
-        slab = Slab.of(input, channel_axis=1)
-        output = torch.empty_like(slab.values)
-        for part, target in zip(blocks(slab.values), blocks(output), strict=True):
-            target.copy_(_output(*_with_divisor(part, response), response))
-        return slab.restore(output)
+        return _response(input, response)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
@@ -167,7 +129,19 @@ class _LocalResponse(torch.autograd.Function):
         return _gradient(input, grad_outputs[0], ctx.response), None
 
 
-def _gradient(input: Tensor, grad_output: Tensor, response: _Response) -> Tensor:
+def _response(input: Tensor, response: Response, out: Tensor | None = None) -> Tensor:
+    slab = Slab.of(input, channel_axis=1)
+    values = torch.empty_like(slab.values) if out is None else slab.seen_alike(out)
+    for part, target in zip(blocks(slab.values), blocks(values), strict=True):
+        target.copy_(_output(*_with_divisor(part, response), response))
+    output = slab.restore(values)
+    # An input with gaps is not seen as it lies, and the view of `out` was a copy.
+    if out is None:
+        return output
+    return out if output.data_ptr() == out.data_ptr() else out.copy_(output)
+
+
+def _gradient(input: Tensor, grad_output: Tensor, response: Response) -> Tensor:
     if torch.is_grad_enabled() and (input.requires_grad or grad_output.requires_grad):
         return _differentiable_gradient(input, grad_output, response)
     slab = Slab.of(input, channel_axis=1)
@@ -179,7 +153,7 @@ def _gradient(input: Tensor, grad_output: Tensor, response: _Response) -> Tensor
     return slab.restore(gradient)
 
 
-def _output(values: Tensor, divisor: Tensor, response: _Response) -> Tensor:
+def _output(values: Tensor, divisor: Tensor, response: Response) -> Tensor:
     """The values times D^-beta; where D leaves float64, found from values over a power of two."""
     output = response.output(values, divisor)
     for unit, is_beyond in _beyond_float64(divisor):
@@ -189,7 +163,7 @@ def _output(values: Tensor, divisor: Tensor, response: _Response) -> Tensor:
     return output
 
 
-def _input_gradient(values: Tensor, divisor: Tensor, grad_output: Tensor, response: _Response) -> Tensor:
+def _input_gradient(values: Tensor, divisor: Tensor, grad_output: Tensor, response: Response) -> Tensor:
     beyond = list(_beyond_float64(divisor.detach()))
     if not beyond:
         return response.gradient(values, grad_output, divisor)
@@ -201,7 +175,7 @@ def _input_gradient(values: Tensor, divisor: Tensor, grad_output: Tensor, respon
         smaller = smaller.masked_fill(smaller.isinf(), 0.0)
         found = scaled.gradient_without(~is_beyond, smaller, grad_output, scaled.divisor(smaller))
         # Where any of the windows that have the channel is of usual size, it outweighs the others.
-        usual = _window_sums((~is_beyond).double(), before=response.after, after=response.before)
+        usual = window_sums((~is_beyond).double(), before=response.after, after=response.before)
         gradient = torch.where(usual == 0, _times_power(found, unit, -2 * response.beta), gradient)
     return gradient
 
@@ -223,7 +197,7 @@ def _times_power(values: Tensor, unit: float, exponent: float) -> Tensor:
     return values * half * half
 
 
-def _differentiable_gradient(input: Tensor, grad_output: Tensor, response: _Response) -> Tensor:
+def _differentiable_gradient(input: Tensor, grad_output: Tensor, response: Response) -> Tensor:
     """The same for derivatives of higher order, whole and in float64."""
     shape = (*input.shape[:2], input.shape[2:].numel())
     values, grad_values = input.double().reshape(shape), grad_output.double().reshape(shape)
@@ -231,7 +205,7 @@ def _differentiable_gradient(input: Tensor, grad_output: Tensor, response: _Resp
     return gradient.reshape(input.shape).to(input.dtype)
 
 
-def _with_divisor(part: Tensor, response: _Response) -> tuple[Tensor, Tensor]:
+def _with_divisor(part: Tensor, response: Response) -> tuple[Tensor, Tensor]:
     """The values and D, in float64 where squares do not fit float32."""
     values = part.to(accumulation_dtype(part.dtype))
     if response.k >= _LEAST_FLOAT32_K and values.numel():
@@ -242,31 +216,10 @@ def _with_divisor(part: Tensor, response: _Response) -> tuple[Tensor, Tensor]:
     return values, response.divisor(values)
 
 
-def _window_sums(values: Tensor, *, before: int, after: int) -> Tensor:
-    """Sums of the channels from `before` back to `after` forth, zeros beyond the ends; axis 1.
-
-    Sums over 1, 2, 4, ... channels are made of each other, and those in the binary digits of the size are added.
-    """
-    runs = torch.nn.functional.pad(values, (0, 0, before, after))
-    channels, rest, width, offset = values.shape[1], before + 1 + after, 1, 0
-    total: Tensor | None = None
-    while True:
-        if rest % 2:
-            run = runs.narrow(1, offset, channels)
-            total = run if total is None else total + run
-            offset += width
-        rest //= 2
-        if rest == 0 and total is not None:
-            return total
-        length = runs.shape[1] - width
-        runs = runs.narrow(1, 0, length) + runs.narrow(1, width, length)
-        width *= 2
-
-
 LOCAL_RESPONSE_NORM = Method(
     name="local_response_norm",
     summary="Divide every value by the energy of the channels around it.",
-    formula="y = x * (k + alpha / size * sum of x^2 over the window of channels)^-beta",
+    formula="y = x * (k + scale * sum of x^2 over the window of channels)^-beta, scale = alpha / size (or alpha)",
     source="Krizhevsky et al. 2012; torch.nn.LocalResponseNorm; ONNX LRN-13",
     tensors=(
         TensorArgument("input", "values to normalize", "(N, C, *)", is_required=True),
@@ -281,8 +234,12 @@ LOCAL_RESPONSE_NORM = Method(
             "window",
             "str",
             "torch",
-            "Where the window of an even size reaches one channel further: torch back, onnx forth.",
+            "Where the window of an even size reaches one channel further: torch back, onnx forth; symmetric-odd "
+            "refuses even sizes.",
             choices=_WINDOWS,
+        ),
+        Parameter(
+            "alpha_scaled_by_size", "bool", True, "Whether alpha is divided by the size; TensorFlow does not divide."
         ),
     ),
     outputs=(

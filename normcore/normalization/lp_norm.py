@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normcore._checks import check_axis, check_eps, check_floating, check_rank, check_shape
+from normcore._checks import check_axis, check_eps, check_floating, check_out, check_rank, check_shape
 from normcore._precision import accumulation_dtype
 from normcore.errors import ParameterError
 from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
@@ -48,6 +48,7 @@ def lp_norm(
     p: str | float = "2",
     axis: int = -1,
     eps: float = 0.0,
+    out: Tensor | None = None,
 ) -> LpNormResult:
     """Lp normalization along one axis.
 
@@ -56,7 +57,7 @@ def lp_norm(
 
     Sums and quotients are float64, rounded once to the input's datatype, and float64 vectors are scaled by a power of
     two where their norm would overflow or underflow: every finite vector that is not zero comes out with norm 1. No
-    argument is changed. The output is differentiable in the input, to every order.
+    argument is changed but out. The output is differentiable in the input, to every order.
 
     torch.nn.functional.normalize has axis 1 and eps 1e-12 by default; ONNX LpNormalization has axis -1 and no eps.
 
@@ -66,6 +67,8 @@ def lp_norm(
         p: 1, 2 or infinity, as a number or as text ("inf").
         axis: axis of the vectors, from the back where negative.
         eps: >= 0, and finite in the datatype of the norms.
+        out: takes the output; of the input's shape, datatype and memory format, in memory of its own, and without
+            gradients to be recorded.
 
     Returns:
         Output, norms (float64 for a float64 input, else float32) and, with grad_output, the input's gradient.
@@ -84,7 +87,9 @@ def lp_norm(
     check_rank("input", input, minimum=1)
     norm = Norm(_order(p), (check_axis("axis", axis, rank=input.ndim),), eps)
     _check_bound(eps, input)
-    output, norms = norm.divide(input)
+    if out is not None:
+        check_out("out", out, input)
+    output, norms = norm.divide(input, out=out)
     if grad_output is None:
         return LpNormResult(output, norms, None, eps)
     check_shape("grad_output", grad_output, input.shape, meaning="that of the input")

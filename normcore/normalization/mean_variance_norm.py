@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normcore._checks import check_axes, check_eps, check_floating, check_rank, check_shape
+from normcore._checks import check_axes, check_eps, check_floating, check_out, check_rank, check_shape
 from normcore._precision import accumulation_dtype
 from normcore._slab import Slab
 from normcore.normalization.closed_forms import Statistics
@@ -59,7 +59,12 @@ class MeanVarianceNormResult:
 
 
 def mean_variance_norm(
-    input: Tensor, grad_output: Tensor | None = None, *, axes: str | int | Sequence[int] = "0,2,3", eps: float = 1e-9
+    input: Tensor,
+    grad_output: Tensor | None = None,
+    *,
+    axes: str | int | Sequence[int] = "0,2,3",
+    eps: float = 1e-9,
+    out: Tensor | None = None,
 ) -> MeanVarianceNormResult:
     """Mean-variance normalization over the given axes.
 
@@ -67,15 +72,17 @@ def mean_variance_norm(
     dx = (dy - mean(dy)) / (sqrt(var) + eps) - y mean(dy y) / sqrt(var)
 
     The variance is biased, and eps is added outside the root, as in ONNX MeanVarianceNormalization; batch norm and its
-    kin add it inside. Sums are accumulated as in batch norm, and the output
-    is rounded once to the input's datatype. No argument is changed. The output is differentiable in the input, to every
-    order; values that are all equal count as having no slope of the deviation.
+    kin add it inside. Sums are accumulated as in batch norm, and the output is rounded once to the input's datatype. No
+    argument is changed but out. The output is differentiable in the input, to every order; values that are all equal
+    count as having no slope of the deviation.
 
     Args:
         input: (*), float16, bfloat16, float32 or float64; it may be empty.
         grad_output: gradient of the output, of the input's shape; gives grad_input.
         axes: those to reduce, from the back where negative, as a sequence or as text such as "0,2,3".
         eps: >= 0.
+        out: takes the output; of the input's shape, datatype and memory format, in memory of its own, and without
+            gradients to be recorded.
 
     Returns:
         Output, statistics (float64 for a float64 input, else float32; none for an empty input) and, with grad_output,
@@ -97,10 +104,15 @@ def mean_variance_norm(
     check_eps("eps", eps, is_zero_allowed=True)
     if grad_output is not None:
         check_shape("grad_output", grad_output, input.shape, meaning="that of the input")
+    if out is not None:
+        check_out("out", out, input)
     if input.numel() == 0:
         return MeanVarianceNormResult(input.clone(), grad_input=None if grad_output is None else grad_output.clone())
     by = _statistics(input, reduced, eps=eps)
-    output: Tensor = _Normalize.apply(input, kept, by, eps)  # type: ignore[no-untyped-call]  # torch's has no types
+    if out is None:
+        output: Tensor = _Normalize.apply(input, kept, by, eps)  # type: ignore[no-untyped-call]  # torch has no types
+    else:
+        output = standardize(input, by, None, None, out=out)
     grad_input = None if grad_output is None else _gradient(input, grad_output, kept, by, eps=eps)
     dtype = accumulation_dtype(input.dtype)
     mean, var, invstd = by.summary(by.mean.shape, dtype)
@@ -112,7 +124,7 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, kept: tuple[int, ...], by: Statistics, eps: float) -> Tensor:
         ctx.save_for_backward(input)
         ctx.kept, ctx.by, ctx.eps = kept, by, eps
-        return _standardize(input, by)
+        return standardize(input, by, None, None)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -125,10 +137,6 @@ def _statistics(input: Tensor, axes: tuple[int, ...], *, eps: float) -> Statisti
     by = own_statistics(input, axes=axes, eps=0.0)
     by.invstd.copy_(_inverse(by.var.sqrt() + eps).masked_fill_(~by.var.isfinite(), torch.nan))
     return by
-
-
-def _standardize(input: Tensor, by: Statistics) -> Tensor:
-    return standardize(input, by, None, None)
 
 
 def _gradient(input: Tensor, grad_output: Tensor, kept: tuple[int, ...], by: Statistics, *, eps: float) -> Tensor:
@@ -145,7 +153,7 @@ def _gradient(input: Tensor, grad_output: Tensor, kept: tuple[int, ...], by: Sta
         inverse = _inverse(std + eps)
         output = deviations * inverse
     else:
-        output = slab.seen_alike(_standardize(input.to(dtype), by))
+        output = slab.seen_alike(standardize(input.to(dtype), by, None, None))
         std, inverse = (slab.per_channel(values).to(dtype)[:, None] for values in (by.var.sqrt(), by.invstd))
     projection = (grad * output).mean((0, 2), keepdim=True) * _inverse(std)
     gradient = (grad - grad.mean((0, 2), keepdim=True)) * inverse - output * projection

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from normcore.errors import ShapeError, StatisticsError
 from normcore.normalization.gradients import (
     Gradients,
     Standardized,
+    differentiable,
     standardize_by,
     standardize_gradients,
     standardize_over,
@@ -112,13 +113,22 @@ class Operands:
         if self.out is not None:
             check_out("out", self.out, self.input)
 
-    def standardize(self, kind: type[Result], *, eps: float, has_mean: bool = True) -> Result:
-        """By the statistics of each group."""
+    def standardize(
+        self, kind: type[Result], *, eps: float, has_mean: bool = True, is_cast_first: bool = False
+    ) -> Result:
+        """By the statistics of each group; `is_cast_first` rounds before the weight is multiplied by, and after."""
         if self.input.numel() == 0:
             return self._empty(kind)
         values, weight, bias, out = self._views()
         mask = self._counted()
-        found = standardize_over(values, weight, bias, axes=self.axes, eps=eps, has_mean=has_mean, mask=mask, out=out)
+        by: dict[str, Any] = {"axes": self.axes, "eps": eps, "has_mean": has_mean, "mask": mask, "out": out}
+        if is_cast_first and weight is not None:
+            with torch.no_grad():
+                found = standardize_over(values, **by)
+                found.output.mul_(weight)
+            found = differentiable(found, values, weight)
+        else:
+            found = standardize_over(values, weight, bias, **by)
         return self._result(kind, found, values, weight)
 
     def standardize_by(self, kind: type[Result], mean: Tensor, var: Tensor, *, eps: float) -> Result:

@@ -66,7 +66,7 @@ def standardize_shard(
     Args:
         shard: (n, C, *), floating; it may be empty.
         batch: moments of all shards, merged.
-        weight: (C,), or (n, C) for weights of each sample.
+        weight: (C,), or (n, C) or the shard's shape for those of each sample or value.
         bias: the weight's shape.
         eps: > 0.
         channel_axis: axis of the channels, from the back where negative.
@@ -101,7 +101,7 @@ def shard_gradient_sums(
         grad_output: gradient of the shard's output.
         shard: (n, C, *).
         batch: moments of all shards, merged.
-        weight: (C,), or (n, C) for weights of each sample.
+        weight: (C,), or (n, C) or the shard's shape for those of each sample or value.
         eps: that of the forward.
         channel_axis: that of the forward.
 
@@ -143,7 +143,7 @@ def shard_gradient(
         grad_output: gradient of the shard's output.
         shard: (n, C, *).
         batch: moments of all shards, merged.
-        weight: (C,), or (n, C) for weights of each sample.
+        weight: (C,), or (n, C) or the shard's shape for those of each sample or value.
         total: (C,), that of `shard_gradient_sums` summed over all shards.
         dot: (C,), the same.
         eps: that of the forward.

@@ -10,7 +10,7 @@ from torch import Tensor
 from normcore._checks import check_rank
 from normcore._precision import accumulation_dtype
 from normcore.errors import DtypeError, ParameterError, ShapeError
-from normcore.normalization.batch_norm import BATCH_NORM, normalize_batch
+from normcore.normalization.batch_norm import BATCH_NORM, TRAINING_PARAMETERS, normalize_batch
 from normcore.normalization.batch_options import BatchOptions
 from normcore.normalization.batch_result import BatchNormResult
 from normcore.normalization.batch_view import MAX_PARTS, BatchView
@@ -150,7 +150,7 @@ class _Sharded:
     def of(
         cls, shards: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, *, eps: float, channel_axis: int
     ) -> "_Sharded":
-        if weight is None and bias is not None and bias.ndim == 2:
+        if weight is None and bias is not None and bias.ndim > 1:
             weight = torch.ones_like(bias)  # its gradient has the bias's shape
         weights, biases = (_of_each(term, shards) for term in (weight, bias))
         first, *others = (shard_statistics(shard, channel_axis=channel_axis) for shard in shards)
@@ -174,7 +174,7 @@ class _Sharded:
             for grad, shard, weight in operands
         ]
         dtype = accumulation_dtype(self.shards[0].dtype)
-        is_per_sample = self.weights[0] is not None and self.weights[0].ndim == 2
+        is_per_sample = self.weights[0] is not None and self.weights[0].ndim > 1
         join = torch.cat if is_per_sample else _sum
         of_affine = (join([getattr(own, name) for own in sums]).to(dtype) for name in ("weight", "bias"))
         return Gradients(torch.cat(of_inputs), *of_affine)
@@ -273,7 +273,7 @@ SYNCHRONIZED_BATCH_NORM = Method(
     formula="y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var merged from count, mean and m2 of shards",
     source="Chan, Golub and LeVeque 1979 for the merge; torch.nn.SyncBatchNorm",
     tensors=(*_TENSORS, _SHARD_SIZES),
-    parameters=tuple(parameter for parameter in BATCH_NORM.parameters if parameter.name != "inverse"),
+    parameters=TRAINING_PARAMETERS,
     outputs=BATCH_NORM.outputs,
     function=_of_joined,
 )

@@ -21,14 +21,17 @@ class Norm:
     axes: tuple[int, ...]
     eps: float = 0.0
 
-    def divide(self, values: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def divide(
+        self, values: Tensor, factor: Tensor | None = None, *, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Values over their norms, times a factor per vector; and the norms, without gradient.
 
         Zeros with gradient 0 where a norm is 0. The norms are float32 (float64 for float64 values), with 1 along the
-        axes, and infinite where the datatype cannot hold them. A factor is of their shape.
+        axes, and infinite where the datatype cannot hold them. A factor is of their shape. `out` takes the quotients
+        where nothing is recorded; it has the strides of a new tensor like the values.
         """
         if not _is_recorded(values, factor):
-            return _unrecorded(values, factor, self)
+            return _unrecorded(values, factor, self, out)
         if not _is_compiled(values):
             return _divide(values, factor, self)
         output, norms = _Divide.apply(values, factor, self)  # type: ignore[no-untyped-call]  # torch's has no types
@@ -72,18 +75,23 @@ class _Divide(torch.autograd.Function):
         return (*ctx.norm.gradients(grads[0], values, factor), None)
 
 
-def _unrecorded(values: Tensor, factor: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-    found = _compiled_divide(values, factor, norm) if _is_compiled(values) else None
-    return _divide(values, factor, norm) if found is None else found
+def _unrecorded(values: Tensor, factor: Tensor | None, norm: Norm, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    found = _compiled_divide(values, factor, norm, out) if _is_compiled(values) else None
+    output, norms = _divide(values, factor, norm) if found is None else found
+    return output if out is None or output is out else out.copy_(output), norms
 
 
 @torch.no_grad()
-def _compiled_divide(values: Tensor, factor: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor] | None:
+def _compiled_divide(
+    values: Tensor, factor: Tensor | None, norm: Norm, out: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
     """None where the sums leave float64."""
     from normcore.normalization.vector_kernels import divide_vectors, sweep
 
     vectors = _Vectors.of(values, norm.axes)
-    output, norms = torch.empty_like(vectors.values), vectors.per_vector(accumulation_dtype(values.dtype))
+    is_taken = out is not None and out.stride() == vectors.values.stride()
+    output = out if out is not None and is_taken else torch.empty_like(vectors.values)
+    norms = vectors.per_vector(accumulation_dtype(values.dtype))
     factors = None if factor is None else vectors.per_vector(torch.float64).copy_(factor)
     sweep(divide_vectors, vectors.sizes, (vectors.values, output, norms, factors), norm.p, norm.eps)
     return (_laid_out_as(values, output), norms) if _is_in_range(values, norms) else None

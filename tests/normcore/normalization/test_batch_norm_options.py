@@ -223,6 +223,33 @@ def test_a_sample_for_the_tails_meets_all_channels() -> None:
     assert findings["share_beyond_4_after"] == pytest.approx(0.309, abs=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_negative_variance_is_taken_where_it_is_allowed(dtype: torch.dtype) -> None:
+    input = _randn(6, 5, 4, 4).to(dtype)
+    var = torch.tensor([1.0, -1e-3, -2.0, torch.nan, 0.5])
+    with pytest.raises(StatisticsError, match=r"running_var: expected values >= 0, received -0\.001"):
+        batch_norm(input, torch.zeros(5), var, eps=0.01)
+    result = batch_norm(input, torch.zeros(5), var, eps=0.01, allow_negative_var=True, grad_output=input)
+    assert result.grad_input is not None
+    for found in (result.output, result.grad_input):
+        assert found.isnan().all((0, 2, 3)).tolist() == [False, False, True, True, False]
+        for channel in (0, 1, 4):
+            expected = input[:, channel].double() / (float(var[channel]) + 0.01) ** 0.5
+            bound = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
+            assert float((found[:, channel].double() - expected).abs().max() / expected.abs().max()) <= bound
+    assert result.diagnostics()["non_finite_channels"] == 2
+    back = batch_norm(result.output, torch.zeros(5), var, eps=0.01, allow_negative_var=True, inverse=True).output
+    assert back.isnan().all((0, 2, 3)).tolist() == [False, False, True, True, False]
+
+
+def test_a_negative_variance_that_is_allowed_moves_in_training() -> None:
+    input, var = _randn(8, 2), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    result = batch_norm(input, torch.zeros(2), var, training=True, momentum=0.5, allow_negative_var=True)
+    assert torch.allclose(_state(result)[1], 0.5 * var + 0.5 * input.var(0))
+    assert bool(result.output.isfinite().all())
+    assert "running_mean_distance" not in result.diagnostics()
+
+
 def _normalize(**options: object) -> Callable[[], object]:
     defaults: dict[str, object] = {"running_mean": ZERO, "running_var": ONE}
     return lambda: batch_norm(_randn(4, 3, 5), **(defaults | options))  # type: ignore[arg-type]  # refused at run time

@@ -11,10 +11,14 @@ from normcore import _standardize
 from normcore.errors import DtypeError, ParameterError, ShapeError
 from normcore.normalization import (
     batch_norm,
+    batch_renorm,
     closed_forms,
     group_norm,
     instance_norm,
     layer_norm,
+    local_response_norm,
+    lp_norm,
+    mean_variance_norm,
     rms_norm,
     warm_up,
 )
@@ -244,14 +248,20 @@ def test_layouts_agree_to_the_last_place(name: str, mean: float) -> None:
     assert bool(((first - second).abs() <= torch.maximum(ulp, torch.tensor(1e-9))).all())
 
 
-OUTPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+OUTPUTS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
     "batch": lambda input, out: batch_norm(input, training=True, out=out).output,
     "inference": lambda input, out: batch_norm(input, torch.zeros(4), torch.ones(4), out=out).output,
     "group": lambda input, out: group_norm(input, num_groups=2, out=out).output,
     "instance": lambda input, out: instance_norm(input, out=out).output,
     "layer": lambda input, out: layer_norm(input, out=out).output,
     "RMS": lambda input, out: rms_norm(input, out=out).output,
-    "masked": lambda input, out: layer_norm(input, mask=input < 9, out=out).output,
+    "masked": lambda input, out: layer_norm(input, mask=input < input.amax(), out=out).output,
+    "cast first": lambda input, out: rms_norm(input, torch.ones(5), cast_before_scale=True, out=out).output,
+    "renorm": lambda input, out: batch_renorm(input, torch.zeros(4), torch.ones(4), training=True, out=out).output,
+    "local response": lambda input, out: local_response_norm(input, out=out).output,
+    "Lp": lambda input, out: lp_norm(input, out=out).output,
+    "Lp of channels": lambda input, out: lp_norm(input, axis=1, out=out).output,
+    "mean-variance": lambda input, out: mean_variance_norm(input, out=out).output,
 }
 outputs = pytest.mark.parametrize("function", OUTPUTS.values(), ids=OUTPUTS.keys())
 
@@ -266,6 +276,21 @@ def test_out_takes_the_output(function: Callable[[Tensor, Tensor], Tensor], is_l
     assert result is out
     assert torch.equal(out, function(input, torch.empty_like(input)))
     assert bool(out.isfinite().all())
+
+
+@outputs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e200], ids=["usual", "huge"])
+def test_out_holds_what_a_new_output_would(
+    function: Callable[[Tensor, Tensor | None], Tensor], scale: float, dtype: torch.dtype
+) -> None:
+    # Where sums of squares leave the datatype they are made in, other ways lead to the output.
+    scale = min(scale, 1e30) if dtype == torch.float32 else scale
+    whole = (torch.randn(2, 4, 3, 10, dtype=torch.float64) * scale).to(dtype)
+    for input in (whole[..., :5], whole[..., ::2], whole[..., 5:].contiguous()):
+        out = torch.full_like(input, torch.nan)
+        assert function(input, out) is out
+        torch.testing.assert_close(out, function(input, None), rtol=0, atol=0, equal_nan=True)
 
 
 @outputs

@@ -27,7 +27,8 @@ def _randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 def _windows(channels: int, size: int, window: str) -> list[range]:
-    before, after = (size // 2, (size - 1) // 2) if window == "torch" else ((size - 1) // 2, size // 2)
+    half = (size - 1) // 2
+    before, after = {"torch": (size // 2, half), "onnx": (half, size // 2), "symmetric-odd": (half, half)}[window]
     return [range(max(0, c - before), min(channels - 1, c + after) + 1) for c in range(channels)]
 
 
@@ -86,6 +87,31 @@ def test_output_equals_torch(shape: tuple[int, ...], dtype: torch.dtype, size: i
     output = local_response_norm(input, size=size, alpha=0.1, beta=0.6, k=1.5).output
     expected = functional.local_response_norm(input, size, alpha=0.1, beta=0.6, k=1.5)
     assert torch.allclose(output, expected, rtol=1e-6, atol=1e-6 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("window", ["torch", "onnx"])
+@pytest.mark.parametrize("size", [4, 5])
+def test_alpha_may_be_that_of_the_sum(size: int, window: str, dtype: torch.dtype) -> None:
+    input, grad_output = _randn(3, 9, 4, dtype=dtype), _randn(3, 9, 4, dtype=dtype, seed=1)
+    options = {"size": size, "beta": 0.75, "k": 2.0, "window": window}
+    result = local_response_norm(input, grad_output, alpha=0.3, alpha_scaled_by_size=False, **options)  # type: ignore[arg-type]  # mypy takes all options alike
+    output = _oracle(input, alpha=0.3 * size, **options)  # type: ignore[arg-type]  # the same
+    gradient = _oracle(input, alpha=0.3 * size, grad_output=grad_output, **options)  # type: ignore[arg-type]  # the same
+    assert result.grad_input is not None
+    for computed, expected in ((result.output, output), (result.grad_input, gradient)):
+        of_value, of_largest = TOLERANCE[dtype]
+        magnitude = np.abs(expected)
+        assert (np.abs(exact(computed) - expected) <= of_value * magnitude + of_largest * magnitude.max()).all()
+
+
+def test_a_symmetric_window_is_the_same_in_all_conventions() -> None:
+    input = _randn(2, 9, 3)
+    found = local_response_norm(input, size=5, alpha=0.5, window="symmetric-odd").output
+    expected = _oracle(input, size=5, alpha=0.5, beta=0.75, k=1.0, window="symmetric-odd")
+    assert np.abs(exact(found) - expected).max() <= 1e-6
+    for window in ("torch", "onnx"):
+        assert torch.equal(found, local_response_norm(input, size=5, alpha=0.5, window=window).output)
 
 
 def test_windows_of_an_even_size_are_mirrored() -> None:
@@ -296,10 +322,34 @@ _ONES = torch.ones(2, 3, 4)
         (lambda: local_response_norm(_ONES, beta=math.nan), ParameterError, "beta"),
         (lambda: local_response_norm(_ONES, k=-1.0), ParameterError, "k: expected a finite number >= 0"),
         (lambda: local_response_norm(_ONES, window="keras"), ParameterError, "window: expected one of torch, onnx"),
+        (
+            lambda: local_response_norm(_ONES, size=4, window="symmetric-odd"),
+            ParameterError,
+            "size: expected an odd integer with window symmetric-odd, received 4",
+        ),
+        (
+            lambda: local_response_norm(_ONES, alpha_scaled_by_size=1),  # type: ignore[arg-type]  # refused at run time
+            ParameterError,
+            "alpha_scaled_by_size: expected true or false, received 1",
+        ),
         (lambda: local_response_norm(_ONES, torch.ones(2, 3)), ShapeError, r"grad_output: expected shape \(2, 3, 4\)"),
         (lambda: local_response_norm(_ONES, _ones_of(torch.int32)), DtypeError, "grad_output"),
     ],
-    ids=["integers", "rank", "size", "alpha", "alpha inf", "beta", "beta nan", "k", "window", "gradient", "grad dtype"],
+    ids=[
+        "integers",
+        "rank",
+        "size",
+        "alpha",
+        "alpha inf",
+        "beta",
+        "beta nan",
+        "k",
+        "window",
+        "even",
+        "scaled",
+        "gradient",
+        "grad dtype",
+    ],
 )
 def test_refusals(call: Callable[[], object], error: type[ArgumentError], message: str) -> None:
     with pytest.raises(error, match=message):

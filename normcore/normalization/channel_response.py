@@ -1,0 +1,75 @@
+"""The function of a local response norm: D of windows of channels, the output by it, and its adjoint."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """The function of one call: the window reaches `before` channels back and `after` forth."""
+
+    before: int
+    after: int
+    scale: float
+    beta: float
+    k: float
+
+    def over(self, unit: float) -> "Response":
+        """That of values over a unit, whose D is this one's over the square of it."""
+        return replace(self, k=self.k / unit / unit)
+
+    def divisor(self, values: Tensor) -> Tensor:
+        """D = k + scale * sum over the window of x^2; values of shape (outer, channels, inner)."""
+        sums = window_sums(values.square(), before=self.before, after=self.after)
+        return sums.mul_(self.scale).add_(self.k)
+
+    def output(self, values: Tensor, divisor: Tensor) -> Tensor:
+        return values * self._power(divisor)
+
+    def gradient(self, values: Tensor, grad_output: Tensor, divisor: Tensor) -> Tensor:
+        """The adjoint: a channel is reached by those that it reaches, so the window is mirrored."""
+        power = self._power(divisor)
+        terms = grad_output * values * power / self._positive(divisor)
+        sums = window_sums(terms, before=self.after, after=self.before)
+        return grad_output * power - values * sums * (2 * self.scale * self.beta)
+
+    def gradient_without(self, ignored: Tensor, values: Tensor, grad_output: Tensor, divisor: Tensor) -> Tensor:
+        """The same with some windows taken for windows of zeros, so that not even derivatives see their D."""
+        return replace(self, k=0.0).gradient(values, grad_output, divisor.masked_fill(ignored, 0.0))
+
+    def _power(self, divisor: Tensor) -> Tensor:
+        """D^-beta; 0 where D is 0, and so are the values."""
+        positive = self._positive(divisor)
+        if self.beta == 0.75:
+            # Two roots cost a fifth of a power, and are as exact.
+            root = positive.rsqrt()
+            power = root * root.sqrt()
+        else:
+            power = positive.pow(-self.beta)
+        return power if self.k > 0 else power.masked_fill(divisor == 0, 0.0)
+
+    def _positive(self, divisor: Tensor) -> Tensor:
+        return divisor if self.k > 0 else divisor.masked_fill(divisor == 0, 1.0)
+
+
+def window_sums(values: Tensor, *, before: int, after: int) -> Tensor:
+    """Sums of the channels from `before` back to `after` forth, zeros beyond the ends; axis 1.
+
+    Sums over 1, 2, 4, ... channels are made of each other, and those in the binary digits of the size are added.
+    """
+    runs = torch.nn.functional.pad(values, (0, 0, before, after))
+    channels, rest, width, offset = values.shape[1], before + 1 + after, 1, 0
+    total: Tensor | None = None
+    while True:
+        if rest % 2:
+            run = runs.narrow(1, offset, channels)
+            total = run if total is None else total + run
+            offset += width
+        rest //= 2
+        if rest == 0 and total is not None:
+            return total
+        length = runs.shape[1] - width
+        runs = runs.narrow(1, 0, length) + runs.narrow(1, width, length)
+        width *= 2
