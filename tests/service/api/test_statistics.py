@@ -120,6 +120,7 @@ async def test_a_frozen_copy_never_changes_and_its_source_stays_open(client: htt
 )
 async def test_freezing_takes_no_fields(client: httpx.AsyncClient, body: bytes, status: int, said: str) -> None:
     path = await created(client)
+    await post_all(client, path, batches(1))
     before = (await client.get("/v1/statistics")).json()
     answer = await client.post(f"{path}/freeze", content=body)
     assert answer.status_code == status
