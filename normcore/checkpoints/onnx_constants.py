@@ -44,7 +44,7 @@ def evaluate(node: NodeProto, operands: Operands, shape: Shape | None, *, max_el
         return _constant(attributes, max_elements)
     if node.op_type in ("Shape", "Size"):
         return _shape_of(node.op_type, attributes, shape)
-    function = _FUNCTIONS.get(node.op_type)
+    function = None if _is_another_batch_norm(node, attributes) else _FUNCTIONS.get(node.op_type)
     known = [operand for operand in operands if operand is not None]
     if function is None or not known or len(known) != len(node.input):
         return None
@@ -55,6 +55,12 @@ def evaluate(node: NodeProto, operands: Operands, shape: Shape | None, *, max_el
             return function(known, attributes, max_elements)
     except (ValueError, LookupError, TypeError, ArithmeticError):
         return None  # an ill-formed constant is no constant: whoever runs the graph reports it
+
+
+def _is_another_batch_norm(node: NodeProto, attributes: Attributes) -> bool:
+    """Of old opsets: statistics by position; training mode, which listing the statistics as outputs asks for."""
+    is_training = len(node.output) > 1 and not attributes.get("training_mode", 0)
+    return node.op_type == "BatchNormalization" and (is_training or not attributes.get("spatial", 1))
 
 
 def _constant(attributes: Attributes, max_elements: int) -> Value | None:
@@ -116,9 +122,11 @@ def _slice(operands: Sequence[Value], attributes: Attributes, max_elements: int)
     steps = given.get("steps", [1] * len(starts))
     index = [slice(None)] * operands[0].ndim
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        # An end before the first element: numpy would count it from the back.
-        stop = None if step < 0 and end < -operands[0].shape[axis] else int(end)
-        index[axis] = slice(int(start), stop, int(step))
+        size = operands[0].shape[axis]
+        # numpy clamps as ONNX does, but for a start before the first element of what is reversed, and counts an end
+        # there from the back.
+        first = max(int(start), -size) if step < 0 else int(start)
+        index[axis] = slice(first, None if step < 0 and end < -size else int(end), int(step))
     return operands[0][tuple(index)]
 
 

@@ -211,6 +211,8 @@ class PopulationStatistics:
         pooled var_biased = sum(m2_i) / n + sum(n_i (mean_i - mean)^2) / n: the mean of the biased batch variances and
         the variance of the batch means, batches weighted by their size.
         """
+        if not self.batches:
+            return "No batch is counted yet: there is nothing to compare."
         count = self.pooled_moments.count.clamp_min(1.0)
         within, pooled = self.m2_within / count, self.pooled_moments.m2 / count
         between = (pooled - within).clamp_min(0.0)
@@ -218,13 +220,16 @@ class PopulationStatistics:
         # NaN where a definition has nothing to tell yet, which is no difference.
         differences = ((unbiased - paper).abs() / unbiased).nan_to_num(nan=0.0)
         channel = int(differences.argmax())
+        noun = "batch" if self.batches == 1 else "batches"
         sizes = (
             "pooled variance = mean of batch variances + variance of batch means; "
-            f"here, over {self.batches} batches and averaged over channels, "
+            f"here, over {self.batches} {noun} and averaged over channels, "
             f"{float(pooled.mean()):.6g} = {float(within.mean()):.6g} + {float(between.mean()):.6g}."
         )
-        if float(differences[channel]) <= _LARGE_DIFFERENCE:
-            return f"{sizes} The batches are alike: pooled and paper variance differ by {float(differences.max()):.2%}."
+        difference = float(differences[channel])
+        if difference <= _LARGE_DIFFERENCE:
+            cause = "The batches are alike" if self.batches > 1 else "There is no other batch"
+            return f"{sizes} {cause}: pooled and paper variance differ by {difference:.2%}."
         return (
             f"{sizes} paper and ema leave the second part out, which matters here: in channel {channel} "
             f"the unbiased variance is {float(unbiased[channel]):.6g} pooled and {float(paper[channel]):.6g} by paper. "

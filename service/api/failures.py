@@ -58,7 +58,7 @@ _DOES: Mapping[str, Errors] = {
     "read_model_statistics": (own.ModelNotReadyError,),
     "create_statistics": (*_STORED, own.ConflictError),
     "post_batch": (*_TENSORS, *_STORED, own.ConflictError),
-    "freeze_statistics": (*_STORED, own.ConflictError),
+    "freeze_statistics": (*_STORED, *_BODY, numerical.ParameterError, own.ConflictError),
     "merge_statistics": (
         *_STORED,
         own.ConflictError,

@@ -10,6 +10,7 @@ from service.api.preconditions import IfMatch, etag, is_known
 from service.api.statistics_schemas import (
     HistogramAnswer,
     MergeRequest,
+    Nothing,
     Statistics,
     StatisticsList,
     StatisticsRequest,
@@ -106,6 +107,7 @@ async def freeze_statistics(statistics_id: str, request: Request, services: Serv
     Its `content_hash` is the same wherever the same numbers were frozen.
     """
     condition = IfMatch.of(request.headers)
+    await read_document(request, Nothing)
     return await _created(await services.statistics.freeze(statistics_id, check=condition.check), services)
 
 

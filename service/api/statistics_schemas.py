@@ -52,6 +52,10 @@ class MergeRequest(Request):
     name: str | None = Field(None, description="Name of the new resource; null: none.")
 
 
+class Nothing(Request):
+    """A body that may be an empty object, or absent."""
+
+
 class StatisticsSummary(BaseModel):
     """A statistics resource without its numbers."""
 

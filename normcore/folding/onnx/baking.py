@@ -33,6 +33,8 @@ def bake(graph: Graph, index: int, weight: str) -> Outcome:
     """Store a computed weight. Raises Refusal."""
     if graph.is_output(weight):
         raise Refusal(f"{weight!r} is an output of the graph")
+    if graph.has_other_results(weight):
+        raise Refusal(f"{graph.origin(weight)} makes more than this weight")
     try:
         value = graph.constant(weight)
     except Refusal as refusal:

@@ -16,6 +16,10 @@ class Demand:
     axis: int
     rank: int | None
 
+    def __post_init__(self) -> None:
+        if not self.channels:
+            raise Refusal("there are no channels to fold")
+
     @property
     def channels(self) -> int:
         return self.affine.scale.size

@@ -56,6 +56,8 @@ class Elementwise:
                 f"{channels} channels on axis {axis}: it varies, or broadcasts, over another axis than the channels"
             )
         present = graph.shape(node.input[self.slot])
+        if len(self.shape) == rank and (present is None or len(present) != rank):
+            raise Refusal(f"{label(node)} may make a tensor of rank {rank} of one of a lower rank")
         if shape[axis] > 1 and (present is None or present[axis] != channels):
             raise Refusal(f"{label(node)} may make {channels} channels of one, and the operator before it cannot")
         vectors = (np.broadcast_to(constant.reshape(-1), (channels,)) for constant in (self.scale, self.shift))

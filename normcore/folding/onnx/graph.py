@@ -126,6 +126,10 @@ class Graph:
             return label(self._nodes[index])
         return f"initializer {name!r}" if name in self._initializers else f"graph input {name!r}"
 
+    def has_other_results(self, name: str) -> bool:
+        """Whether the node that makes a tensor makes others too that somebody sees."""
+        return self._is_used(self._nodes[self._producers[name]], but=name)
+
     def set_inputs(self, index: int, inputs: Sequence[str]) -> None:
         """Give a node other inputs."""
         node = self._nodes[index]
@@ -226,12 +230,10 @@ class Graph:
         return name
 
     def bake(self, name: str, array: NDArray[Any]) -> None:
-        """Make a computed tensor an initializer of the same name."""
+        """Make a computed tensor, the only result of its node, an initializer of the same name."""
         producer = self._producers.pop(name)
         self._initializers[name] = self._new[name] = array
-        node = self._nodes[producer]
-        if not self._is_used(node, but=name):
-            self.remove(producer)
+        self.remove(producer)
 
     def fresh(self, wanted: str) -> str:
         """A name that nothing has."""

@@ -36,6 +36,8 @@ def read_weight(graph: Graph, index: int) -> NDArray[Any]:
     weight = read_operand(graph, index, 1, "weight")
     if weight is None:
         raise Refusal(f"{label(graph.node(index))} has no weight")
+    if not weight.size:
+        raise Refusal(f"the weight of {label(graph.node(index))} is empty")
     if not np.isfinite(largest_of(weight)):
         raise Refusal(f"the weight of {label(graph.node(index))} holds NaN or infinity")
     return weight

@@ -40,6 +40,7 @@ CASES: list[tuple[str, tuple[NDArray[Any], ...], dict[str, Any]]] = [
     ("Slice", (VECTOR, ints(1), ints(4)), {}),
     ("Slice", (MATRIX, ints(-2), ints(2**62), ints(1), ints(1)), {}),
     ("Slice", (VECTOR, ints(-1), ints(-(2**62)), ints(0), ints(-2)), {}),
+    ("Slice", (VECTOR, ints(-99), ints(-(2**62)), ints(0), ints(-1)), {}),
     ("Squeeze", (MATRIX.reshape(1, 2, 1, 3),), {}),
     ("Squeeze", (MATRIX.reshape(1, 2, 1, 3), ints(-2)), {}),
     ("Unsqueeze", (MATRIX, ints(0, -1)), {}),

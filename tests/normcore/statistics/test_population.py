@@ -251,4 +251,10 @@ def test_explanation_gives_the_numbers_at_hand() -> None:
     alike = _after([flat, flat]).explanation
     assert "1 = 1 + 0." in alike
     assert "The batches are alike: pooled and paper variance differ by 0.51%" in alike
-    assert "over 0 batches" in PopulationStatistics.start(1).explanation
+
+
+def test_explanation_of_fewer_than_two_batches_compares_none() -> None:
+    assert PopulationStatistics.start(1).explanation == "No batch is counted yet: there is nothing to compare."
+    single = _after([torch.tensor([[-1.0], [1.0]], dtype=torch.float64)]).explanation
+    assert "over 1 batch and averaged" in single
+    assert single.endswith("There is no other batch: pooled and paper variance differ by 0.00%.")

@@ -109,6 +109,26 @@ async def test_a_frozen_copy_never_changes_and_its_source_stays_open(client: htt
     assert (await client.post(f"{path}/freeze")).json()["content_hash"] != frozen["content_hash"]
 
 
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b'{"name": "kept"}', 422, "name"),
+        (b"[1]", 422, "object"),
+        (b"kept", 400, "JSON"),
+    ],
+    ids=["field", "list", "text"],
+)
+async def test_freezing_takes_no_fields(client: httpx.AsyncClient, body: bytes, status: int, said: str) -> None:
+    path = await created(client)
+    await post_all(client, path, batches(1))
+    before = (await client.get("/v1/statistics")).json()
+    answer = await client.post(f"{path}/freeze", content=body)
+    assert answer.status_code == status
+    assert said in answer.json()["error"]
+    assert (await client.get("/v1/statistics")).json() == before
+    assert (await client.post(f"{path}/freeze", content=b"{}")).status_code == 201
+
+
 async def test_frozen_and_deleted_ones_are_refused_before_a_body_is_read(client: httpx.AsyncClient) -> None:
     path = await created(client)
     await post_all(client, path, batches(1))

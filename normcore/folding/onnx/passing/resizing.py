@@ -27,6 +27,8 @@ class ResizeRule:
         if slot != 0:
             raise Refusal(f"it is a parameter of {label(graph.node(index))}")
         _check(graph, index, demand)
+        if graph.dtype(graph.node(index).output[0]) in (None, np.float16) and _mode(graph, index) == "cubic":
+            raise Refusal(f"in float16 what {label(graph.node(index))} overshoots could overflow")
         return [(0, demand)]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import ModelProto
 
@@ -160,3 +161,30 @@ def test_keeps_gain_over_several_axes() -> None:
     folded, (entry,) = fold_onnx(model, move_gains=True)
     assert folded == model
     assert "is no vector over one axis" in (entry.reason or "")
+
+
+def trained(net: Net, *shape: int) -> str:
+    """A batch norm over a constant that also gives its statistics, the second output named `mean`."""
+    normed = net.norm(net.weight(*shape), shape[1])
+    net.nodes[-1].output.extend(["mean", "var"])
+    return normed
+
+
+def test_does_not_bake_training_mode_of_old_opsets_with_stored_statistics() -> None:
+    """Below opset 14 it is the list of outputs that asks for training mode; no attribute says so."""
+    net = Net(opset=13)
+    normed = trained(net, C, 3, 1, 1)
+    net.nodes[-1].output.extend(["saved_mean", "saved_var"])
+    model = net.model({"x": X.shape}, net.op("Conv", "x", normed))
+    folded, entries = fold_onnx(model)
+    assert folded == model
+    assert {entry.status for entry in entries} == {"kept"}
+
+
+def test_does_not_bake_a_weight_whose_node_gives_more() -> None:
+    net = Net()
+    normed = trained(net, C, 3, 1, 1)
+    net.nodes[-1].attribute.extend([onnx.helper.make_attribute("training_mode", 1)])
+    output = net.op("Add", net.op("Conv", "x", normed), net.op("ReduceSum", "mean", keepdims=0))
+    model = net.model({"x": X.shape}, output)
+    assert fold_onnx(model)[0] == model

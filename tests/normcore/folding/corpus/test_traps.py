@@ -223,3 +223,75 @@ def test_quantized_convolution_takes_no_norm() -> None:
     convolved = net.op("QLinearConv", net.op("QuantizeLinear", "x", *step), *step, weight, *step, *step)
     model = net.model({"x": (2, 3, 9, 8)}, net.norm(net.op("DequantizeLinear", convolved, *step), C))
     assert "its input is produced by DequantizeLinear" in refusal(model)
+
+
+@pytest.mark.parametrize("operator", ["Mul", "Add"])
+@pytest.mark.parametrize("linear", ["Gemm", "MatMul"])
+def test_constant_of_a_higher_rank_moves_the_channels(linear: str, operator: str) -> None:
+    """(6, 6) * (1, 1, 1) is (1, 6, 6): axis 1 were rows before, and the columns agree in number."""
+    net = Net()
+    wide = net.op(operator, net.op(linear, "x", net.weight(3, C)), net.constant(np.full((1, 1, 1), 2, np.float32)))
+    assert "of one of a lower rank" in refusal(net.model({"x": (C, 3)}, net.norm(wide, C)))
+
+
+@pytest.mark.parametrize("operator", ["LeakyRelu", "PRelu"])
+def test_float16_scales_nothing_on_the_other_side_of_a_slope(operator: str) -> None:
+    """-4e4 * 0.01 * 2 is small, and -4e4 * 2 is infinite."""
+    for dtype in (np.float16, np.float32):
+        net = Net(dtype=dtype)
+        slope = [net.constant(np.full(1, 0.01, dtype))] if operator == "PRelu" else []
+        bent = net.op(operator, net.op("Conv", "x", net.weight(C, 3, 1, 1)), *slope)
+        vectors = [net.constant(np.full(C, value, dtype)) for value in (2, 0, 0, 1)]
+        model = net.model({"x": (2, 3, 5, 4)}, net.op("BatchNormalization", bent, *vectors))
+        if dtype == np.float32:
+            assert operators(fold_onnx(model)[0]) == ["Conv", operator]
+        else:
+            assert "one side of" in refusal(model)
+
+
+def test_float16_multiplies_nothing_behind_a_slope() -> None:
+    net = Net(dtype=np.float16)
+    scaled = net.op("Mul", "x", net.constant(np.full((C, 1, 1), 1e-3, np.float16)))
+    bent = net.op("PRelu", scaled, net.constant(np.full(1, 8, np.float16)))
+    model = net.model({"x": (2, C, 5, 4)}, net.op("Conv", bent, net.weight(4, C, 1, 1)))
+    assert fold_onnx(model)[0] == model
+
+
+def test_float16_multiplies_nothing_behind_what_overshoots() -> None:
+    for dtype in (np.float16, np.float32):
+        net = Net(dtype=dtype)
+        scaled = net.op("Mul", "x", net.constant(np.linspace(1, 2, C).reshape(C, 1, 1).astype(dtype)))
+        sizes = net.constant(np.array([1, 1, 2, 2], np.float32))
+        large = net.op("Resize", scaled, "", sizes, mode="cubic")
+        model = net.model({"x": (2, C, 5, 4)}, net.op("Conv", large, net.weight(4, C, 1, 1)))
+        assert operators(fold_onnx(model)[0]) == (["Mul"] if dtype == np.float16 else []) + ["Resize", "Conv"]
+
+
+EMPTY: dict[str, Callable[[Net], str]] = {
+    "conv": lambda net: net.op("Conv", "x", net.weight(0, 3, 1, 1)),
+    "transposed": lambda net: net.op("ConvTranspose", "x", net.weight(3, 0, 1, 1)),
+    "transposed-groups": lambda net: net.op("ConvTranspose", "x", net.weight(3, 0, 1, 1), group=3),
+    "sum": lambda net: net.op(
+        "Add", net.op("Conv", "x", net.weight(0, 3, 1, 1)), net.op("Conv", "x", net.weight(0, 3, 1, 1))
+    ),
+    "slice": lambda net: net.op(
+        "Slice", net.op("Conv", "x", net.weight(C, 3, 1, 1)), *(ints(net, each) for each in (C, C, 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_no_channels_are_left_alone(name: str) -> None:
+    net = Net()
+    assert "there are no channels" in refusal(net.model({"x": (2, 3, 5, 4)}, net.norm(EMPTY[name](net), 0)))
+
+
+def test_part_without_channels_is_left_alone() -> None:
+    net = Net()
+    joined = net.op("Concat", *(net.op("Conv", "x", net.weight(size, 3, 1, 1)) for size in (C, 0)), axis=1)
+    assert "there are no channels" in refusal(net.model({"x": (2, 3, 5, 4)}, net.norm(joined, C)))
+
+
+def test_weight_over_no_features_is_left_alone() -> None:
+    net = Net()
+    assert "is empty" in refusal(net.model({"x": (5, 0)}, net.norm(net.op("MatMul", "x", net.weight(0, C)), C)))

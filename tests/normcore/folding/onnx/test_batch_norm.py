@@ -23,9 +23,10 @@ def test_refuses_training_mode() -> None:
     assert "training_mode is 1" in refusal(net.model({"x": (2, 3, 5)}, norm))
 
 
-def test_refuses_listed_statistics_below_opset_14() -> None:
+@pytest.mark.parametrize("opset", [9, 13])
+def test_refuses_listed_statistics_below_opset_14(opset: int) -> None:
     """Nobody uses them, and yet onnxruntime then normalizes with the statistics of the batch."""
-    net = Net(opset=9)
+    net = Net(opset=opset)
     norm = net.norm(net.op("Conv", "x", net.weight(4, 3, 1)), 4)
     plain = net.model({"x": (2, 3, 5)}, norm)
     net.nodes[-1].output.extend(["mean", "var", "saved_mean", "saved_var"])
