@@ -118,7 +118,7 @@ def _affine_shape(
     weight: Tensor | None, bias: Tensor | None, *, input: Tensor, shape: tuple[int, ...]
 ) -> tuple[int, ...]:
     """The one shape of weight and bias: the normalized one, or of the input's rank and broadcast against it."""
-    own = None
+    own: tuple[int, ...] | None = None
     for name, term in (("weight", weight), ("bias", bias)):
         if term is None:
             continue

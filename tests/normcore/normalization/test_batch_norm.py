@@ -130,16 +130,6 @@ def test_conventions_differ_in_the_update_alone(convention: str, weight_of_new: 
     assert torch.allclose(result.running_var, expected)
 
 
-def test_running_statistics_are_rounded_once() -> None:
-    # Of half precision, whose sums are around a rounded center.
-    input = (torch.randn(40, 2000, generator=torch.Generator().manual_seed(0)) + 3).half()
-    wide, kept = input.double(), torch.ones(2000)
-    result = batch_norm(input, kept, kept, training=True, momentum=0.5)
-    for found, batch in ((result.running_mean, wide.mean(0)), (result.running_var, wide.var(0))):
-        assert found is not None
-        assert torch.equal(found, (0.5 + 0.5 * batch).float())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 def test_no_argument_is_changed_or_shared(dtype: torch.dtype, training: bool) -> None:
