@@ -60,7 +60,8 @@ def flat(tensor: Tensor) -> Any:
     values = tensor.detach() if tensor.requires_grad else tensor
     values = values if bits is None else values.view(bits)
     if values.is_contiguous():
-        return values.numpy().reshape(-1)
+        array = values.numpy()
+        return array if array.ndim == 1 else array.ravel()
     return torch.as_strided(values, (values.numel(),), (1,)).numpy()
 
 

@@ -120,7 +120,9 @@ class BatchView:
         if num_batches_tracked is not None:
             check_batch_count("num_batches_tracked", num_batches_tracked)
             num_batches_tracked = num_batches_tracked.to(torch.int64).reshape(())
-        return RunningStatistics(mean.detach(), var.detach(), num_batches_tracked)
+        # A view costs as much as all checks of a few channels.
+        mean, var = (term.detach() if term.requires_grad else term for term in (mean, var))
+        return RunningStatistics(mean, var, num_batches_tracked)
 
     def counted(self, mask: Tensor | None) -> int:
         """Values per channel in training: two or more, or none for an empty input.

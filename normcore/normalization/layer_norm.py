@@ -118,21 +118,23 @@ def _affine_shape(
     weight: Tensor | None, bias: Tensor | None, *, input: Tensor, shape: tuple[int, ...]
 ) -> tuple[int, ...]:
     """The one shape of weight and bias: the normalized one, or of the input's rank and broadcast against it."""
-    given = [(name, term) for name, term in (("weight", weight), ("bias", bias)) if term is not None]
-    for name, term in given:
+    own: tuple[int, ...] | None = None
+    for name, term in (("weight", weight), ("bias", bias)):
+        if term is None:
+            continue
         check_floating(name, term)
+        if own is not None and term.shape != own:
+            raise ShapeError(name, expected=f"the weight's shape {own}", received=f"shape {tuple(term.shape)}")
         if term.shape == shape:
+            own = shape
             continue
         sizes = zip(term.shape, input.shape, strict=False)
         if term.ndim != input.ndim or any(size not in (1, whole) for size, whole in sizes):
             expected = f"shape {shape}, that which is normalized over, or for an adaptive norm {input.ndim} axes that "
             expected += f"broadcast against {tuple(input.shape)}"
             raise ShapeError(name, expected=expected, received=f"shape {tuple(term.shape)}")
-    own = tuple(given[0][1].shape) if given else shape
-    if given and given[-1][1].shape != own:
-        received = f"shape {tuple(given[-1][1].shape)}"
-        raise ShapeError("bias", expected=f"the weight's shape {own}", received=received)
-    return own
+        own = tuple(term.shape)
+    return shape if own is None else own
 
 
 STATISTICS = "(*, 1, ...)"

@@ -255,6 +255,9 @@ def test_instance_norm_measures_the_distance_to_the_running_statistics() -> None
         "running_mean_distance": pytest.approx(5, rel=0.1),
         "running_var_ratio": pytest.approx(100, rel=0.1),
     }
+    # A running deviation of 0 has that of eps.
+    still = instance_norm(input, torch.full((3,), 5.0), torch.zeros(3), training=True, eps=0.04).diagnostics()
+    assert still["running_mean_distance"] == pytest.approx(25, rel=0.1)
     # Which is what the batch is measured with: its own statistics, not those that it moves.
     assert "running_mean_distance" not in findings([0.0, -5.0, 0.0], [1.0] * 3, training=False)
 
