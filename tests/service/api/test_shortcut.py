@@ -195,6 +195,26 @@ async def test_the_answer_is_the_apps_but_for_times_and_id(service: Service) -> 
     assert headers == same_headers
 
 
+async def _counters(service: Service, model: str) -> dict[str, float]:
+    """What /metrics counts of a model, but for times."""
+    text = (await service.ask(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n"))[2].decode()
+    samples = [line.rpartition(" ") for line in text.splitlines() if f'model="{model}"' in line]
+    return {name: float(value) for name, _, value in samples if "duration" not in name or "_count{" in name}
+
+
+async def test_what_is_counted_is_the_same_with_and_without(service: Service) -> None:
+    found = []
+    for message, is_passed in ((request(), False), (request(headers="origin: http://x\r\n"), True)):
+        before, passed = await _counters(service, "brief"), service.passed
+        assert (await service.ask(message))[0] == 200
+        assert service.passed - passed == is_passed
+        after = await _counters(service, "brief")
+        found.append({name: value - before[name] for name, value in after.items() if value != before[name]})
+    assert found[0] == found[1]
+    assert sum(name.startswith("nv_inference_") for name in found[0]) == 3
+    assert sum(name.startswith("normserve_") for name in found[0]) >= 5
+
+
 async def _ask_together(service: Service, rows: list[np.ndarray[Any, Any]]) -> None:
     pairs = [service.connect() for _ in rows]
     for (connection, _), row in zip(pairs, rows, strict=True):
