@@ -34,8 +34,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server_settings() -> dict[str, str]:
-    """A module with needs of its own overrides this."""
-    return {}
+    """A module with needs of its own overrides this. A first call compiles, which takes long beside other tests."""
+    return {"NORMSERVE_INFER_DEADLINE_S": "300"}
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,9 @@ class Told:
 def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
     """The story up to where it deletes, then the blocks of all operations, then its end."""
     folder = tmp_path_factory.mktemp("examples")
-    with running(folder / "data") as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    # What is shown are a service's own settings, so that nothing may have to be compiled within its deadline.
+    compiled = running(folder / "data", {"NORMSERVE_WARM_UP": "true"}, patience_s=300)
+    with compiled as server, httpx.Client(base_url=server.url, timeout=60) as client:
         teller = Storyteller(client)
         printed: dict[str, list[bytes]] = {}
         answers: dict[tuple[str, int], Any] = {}
