@@ -11,6 +11,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from service.api.asgi import IS_WHOLE, leave
 from service.api.errors import envelope
+from service.api.parser import Parser
 
 if TYPE_CHECKING:
     from starlette.types import Scope
@@ -34,6 +35,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as its base
         super().connection_made(transport)
+        self._parser = self.parser = Parser(self)  # type: ignore[assignment]  # it has all that its base asks of one
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; it also ends a connection whose peer's window stays closed
             connection: socket.socket = transport.get_extra_info("socket")
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.timeout_s * 1000))
@@ -66,11 +68,15 @@ class Connection(HttpToolsProtocol):
         self._is_in_head, self._head_bytes = True, 0
 
     def on_headers_complete(self) -> None:
+        if self._parser.declines:
+            return
         self._end_head()
         super().on_headers_complete()
         self._is_in_head = False
 
     def on_message_complete(self) -> None:
+        if self._parser.declines:
+            return
         super().on_message_complete()
         self.scope[IS_WHOLE] = True  # type: ignore[literal-required]  # a key of our own
 

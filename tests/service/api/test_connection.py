@@ -92,3 +92,47 @@ def test_a_connection_is_kept_over_refusals(server: Server) -> None:
         received = _rest(connection)
     assert received.count(b"HTTP/1.1 404 ") == 2
     assert received.count(b"HTTP/1.1 200 ") == 1
+
+
+OFFER = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+POST = "POST /v1/normalizations/layer_norm HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+BODY = '{"input": [[1, 3]], "outputs": ["mean"]}'
+WHOLE = f"{POST}{OFFER}Content-Length: {len(BODY)}\r\n\r\n{BODY}"
+LAST = "GET /v2/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "count"),
+    [
+        ((WHOLE,), 1),
+        ((WHOLE * 300,), 300),
+        ((WHOLE[:60], WHOLE[60:-20], WHOLE[-20:], WHOLE), 2),
+        ((f"{POST}{OFFER}Transfer-Encoding: chunked\r\n\r\n{len(BODY):x}\r\n{BODY}\r\n0\r\n\r\n",), 1),
+        ((WHOLE.replace("h2c", "websocket"),), 1),
+    ],
+    ids=["whole", "many at once", "in pieces", "chunked", "websocket"],
+)
+def test_an_offer_to_upgrade_costs_no_body(server: Server, pieces: tuple[str, ...], count: int) -> None:
+    """Java's client makes one by default, and curl --http2; the connection stays what it was."""
+    with _connected(server) as connection:
+        for piece in pieces:
+            connection.sendall(piece.encode())
+            time.sleep(0.1)
+        connection.sendall(LAST.encode())
+        received = _rest(connection)
+    assert received.count(b"HTTP/1.1 200 OK") == count + 1
+    assert received.count(b'"data":[2.0]') == count
+
+
+def test_an_offer_keeps_what_else_the_connection_is_told(server: Server) -> None:
+    with _connected(server) as connection:
+        connection.sendall(WHOLE.replace("Connection: ", "Connection: close, ").encode())
+        received = _rest(connection)
+    assert received.count(b"HTTP/1.1 200 OK") == 1
+    assert b"connection: close" in received
+
+
+def test_a_tunnel_is_refused(server: Server) -> None:
+    with _connected(server) as connection:
+        connection.sendall(b"CONNECT x:80 HTTP/1.1\r\nHost: x:80\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 4")
