@@ -46,6 +46,7 @@ class Connection(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             leave(self.cycle.scope)
         super().connection_lost(exc)
+        del self._parser  # which holds the connection
 
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)

@@ -16,7 +16,7 @@ class Parser:
 
     def __init__(self, connection: HttpToolsProtocol) -> None:
         self._connection = connection
-        self._parser = httptools.HttpRequestParser(connection)
+        self._parser = _begun(connection)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._parser, name)
@@ -36,7 +36,7 @@ class Parser:
                     raise
                 data = data[upgrade.args[0] :]
                 head = self._head()
-                self._parser = httptools.HttpRequestParser(self._connection)
+                self._parser = _begun(self._connection)
                 self._parser.feed_data(head)
             else:
                 return
@@ -52,3 +52,9 @@ class Parser:
             if name not in _OFFER:
                 lines.append(name + b": " + value)
         return b"\r\n".join([*lines, b"", b""])
+
+
+def _begun(connection: HttpToolsProtocol) -> httptools.HttpRequestParser:
+    parser = httptools.HttpRequestParser(connection)
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+    return parser
