@@ -31,11 +31,12 @@ def gradients(values: Operand, grad: Operand, out: Tensor, weight: Tensor | None
 
 def frozen_gradients(values: Operand, grad: Operand, out: Tensor, weight: Tensor | None, by: Any) -> Any:
     """The same for statistics that are constants; None, and nothing written, where kernels do not serve."""
+    if values.has_vectors:
+        return None
     gamma, columns = values.parameter(weight, 1.0), Columns.of(values)
     terms = columns.terms(3)
     sizes, per = values.box.sizes, values.box.per
-    is_usual = sweeps().fill_terms(gamma, np.zeros_like(gamma), by, terms, sizes, columns.segment, per)
-    if values.has_vectors or not is_usual:
+    if not sweeps().fill_terms(gamma, np.zeros_like(gamma), by, terms, sizes, columns.segment, per):
         return None
     # Nothing of the values is in the gradient.
     terms[::2] = 0.0

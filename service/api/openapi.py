@@ -186,12 +186,7 @@ def _infer(operation: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
         ],
         "requestBody": {
             "required": True,
-            "content": {
-                _JSON: {
-                    "schema": {"type": "object"},
-                }
-            }
-            | binary,
+            "content": {_JSON: {"schema": {"type": "object"}}} | binary,
         },
         "responses": {
             "200": {

@@ -1,10 +1,12 @@
 """What a post costs, no more after many posts than after a few; and what older databases hold."""
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
+import pytest_asyncio
 import sqlalchemy as sql
 import torch
 from safetensors import numpy as safetensors
@@ -43,15 +45,32 @@ class Work:
         self.bytes += sum(len(value) for value in values if isinstance(value, bytes | str))
 
 
+@pytest_asyncio.fixture
+async def metadata(tmp_path: Path) -> AsyncIterator[Metadata]:
+    opened = Metadata(f"sqlite:///{tmp_path / 'test.db'}")
+    await opened.open()
+    yield opened
+    await opened.close()
+
+
+@pytest_asyncio.fixture
+async def store(metadata: Metadata) -> StatisticsStore:
+    opened = StatisticsStore(metadata, limit=5)
+    await opened.open()
+    return opened
+
+
+@pytest.fixture
+def statistics(store: StatisticsStore, tmp_path: Path) -> Statistics:
+    return Statistics(store=store, settings=small_settings(tmp_path))
+
+
 @pytest.mark.asyncio
-async def test_the_cost_of_a_post_does_not_grow_with_the_posts_before_it(tmp_path: Path) -> None:
-    metadata = Metadata(f"sqlite:///{tmp_path / 'test.db'}")
-    await metadata.open()
-    store = StatisticsStore(metadata, limit=5)
-    await store.open()
+async def test_the_cost_of_a_post_does_not_grow_with_the_posts_before_it(
+    metadata: Metadata, store: StatisticsStore, statistics: Statistics
+) -> None:
     work = Work()
     await metadata.transact(work.watch)
-    statistics = Statistics(store=store, settings=small_settings(tmp_path))
     resource = (await statistics.create(NewStatistics(CHANNELS))).record.id
     costs = []
     generator = torch.Generator().manual_seed(0)
@@ -71,17 +90,13 @@ async def test_the_cost_of_a_post_does_not_grow_with_the_posts_before_it(tmp_pat
     assert len(parts) <= JOINED_POSTS, "nor does that of a look at the histogram"
     bins = await statistics.histogram(resource, bins=4, channel=3)
     assert float(bins.counts.sum()) == POSTS * 4 * 16
-    await metadata.close()
 
 
 @pytest.mark.asyncio
-async def test_histograms_that_were_kept_with_the_totals_are_carried_over(tmp_path: Path) -> None:
+async def test_histograms_that_were_kept_with_the_totals_are_carried_over(
+    metadata: Metadata, store: StatisticsStore, statistics: Statistics
+) -> None:
     old, new = torch.randn(2, 4, CHANNELS, 16, generator=torch.Generator().manual_seed(0))
-    metadata = Metadata(f"sqlite:///{tmp_path / 'test.db'}")
-    await metadata.open()
-    store = StatisticsStore(metadata, limit=5)
-    await store.open()
-    statistics = Statistics(store=store, settings=small_settings(tmp_path))
     resource, before = [(await statistics.create(NewStatistics(CHANNELS))).record.id for _ in range(2)]
     population = PopulationStatistics.start(CHANNELS).update(Moments.of(old))
     tensors = population.to_tensors() | Histogram.start(CHANNELS).update(old).to_tensors()
@@ -103,20 +118,13 @@ async def test_histograms_that_were_kept_with_the_totals_are_carried_over(tmp_pa
         expected = Histogram.start(CHANNELS).update(values).histogram(5, channel=3)
         assert torch.equal(found.counts, expected.counts)
         assert torch.equal(found.edges, expected.edges)
-    await metadata.close()
 
 
 @pytest.mark.asyncio
-async def test_a_frozen_one_takes_no_post_from_anybody(tmp_path: Path) -> None:
-    metadata = Metadata(f"sqlite:///{tmp_path / 'test.db'}")
-    await metadata.open()
-    store = StatisticsStore(metadata, limit=5)
-    await store.open()
-    statistics = Statistics(store=store, settings=small_settings(tmp_path))
+async def test_a_frozen_one_takes_no_post_from_anybody(statistics: Statistics) -> None:
     resource = (await statistics.create(NewStatistics(1))).record.id
     batch = Batch(Moments.of(torch.ones(2, 1)), None, "raise", None, "")
     await statistics.post(resource, batch, check=lambda record: None)
     frozen = (await statistics.freeze(resource, check=lambda record: None)).record.id
     with pytest.raises(ConflictError, match="frozen"):
         await statistics.post(frozen, batch, check=lambda record: None)
-    await metadata.close()
