@@ -19,8 +19,6 @@ from torch import Tensor
 class Box:
     """How tensors of one shape and strides are seen, for axes that are reduced and axes that parameters vary along.
 
-    Boxes are kept from call to call, and with them what follows from their sizes.
-
     Attributes:
         order: the tensor's axes in memory order.
         sizes: (B, R, G, K, S).
@@ -67,6 +65,11 @@ class Box:
         return self.sizes[4] == 1 and self.sizes[1] > 1
 
     @cached_property
+    def has_vectors(self) -> bool:
+        """Whether a group has one position per channel, all side by side."""
+        return self.sizes[4] == 1 and not self.has_columns
+
+    @cached_property
     def shared(self) -> tuple[int, ...]:
         """The tensor's axes along which statistics are the same; with those of size 1."""
         return tuple(axis for axis in range(len(self.shape)) if axis not in self.kept)
@@ -80,6 +83,10 @@ class Box:
     def is_affine_in_order(self) -> bool:
         """The same of weight and bias."""
         return _is_ascending(self.affine)
+
+    def has_parameters_of(self, shape: tuple[int, ...]) -> bool:
+        """Whether weight and bias of this shape are as kernels see them."""
+        return self.is_affine_in_order and math.prod(shape) == self.parameters_count
 
     def statistics(self, tensors: Tensor) -> Tensor:
         """One per group: what broadcasts against the tensor, behind an axis of its own, as (*, B * G)."""
@@ -116,19 +123,13 @@ class Box:
         return wide.permute(*range(len(others)), *[len(others) + axis for axis in inverse])
 
 
-def box_of(tensor: Tensor, reduced: Sequence[int], *parameters: Tensor | tuple[int, ...] | None) -> Box | None:
-    """The box of a dense tensor for statistics over `reduced` axes, and these parameters or shapes of them.
+def box_of(
+    shape: tuple[int, ...], strides: tuple[int, ...], reduced: Sequence[int], *parameters: tuple[int, ...] | None
+) -> Box | None:
+    """The box of a dense tensor for statistics over `reduced` axes, and parameters of these shapes.
 
     None where there is none: strides with gaps, or axes in more turns than a box has.
     """
-    shapes = [term if term is None or isinstance(term, tuple) else term.shape for term in parameters]
-    return _box(tensor.shape, tensor.stride(), tuple(reduced), *shapes)
-
-
-@lru_cache(1024)
-def _box(
-    shape: tuple[int, ...], strides: tuple[int, ...], reduced: tuple[int, ...], *parameters: tuple[int, ...] | None
-) -> Box | None:
     shape, rank = tuple(shape), len(shape)
     given = [tuple(term) for term in parameters if term is not None]
     varying = {rank - len(term) + axis for term in given for axis, size in enumerate(term) if size != 1}

@@ -37,22 +37,42 @@ def gradient_of_samples(
         affine = sample * rows // per * width
         gamma = weight[affine : affine + width]
         own_by[:] = by[:, sample * groups : (sample + 1) * groups]
-        for group in range(groups):
-            center[0, group * channels : (group + 1) * channels] = as_computed(x, own_by[CENTER, group])
-        repeat(center[0], width)
+        fill_centers(own_by, center, own, rows)
         sum_columns(x[first:last], grad[first:last], None, None, center, found, parts, 0, 1)
         join_sums(found, joined, 1)
+        settle_sums(joined, own_by, own, rows)
         means[:] = 0.0
         for group in range(groups):
             for column in range(group * channels, (group + 1) * channels):
-                joined[1, 0, column] -= own_by[OFFSET, group] * joined[0, 0, column]
-                joined[1, 0, column] *= own_by[INVSTD, group]
                 means[0, group] += gamma[column] * joined[0, 0, column] if has_mean else 0.0
                 means[1, group] += gamma[column] * joined[1, 0, column]
         means /= rows * channels
         sums[:, sample] = joined[:, 0]
         fill_gradient_terms(gamma, own_by, means, terms, own, rows, rows)
         gradient_of_columns(x[first:last], grad[first:last], out[first:last], terms, parts, 0, 1)
+
+
+@compiled
+def fill_centers(by: Any, center: Any, sizes: Any, segment: int) -> None:
+    """Centers of the groups for the columns of each segment of rows, repeated to (P, W)."""
+    _, rows, groups, channels, _ = sizes
+    for own in range(len(center)):
+        first = own * segment // rows * groups
+        for group in range(groups):
+            center[own, group * channels : (group + 1) * channels] = by[CENTER, first + group]
+        repeat(center[own], groups * channels)
+
+
+@compiled
+def settle_sums(sums: Any, by: Any, sizes: Any, segment: int) -> None:
+    """Sums (2, P, columns) of dy and dy * (x - center) as those of dy and dy * xh."""
+    _, rows, groups, channels, _ = sizes
+    for own in range(sums.shape[1]):
+        first = own * segment // rows * groups
+        for group in range(groups):
+            for column in range(group * channels, (group + 1) * channels):
+                sums[1, own, column] -= by[OFFSET, first + group] * sums[0, own, column]
+                sums[1, own, column] *= by[INVSTD, first + group]
 
 
 @compiled

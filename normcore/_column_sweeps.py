@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, load, read, store
+from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, inlined, load, read, store
 from normcore._sweeps import LEAST, MOST, fill_terms, repeat, settle
 
 _FEW = 16
-# Elements that stay in the cache next to the core.
-_NEAR = 2**14
+# Of a tensor of more bytes than this, a sweep that reads and one that writes take pages in turn: memory is read while
+# it is written. What is smaller stays in a cache, and there longer sweeps are faster.
+_FAR = 2**23
+_FAR_PAGE, _NEAR_PAGE = 2**12, 2**16
 
 
 @compiled
@@ -34,22 +36,27 @@ def standardize_samples(
 ) -> None:
     """Find the statistics of each sample's groups, and standardize it while it is in the cache.
 
-    `steps` is (rows of the B * R that share weight and bias, W).
+    The sums of a sample are made while the one before it is standardized. `steps` is (rows of the B * R that share
+    weight and bias, W).
     """
     _, rows, groups, channels, _ = sizes
     per, wide = steps
     width = groups * channels
-    own, parts = (1, rows, groups, channels, 1), (1, rows * width, rows * width)
+    size = rows * width
+    own, parts = (1, rows, groups, channels, 1), (1, size, size)
+    step = _step_of(x, wide) if x.size * x.itemsize > _FAR else size
     center = np.full((1, wide), as_computed(x, 0.0))
     wide_center = np.zeros((1, wide))
     sums, joined = np.empty((1, 2, wide)), np.empty((2, 1, width))
     found, terms = np.empty((5, groups)), np.full((3, 1, wide), as_read(x, 0.0))
-    for sample in range(start, stop):
-        values, output = x[sample * rows * width :][: rows * width], y[sample * rows * width :][: rows * width]
+    for sample in range(start, stop + 1):
+        values = x[sample * size :][:size]
         affine = sample * rows // per * width
-        if has_mean:
+        if has_mean and sample < stop:
             find_centers(values, center, width, rows)
-        sum_columns(values, None, None, None, center, sums, parts, 0, 1)
+        _sweep_in_turn(x, y, center, sums, terms, (sample, size, step), sample > start, sample < stop)
+        if sample == stop:
+            break
         join_sums(sums, joined, 1)
         if has_mean and correct_centers(values, center, joined, rows):
             sum_columns(values, None, None, None, center, sums, parts, 0, 1)
@@ -61,7 +68,21 @@ def standardize_samples(
         settle_columns(values, found, center, joined, own, eps, has_mean)
         by[:, sample * groups : (sample + 1) * groups] = found
         fill_terms(weight[affine : affine + width], bias[affine : affine + width], found, terms, own, rows, rows)
-        standardize_columns(values, output, terms, parts, 0, 1)
+
+
+@inlined
+def _sweep_in_turn(
+    x: Any, y: Any, center: Any, sums: Any, terms: Any, place: Any, has_output: bool, has_sums: bool
+) -> None:
+    """Standardize the sample before one, and make the sums of that; `place` is (sample, elements of one, of a turn)."""
+    sample, size, step = place
+    sums[:] = 0.0
+    for first in range(sample * size, (sample + 1) * size, step):
+        length = min(step, (sample + 1) * size - first)
+        if has_sums:
+            _add_rows(x, None, np.uintp(first), length, center[0], sums[0, 0], sums[0, 1])
+        if has_output:
+            _scale_rows(x, y, np.uintp(first - size), length, terms[0, 0], terms[1, 0], terms[2, 0])
 
 
 @compiled
@@ -71,11 +92,11 @@ def sum_columns(
     """Sums of deviations from `center` (P, W) and of their squares, into `sums` (parts of all, 2, W).
 
     With `grad`, sums of it and of its products with the deviations. With `out`, what `standardize_columns` makes of
-    `grad` goes there, of few rows at a time, while they are in the cache.
+    `grad` goes there, of few rows at a time.
     """
     blocks, size, elements = parts
     width = center.shape[1]
-    step = size if out is None else max(1, _NEAR // (4 * width)) * 4 * width
+    step = size if out is None else _step_of(x, width)
     for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
         sums[part] = 0.0
@@ -111,6 +132,21 @@ def join_sums(sums: Any, joined: Any, blocks: int) -> None:
                 own = sums[part, index, first : first + width]
                 for column in range(np.uintp(width)):
                     total[column] += own[column]
+
+
+@compiled
+def join_rows(sums: Any, found: Any) -> None:
+    """Sums (2, rows, columns) over as many rows in turn as one of `found` (2, *, columns) stands for."""
+    every = sums.shape[1] // found.shape[1]
+    total = np.empty(found.shape[2])
+    for index in range(2):
+        for own in range(found.shape[1]):
+            total[:] = 0.0
+            for row in range(own * every, (own + 1) * every):
+                each = sums[index, row]
+                for column in range(np.uintp(total.size)):
+                    total[column] += each[column]
+            found[index, own] = total
 
 
 @compiled
@@ -179,6 +215,13 @@ def settle_columns(x: Any, by: Any, center: Any, sums: Any, sizes: Any, eps: flo
             if has_mean:
                 m2 += rows * (distance * distance - own * own)
         settle(x, by, group, origin, mean, m2 / (rows * channels), eps)
+
+
+@inlined
+def _step_of(x: Any, width: int) -> Any:
+    """Elements of the whole rows in a page, in fours where loops take four together."""
+    page = _FAR_PAGE if x.size * x.itemsize > _FAR else _NEAR_PAGE
+    return max(1, page // (4 * width * x.itemsize)) * 4 * width
 
 
 # Loops below take rows together that share what they load of the columns.

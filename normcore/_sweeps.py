@@ -199,6 +199,11 @@ def _group_sums(x: Any, first: int, rows: int, groups: int, length: int, center:
     total, squares = 0.0, 0.0
     for row in range(rows):
         start = (first + row * groups) * length
+        if x.itemsize > 2:
+            sums = _block_sums(x, np.uintp(start), length, center)
+            total += sums[0]
+            squares += sums[1]
+            continue
         for block in range(0, length, _BLOCK):
             sums = _block_sums(x, np.uintp(start + block), min(_BLOCK, length - block), center)
             total += sums[0]
@@ -230,9 +235,9 @@ def _standardize_cell(
     if positions == 1:
         near, own, rest = as_read(x, center), as_read(x, invstd), as_read(x, -offset * invstd)
         first = np.uintp(affine)
-        for channel in range(np.uintp(channels)):
-            value = (read(x, start + channel) - near) * own + rest
-            store(y, start + channel, value * weight[first + channel] + bias[first + channel])
+        for index in range(start, start + np.uintp(channels)):
+            value = (read(x, index) - near) * own + rest
+            store(y, index, value * weight[first + (index - start)] + bias[first + (index - start)])
         return
     for channel in range(channels):
         scale = invstd * weight[affine + channel]

@@ -123,9 +123,8 @@ def standardize_gradients(
     Returns:
         The input's gradient in its datatype, the others in the datatype computed in.
     """
-    of_input, of_weight, of_bias = backward(grad_output, input, weight, statistics, affine_shape=affine_shape)
     dtype = accumulation_dtype(input.dtype)
-    return Gradients(of_input, of_weight.to(dtype), of_bias.to(dtype))
+    return Gradients(*backward(grad_output, input, weight, statistics, affine_shape=affine_shape, dtype=dtype))
 
 
 class _Standardize(torch.autograd.Function):
@@ -170,7 +169,10 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     given = bias if weight is None else weight
     affine = (1,) * input.ndim if given is None else tuple(given.shape)
-    of_input, of_weight, of_bias = backward(grad_output, input, weight, statistics, affine_shape=affine)
+    # Rounded once, in whichever datatype each parameter has.
+    is_float = all(own is None or own.dtype is torch.float32 for own in (weight, bias))
+    dtype = torch.float32 if is_float else torch.float64
+    of_input, of_weight, of_bias = backward(grad_output, input, weight, statistics, affine_shape=affine, dtype=dtype)
     return of_input, _like(of_weight, weight), _like(of_bias, bias)
 
 

@@ -1,5 +1,8 @@
 """Group normalization: the channels of every sample standardized in groups."""
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 from normcore._checks import check_eps, check_floating, check_rank
@@ -9,6 +12,7 @@ from normcore.normalization.per_sample import (
     GRAD_INPUT,
     GRAD_OUTPUT,
     MASK,
+    Groups,
     Operands,
     PerSampleResult,
     check_channel_affine,
@@ -64,26 +68,22 @@ def group_norm(
     """
     check_floating("input", input)
     check_rank("input", input, minimum=2)
-    samples, channels = input.shape[:2]
+    channels = input.shape[1]
     _check_num_groups(num_groups, channels=channels)
     affine_shape = check_channel_affine(weight, bias, input=input)
     check_eps("eps", eps, is_zero_allowed=True)
     # No channels are a single group of none, whatever the number that divides them.
-    groups = num_groups if channels else 1
-    size, positions = channels // groups, input.shape[2:].numel()
-    return Operands(
-        input,
-        weight,
-        bias,
-        grad_output,
-        mask,
-        view=(samples, groups, size, positions),
-        axes=(2, 3),
-        affine=(samples if len(affine_shape) > 1 else 1, groups, size, positions if len(affine_shape) > 2 else 1),
-        affine_shape=affine_shape,
-        statistics_shape=(samples, groups),
-        out=out,
-    ).standardize(PerSampleResult, eps=eps)
+    groups = _groups(input.shape, num_groups if channels else 1, affine_shape)
+    operands = Operands.of(input, weight, bias, grad_output, mask, groups, out=out)
+    return operands.standardize(PerSampleResult, eps=eps)
+
+
+@lru_cache(1024)
+def _groups(sizes: torch.Size, groups: int, affine_shape: tuple[int, ...]) -> Groups:
+    samples, size, positions = sizes[0], sizes[1] // groups, sizes[2:].numel()
+    rank = len(affine_shape)
+    affine = (samples if rank > 1 else 1, groups, size, positions if rank > 2 else 1)
+    return Groups((samples, groups, size, positions), (2, 3), affine, affine_shape, (samples, groups))
 
 
 def _check_num_groups(num_groups: int, *, channels: int) -> None:

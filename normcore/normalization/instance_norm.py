@@ -1,6 +1,7 @@
 """Instance normalization: every channel of every sample standardized over its positions."""
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from normcore.normalization.per_sample import (
     GRAD_INPUT,
     GRAD_OUTPUT,
     MASK,
+    Groups,
     Operands,
     PerSampleResult,
     check_channel_affine,
@@ -118,32 +120,28 @@ def instance_norm(
     """
     check_floating("input", input)
     check_rank("input", input, minimum=2)
-    samples, channels = input.shape[:2]
+    channels = input.shape[1]
     affine_shape = check_channel_affine(weight, bias, input=input)
     check_eps("eps", eps, is_zero_allowed=True)
     check_fraction("momentum", momentum)
     running = _running_statistics(running_mean, running_var, num_features=channels)
     is_own = training or running is None
-    positions = input.shape[2:].numel()
-    operands = Operands(
-        input,
-        weight,
-        bias,
-        grad_output,
-        mask,
-        view=(samples, channels, positions),
-        axes=(2,),
-        affine=(samples if len(affine_shape) > 1 else 1, channels, positions if len(affine_shape) > 2 else 1),
-        affine_shape=affine_shape,
-        statistics_shape=(samples, channels) if is_own else (channels,),
-        out=out,
-    )
+    groups = _groups(input.shape, affine_shape, is_own=is_own)
+    operands = Operands.of(input, weight, bias, grad_output, mask, groups, out=out)
     if running is not None and not training:
         mean, var = running.mean.view(channels, 1), running.var.view(channels, 1)
         return operands.standardize_by(InstanceNormResult, mean, var, eps=eps)
     _check_several_values(operands)
     found = operands.standardize(InstanceNormResult, eps=eps)
     return found if running is None else found.updating(running, momentum=momentum)
+
+
+@lru_cache(1024)
+def _groups(sizes: torch.Size, affine_shape: tuple[int, ...], *, is_own: bool) -> Groups:
+    samples, channels, positions, rank = sizes[0], sizes[1], sizes[2:].numel(), len(affine_shape)
+    affine = (samples if rank > 1 else 1, channels, positions if rank > 2 else 1)
+    statistics_shape = (samples, channels) if is_own else (channels,)
+    return Groups((samples, channels, positions), (2,), affine, affine_shape, statistics_shape)
 
 
 def _running_statistics(mean: Tensor | None, var: Tensor | None, *, num_features: int) -> RunningStatistics | None:
@@ -162,11 +160,11 @@ def _check_several_values(operands: Operands) -> None:
     input, mask = operands.input, operands.mask
     if input.numel() == 0:
         return
-    if operands.view[2] == 1:
+    if operands.groups.view[2] == 1:
         expected = "more than 1 position per channel for statistics of its own"
         raise StatisticsError("input", expected=expected, received=f"shape {tuple(input.shape)}")
     if mask is not None:
-        fewest = int(mask.expand(input.shape).reshape(operands.view).sum(-1).min())
+        fewest = int(mask.expand(input.shape).reshape(operands.groups.view).sum(-1).min())
         if fewest < 2:
             expected = "more than 1 position that counts in every channel"
             raise StatisticsError("mask", expected=expected, received=str(fewest))

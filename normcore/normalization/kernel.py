@@ -4,7 +4,6 @@ On the CPU compiled sweeps do it, where the tensor is one of their boxes. Everyt
 backward with a mask, takes the closed forms in plain torch operations in float64. Nothing here is recorded by autograd.
 """
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from normcore import _gradients, _standardize
 from normcore._box import Box
-from normcore._standardize import Operand, operand_of
+from normcore._plan import Operand, compiled, operand_of
 from normcore.normalization import closed_forms
 from normcore.normalization.closed_forms import Measured, Statistics
 
@@ -104,21 +103,32 @@ def standardize(
 
 
 def backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, affine_shape: tuple[int, ...]
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    by: Statistics,
+    *,
+    affine_shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias; the last two of `affine_shape`, which broadcasts against the input."""
-    of_input = torch.empty_like(input)
+    """Gradients of input, weight and bias; the last two of `affine_shape`, which broadcasts against the input.
+
+    They are of a datatype, float32 or float64.
+    """
     pair, sums = _pair(grad_output, input, weight, by, affine_shape), None
     if pair is not None:
+        of_input = torch.empty_like(input)
         values, grads, rows = pair
+        kind = dtype if values.box.has_parameters_of(affine_shape) else torch.float64
         if by.axes:
-            sums = _gradients.gradients(values, grads, of_input, weight, rows, has_mean=by.has_mean)
+            sums = _gradients.gradients(values, grads, of_input, weight, rows, has_mean=by.has_mean, dtype=kind)
         else:
-            sums = _gradients.frozen_gradients(values, grads, of_input, weight, rows)
-    if sums is None:
+            sums = _gradients.frozen_gradients(values, grads, of_input, weight, rows, dtype=kind)
+    if pair is None or sums is None:
         found = gradient_sums(grad_output, input, weight, by, affine_shape=affine_shape)
-        return input_gradient(grad_output, input, weight, by, found), found.weight, found.bias
-    of_bias, of_weight = (_as_parameter(own, values.box, affine_shape) for own in sums)
+        of_input = input_gradient(grad_output, input, weight, by, found)
+        return of_input, found.weight.to(dtype), found.bias.to(dtype)
+    of_bias, of_weight = (_as_parameter(own, values.box, affine_shape, dtype) for own in sums)
     return of_input, of_weight, of_bias
 
 
@@ -207,14 +217,15 @@ def _pair(
     if values is None:
         return None
     rows = by.rows(values.box)
-    if values.sum_dtype == np.float32:
+    if values.plan.itemsize == 2:
         rows = rows.copy()
         center = rows[0].astype(np.float32)
         rows[1] += rows[0] - center
         rows[0] = center
     if not _standardize.is_usual(values, rows):
         return None
-    return values, Operand.of(_laid_out_as(values.tensor, grad_output), values.box), rows
+    grads = _laid_out_as(values.tensor, grad_output)
+    return values, Operand(grads, compiled().flat(grads), values.plan), rows
 
 
 def _axes_of(input: Tensor, by: Statistics) -> tuple[int, ...]:
@@ -231,13 +242,12 @@ def _shared_axes(rank: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axis for axis in range(rank) if axis < missing or shape[axis - missing] == 1)
 
 
-def _as_parameter(sums: Any, box: Box, shape: tuple[int, ...]) -> Tensor:
+def _as_parameter(sums: Any, box: Box, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
     """A gradient of weight or bias in their shape; what varies within the box and not there is summed."""
-    own = torch.from_numpy(sums)
-    if box.is_affine_in_order and own.numel() == math.prod(shape):
-        return own.view(shape)
-    own = box.restore_parameters(own)
-    return own.sum_to_size((1,) * (own.ndim - len(shape)) + shape).reshape(shape)
+    if box.has_parameters_of(shape):
+        return torch.from_numpy(sums.reshape(shape))
+    own = box.restore_parameters(torch.from_numpy(sums).view(-1))
+    return own.sum_to_size((1,) * (own.ndim - len(shape)) + shape).reshape(shape).to(dtype)
 
 
 def _laid_out_as(input: Tensor, values: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Layer normalization: every sample standardized over its last axes."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from normcore._checks import check_eps, check_floating, check_rank
@@ -11,6 +13,7 @@ from normcore.normalization.per_sample import (
     GRAD_INPUT,
     GRAD_OUTPUT,
     MASK,
+    Groups,
     Operands,
     PerSampleResult,
     grad_parameter,
@@ -95,23 +98,20 @@ def operands_over_trailing_axes(
     affine_shape = _affine_shape(weight, bias, input=input, shape=shape)
     if eps is not None:
         check_eps("eps", eps, is_zero_allowed=True)
-    rank = input.ndim - len(shape)
-    outer = input.shape[:rank]
-    size = input.shape[rank:].numel()
-    is_adaptive = affine_shape != shape
-    return Operands(
-        input,
-        weight,
-        bias,
-        grad_output,
-        mask,
-        view=tuple(input.shape) if is_adaptive else (outer.numel(), size),
-        axes=tuple(range(rank, input.ndim)) if is_adaptive else (1,),
-        affine=affine_shape if is_adaptive else (size,),
-        affine_shape=affine_shape,
-        statistics_shape=(*outer, *[1] * len(shape)),
-        out=out,
-    )
+    groups = _groups(input.shape, len(shape), affine_shape)
+    return Operands.of(input, weight, bias, grad_output, mask, groups, out=out)
+
+
+@lru_cache(1024)
+def _groups(sizes: torch.Size, count: int, affine_shape: tuple[int, ...]) -> Groups:
+    """Groups over the last axes, `count` of them."""
+    rank = len(sizes) - count
+    outer, shape = sizes[:rank], sizes[rank:]
+    statistics_shape = (*outer, *[1] * count)
+    if affine_shape != shape:
+        return Groups(tuple(sizes), tuple(range(rank, len(sizes))), affine_shape, affine_shape, statistics_shape)
+    size = shape.numel()
+    return Groups((outer.numel(), size), (1,), (size,), affine_shape, statistics_shape)
 
 
 def _affine_shape(

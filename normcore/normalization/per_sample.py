@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,9 +80,8 @@ class PerSampleResult(StandardizedResult):
 Result = TypeVar("Result", bound=PerSampleResult)
 
 
-@dataclass(frozen=True, slots=True)
-class Operands:
-    """Checked operands of a per-sample norm, and how they are seen.
+class Groups(NamedTuple):
+    """How the operands of a per-sample norm are seen.
 
     Attributes:
         view: shape in which the input is seen.
@@ -90,28 +89,46 @@ class Operands:
         affine: shape of weight and bias in front of the view.
         affine_shape: their own shape.
         statistics_shape: shape in which statistics are given.
-        out: takes the output.
     """
+
+    view: tuple[int, ...]
+    axes: tuple[int, ...]
+    affine: tuple[int, ...]
+    affine_shape: tuple[int, ...]
+    statistics_shape: tuple[int, ...]
+
+
+class Operands(NamedTuple):
+    """Checked operands of a per-sample norm."""
 
     input: Tensor
     weight: Tensor | None
     bias: Tensor | None
     grad_output: Tensor | None
     mask: Tensor | None
-    view: tuple[int, ...]
-    axes: tuple[int, ...]
-    affine: tuple[int, ...]
-    affine_shape: tuple[int, ...]
-    statistics_shape: tuple[int, ...]
-    out: Tensor | None = None
+    out: Tensor | None
+    groups: Groups
 
-    def __post_init__(self) -> None:
-        if self.grad_output is not None:
-            check_shape("grad_output", self.grad_output, self.input.shape, meaning="that of the input")
-        if self.mask is not None:
-            check_mask("mask", self.mask, self.input.shape, meaning="the input's")
-        if self.out is not None:
-            check_out("out", self.out, self.input)
+    @classmethod
+    def of(
+        cls,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        grad_output: Tensor | None,
+        mask: Tensor | None,
+        groups: Groups,
+        *,
+        out: Tensor | None = None,
+    ) -> "Operands":
+        """Of an input, weight and bias that are checked."""
+        if grad_output is not None:
+            check_shape("grad_output", grad_output, input.shape, meaning="that of the input")
+        if mask is not None:
+            check_mask("mask", mask, input.shape, meaning="the input's")
+        if out is not None:
+            check_out("out", out, input)
+        return cls(input, weight, bias, grad_output, mask, out, groups)
 
     def standardize(
         self, kind: type[Result], *, eps: float, has_mean: bool = True, is_cast_first: bool = False
@@ -121,7 +138,7 @@ class Operands:
             return self._empty(kind)
         values, weight, bias, out = self._views()
         mask = self._counted()
-        by: dict[str, Any] = {"axes": self.axes, "eps": eps, "has_mean": has_mean, "mask": mask, "out": out}
+        by: dict[str, Any] = {"axes": self.groups.axes, "eps": eps, "has_mean": has_mean, "mask": mask, "out": out}
         if is_cast_first and weight is not None:
             with torch.no_grad():
                 found = standardize_over(values, **by)
@@ -138,16 +155,17 @@ class Operands:
         return self._result(kind, found, values, weight)
 
     def _views(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        weight = None if self.weight is None else _seen(self.weight, self.affine)
-        bias = None if self.bias is None else _seen(self.bias, self.affine)
-        return _seen(self.input, self.view), weight, bias, None if self.out is None else _seen(self.out, self.view)
+        view, _, affine, _, _ = self.groups
+        weight = None if self.weight is None else _seen(self.weight, affine)
+        bias = None if self.bias is None else _seen(self.bias, affine)
+        return _seen(self.input, view), weight, bias, None if self.out is None else _seen(self.out, view)
 
     def _counted(self) -> Tensor | None:
         """The mask in the view's shape; every group counts a value."""
         if self.mask is None:
             return None
-        mask = self.mask.expand(self.input.shape).reshape(self.view)
-        nothing = int((~mask.any(self.axes)).sum())
+        mask = self.mask.expand(self.input.shape).reshape(self.groups.view)
+        nothing = int((~mask.any(self.groups.axes)).sum())
         if nothing:
             expected = "at least one value that counts in every group"
             raise StatisticsError("mask", expected=expected, received=f"{nothing} groups without one")
@@ -160,11 +178,11 @@ class Operands:
             output = self.out if output.data_ptr() == self.out.data_ptr() else self.out.copy_(output)
         gradients = None
         if self.grad_output is not None:
-            grad_output = _seen(self.grad_output, self.view)
-            own = standardize_gradients(grad_output, values, weight, by, affine_shape=self.affine)
-            of_weight, of_bias = _seen(own.weight, self.affine_shape), _seen(own.bias, self.affine_shape)
+            view, _, affine, affine_shape, _ = self.groups
+            own = standardize_gradients(_seen(self.grad_output, view), values, weight, by, affine_shape=affine)
+            of_weight, of_bias = _seen(own.weight, affine_shape), _seen(own.bias, affine_shape)
             gradients = Gradients(_seen(own.input, self.input.shape), of_weight, of_bias)
-        return kind(output, by, self.statistics_shape, gradients, self.input)
+        return kind(output, by, self.groups.statistics_shape, gradients, self.input)
 
     def _empty(self, kind: type[Result]) -> Result:
         """Nothing to normalize: only shapes and gradients of zeros."""
@@ -175,7 +193,7 @@ class Operands:
         if self.grad_output is None:
             return kind(output)
         dtype = accumulation_dtype(values.dtype)
-        nothing = (torch.zeros(self.affine_shape, dtype=dtype, device=values.device) for _ in range(2))
+        nothing = (torch.zeros(self.groups.affine_shape, dtype=dtype, device=values.device) for _ in range(2))
         return kind(output, gradients=Gradients(torch.zeros_like(self.input), *nothing))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from normcore._checks import check_eps, check_floating, check_rank, check_shape
 from normcore.errors import StatisticsError
 from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
-from normcore.normalization.per_sample import Operands, PerSampleResult
+from normcore.normalization.per_sample import Groups, Operands, PerSampleResult
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,8 @@ def weight_standardization(
     if gain is not None:
         check_shape("gain", gain, (filters,), meaning="one value per filter")
     check_eps("eps", eps, is_zero_allowed=True)
-    operands = Operands(
-        input=input,
-        weight=gain,
-        bias=None,
-        grad_output=grad_output,
-        mask=None,
-        view=(filters, fan_in),
-        axes=(1,),
-        affine=(filters, 1),
-        affine_shape=(filters,),
-        statistics_shape=(filters,),
-    )
+    groups = Groups((filters, fan_in), (1,), (filters, 1), (filters,), (filters,))
+    operands = Operands.of(input, gain, None, grad_output, None, groups)
     return operands.standardize(WeightStandardizationResult, eps=eps)
 
 

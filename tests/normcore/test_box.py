@@ -31,7 +31,7 @@ IMAGES = torch.empty(2, 6, 3, 5)
 def test_a_layout_is_its_box(
     tensor: torch.Tensor, reduced: tuple[int, ...], affine: tuple[int, ...], sizes: tuple[int, ...], per: int
 ) -> None:
-    box = box_of(tensor, reduced, affine)
+    box = box_of(tensor.shape, tensor.stride(), reduced, affine)
     assert box is not None
     assert (box.sizes, box.per) == (sizes, per)
 
@@ -47,7 +47,7 @@ def test_a_layout_is_its_box(
     ids=["gaps", "expanded", "six turns", "weight along a part of what is reduced"],
 )
 def test_what_is_no_box_is_none(tensor: torch.Tensor, reduced: tuple[int, ...], affine: tuple[int, ...]) -> None:
-    assert box_of(tensor, reduced, affine) is None
+    assert box_of(tensor.shape, tensor.stride(), reduced, affine) is None
 
 
 TURNED = IMAGES.permute(1, 0, 2, 3)
@@ -58,7 +58,7 @@ TURNED = IMAGES.permute(1, 0, 2, 3)
 )
 def test_statistics_and_parameters_come_back_as_they_went(tensor: torch.Tensor) -> None:
     shape = (*tensor.shape[:2], 1, 1)
-    box = box_of(tensor, (2, 3), shape)
+    box = box_of(tensor.shape, tensor.stride(), (2, 3), shape)
     assert box is not None
     values = torch.randn(shape, dtype=torch.float64)
     assert torch.equal(box.restore_statistics(box.statistics(values[None])), values[None])
@@ -66,7 +66,7 @@ def test_statistics_and_parameters_come_back_as_they_went(tensor: torch.Tensor) 
 
 
 def test_statistics_are_in_the_order_of_memory() -> None:
-    box = box_of(TURNED, (2, 3))
+    box = box_of(TURNED.shape, TURNED.stride(), (2, 3))
     assert box is not None
     values = torch.arange(12.0).view(6, 2, 1, 1).double()
     assert torch.equal(box.statistics(values[None]), values.transpose(0, 1).reshape(1, 12))

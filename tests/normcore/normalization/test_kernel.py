@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from normcore import _standardize
+from normcore import _plan
 from normcore.errors import DtypeError, ParameterError, ShapeError
 from normcore.normalization import (
     batch_norm,
@@ -117,13 +117,12 @@ def test_groups_too_large_for_the_cache_are_the_same_but_for_a_last_place(
     affine: tuple[int, ...],
     is_last: bool,
     dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+    limits: Callable[..., None],
 ) -> None:
     input, grad, weight, bias = _tensors(shape, affine, dtype, is_last=is_last)
     found = []
-    for cached in (_standardize._CACHED, 0):
-        monkeypatch.setattr(_standardize, "_CACHED", cached)
-        monkeypatch.setattr(_standardize, "_RUN_BYTES", 0)
+    for cached in (_plan._CACHED, 0):
+        limits(_CACHED=cached, _RUN_BYTES=0)
         output, by = standardize_own(input, weight, bias, axes=axes, eps=1e-5)
         found.append((output, by.mean, by.var, *backward(grad, input, weight, by, affine_shape=affine)))
     for own, other in zip(*found, strict=True):
@@ -381,7 +380,7 @@ def test_given_statistics_keep_gradients_of_what_is_not_finite(shape: tuple[int,
     assert of_bias.flatten().tolist() == [input.numel() / 2] * 2
 
 
-def test_warm_up_compiles_what_calls_need(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_compiles_what_calls_need(limits: Callable[..., None]) -> None:
     from normcore import _column_gradients, _column_sweeps, _gradient_sweeps, _sweeps
 
     warm_up()
@@ -395,9 +394,8 @@ def test_warm_up_compiles_what_calls_need(monkeypatch: pytest.MonkeyPatch) -> No
     before = {kernel: len(kernel.signatures) for kernel in public}
     # Those that other kernels call are compiled within them, or come from the disk with them.
     assert sum(count > 0 for count in before.values()) >= 10
-    for dtype, cached in product(DTYPES, (_standardize._CACHED, 0)):
-        monkeypatch.setattr(_standardize, "_CACHED", cached)
-        monkeypatch.setattr(_standardize, "_RUN_BYTES", 0)
+    for dtype, cached in product(DTYPES, (_plan._CACHED, 0)):
+        limits(_CACHED=cached, _RUN_BYTES=0)
         for memory_format in (torch.contiguous_format, torch.channels_last):
             input = torch.randn(2, 6, 4, 4).to(dtype).contiguous(memory_format=memory_format)
             batch_norm(input, training=True, grad_output=input)
@@ -407,3 +405,27 @@ def test_warm_up_compiles_what_calls_need(monkeypatch: pytest.MonkeyPatch) -> No
             layer_norm(input, grad_output=input)
             rms_norm(input, grad_output=input)
     assert {kernel: len(kernel.signatures) for kernel in public} == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_samples_of_a_tensor_beyond_the_caches_come_out_as_alone(dtype: torch.dtype) -> None:
+    # Such a tensor is read and written in turn, page by page; 37 positions leave a rest of every page.
+    input = torch.randn(65, 48, 37, 37).to(dtype).contiguous(memory_format=torch.channels_last) + 3
+    weight, bias, grad = torch.rand(48), torch.randn(48), torch.randn_like(input)
+    assert input.nbytes > 2**23
+    whole = group_norm(input, weight, bias, num_groups=12)
+    apart = [group_norm(sample[None], weight, bias, num_groups=12) for sample in input]
+    assert torch.equal(whole.output, torch.cat([own.output for own in apart]))
+    assert whole.var is not None
+    assert torch.equal(whole.var, torch.cat([own.var for own in apart if own.var is not None]))
+    running = torch.randn(48), torch.rand(48) + 0.5
+    frozen = batch_norm(input, *running, weight, bias, grad_output=grad)
+    parts = [
+        batch_norm(input[rows], *running, weight, bias, grad_output=grad[rows]) for rows in (slice(9), slice(9, None))
+    ]
+    grads = [(own.grad_input, own.grad_weight) for own in (frozen, *parts)]
+    of_input, of_weight = zip(
+        *[(own, other) for own, other in grads if own is not None and other is not None], strict=True
+    )
+    assert torch.equal(of_input[0], torch.cat(of_input[1:]))
+    _assert_close(of_weight[0], torch.stack(of_weight[1:]).sum(0), 1e-6)

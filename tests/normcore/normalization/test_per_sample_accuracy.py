@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from normcore import _standardize
 from normcore.normalization import group_norm, instance_norm, layer_norm, rms_norm
 from tests.normcore.normalization import group_oracle as oracle
 
@@ -206,9 +205,9 @@ def test_constant_rows_of_any_length_have_no_variance(value: float) -> None:
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 @pytest.mark.parametrize("name", NORMS)
 def test_blocks_of_samples_are_like_one(
-    name: str, mean: float, dtype: torch.dtype, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+    name: str, mean: float, dtype: torch.dtype, memory_format: torch.memory_format, limits: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(_standardize, "_PART", 2 * math.prod(SHAPE[1:]))
+    limits(_PART=2 * math.prod(SHAPE[1:]))
     input = _data(mean, 3.0, dtype, memory_format)
     expected = oracle.over_last(input, NORMS[name].count, eps=EPS, has_mean=NORMS[name].has_mean)
     output, ours_mean, var, _ = NORMS[name].ours(input)
@@ -220,9 +219,9 @@ def test_blocks_of_samples_are_like_one(
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 @pytest.mark.parametrize("samples_per_block", [1, 2, 6])
 def test_parameters_of_each_sample_follow_their_blocks(
-    samples_per_block: int, mean: float, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+    samples_per_block: int, mean: float, memory_format: torch.memory_format, limits: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(_standardize, "_PART", samples_per_block * math.prod(SHAPE[1:]))
+    limits(_PART=samples_per_block * math.prod(SHAPE[1:]))
     input = _data(mean, 1.0, torch.float32, memory_format)
     input[4, 3] = 7.0
     weight, bias = torch.linspace(0.5, 2, 48).view(6, 8), torch.linspace(-1, 1, 48).view(6, 8)
