@@ -76,6 +76,19 @@ def settle_sums(sums: Any, by: Any, sizes: Any, segment: int) -> None:
 
 
 @compiled
+def add_weighted(sums: Any, weight: Any, totals: Any, sizes: Any) -> None:
+    """Add sums (2, rows, columns), each times its weight, over rows and channels to those of groups (2, B * G)."""
+    samples, _, groups, channels, _ = sizes
+    _, count, width = sums.shape
+    for row in range(count):
+        first, sample = row * weight.size // (count * width) * width, row * samples // count
+        for group in range(groups):
+            for column in range(group * channels, (group + 1) * channels):
+                totals[0, sample * groups + group] += weight[first + column] * sums[0, row, column]
+                totals[1, sample * groups + group] += weight[first + column] * sums[1, row, column]
+
+
+@compiled
 def gradient_of_columns(x: Any, grad: Any, out: Any, terms: Any, parts: Any, start: int, stop: int) -> None:
     """The gradient dy * scale + (x - center) * slope + constant; `terms` are center, scale, ..., (4, P, W)."""
     blocks, size, elements = parts

@@ -104,11 +104,9 @@ def _cached(values: Operand, grad: Operand, out: Any, gamma: Any, by: Any, *, ha
 
 def _totals(values: Operand, weight: Tensor | None, sums: Any) -> Any:
     """Sums (2, B * G) of a and a * xh from those of dy and dy * xh."""
-    samples, _, groups, channels, _ = values.box.sizes
-    gamma = values.parameter(weight, 1.0).reshape(-1, 1, values.box.width)
-    weighted = sums.reshape(2, len(gamma), -1, values.box.width) * gamma
-    totals = weighted.reshape(2, samples, sums.shape[1] // samples, groups, channels).sum((2, 4))
-    return totals.reshape(2, -1)
+    totals = np.zeros((2, values.box.groups))
+    _column_gradients().add_weighted(sums, values.parameter(weight, 1.0), totals, values.box.sizes)
+    return totals
 
 
 def _per_parameter(values: Operand, sums: Any, dtype: torch.dtype = torch.float64) -> Any:

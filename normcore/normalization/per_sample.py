@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -137,15 +137,14 @@ class Operands(NamedTuple):
         if self.input.numel() == 0:
             return self._empty(kind)
         values, weight, bias, out = self._views()
-        mask = self._counted()
-        by: dict[str, Any] = {"axes": self.groups.axes, "eps": eps, "has_mean": has_mean, "mask": mask, "out": out}
+        axes, mask = self.groups.axes, self._counted()
         if is_cast_first and weight is not None:
             with torch.no_grad():
-                found = standardize_over(values, **by)
+                found = standardize_over(values, axes=axes, eps=eps, has_mean=has_mean, mask=mask, out=out)
                 found.output.mul_(weight)
             found = differentiable(found, values, weight)
         else:
-            found = standardize_over(values, weight, bias, **by)
+            found = standardize_over(values, weight, bias, axes=axes, eps=eps, has_mean=has_mean, mask=mask, out=out)
         return self._result(kind, found, values, weight)
 
     def standardize_by(self, kind: type[Result], mean: Tensor, var: Tensor, *, eps: float) -> Result:
