@@ -6,7 +6,7 @@ import numpy as np
 
 from normcore._column_sweeps import join_sums, sum_columns
 from normcore._compiled import as_computed, as_read, compiled, fused, read, store
-from normcore._sweeps import CENTER, INVSTD, OFFSET, repeat
+from normcore._sweeps import CENTER, INVSTD, OFFSET, copy, repeat
 
 
 @compiled
@@ -36,7 +36,7 @@ def gradient_of_samples(
         first, last = sample * rows * width, (sample + 1) * rows * width
         affine = sample * rows // per * width
         gamma = weight[affine : affine + width]
-        own_by[:] = by[:, sample * groups : (sample + 1) * groups]
+        copy(by, sample * groups, own_by, 0, groups)
         fill_centers(own_by, center, own, rows)
         sum_columns(x[first:last], grad[first:last], None, None, center, found, parts, 0, 1)
         join_sums(found, joined, 1)
@@ -47,7 +47,9 @@ def gradient_of_samples(
                 means[0, group] += gamma[column] * joined[0, 0, column] if has_mean else 0.0
                 means[1, group] += gamma[column] * joined[1, 0, column]
         means /= rows * channels
-        sums[:, sample] = joined[:, 0]
+        for row in range(2):
+            for column in range(width):
+                sums[row, sample, column] = joined[row, 0, column]
         fill_gradient_terms(gamma, own_by, means, terms, own, rows, rows)
         gradient_of_columns(x[first:last], grad[first:last], out[first:last], terms, parts, 0, 1)
 

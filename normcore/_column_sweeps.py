@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, inlined, load, read, store
-from normcore._sweeps import LEAST, MOST, fill_terms, repeat, settle
+from normcore._sweeps import LEAST, MOST, copy, fill_terms, repeat, settle
 
 _FEW = 16
 # Of a tensor of more bytes than this, a sweep that reads and one that writes take pages in turn: memory is read while
@@ -62,11 +62,11 @@ def standardize_samples(
             sum_columns(values, None, None, None, center, sums, parts, 0, 1)
             join_sums(sums, joined, 1)
         if not has_digits(values, joined[1], rows):
-            wide_center[:] = center
+            copy(center, 0, wide_center, 0, wide)
             sum_columns(values, None, None, None, wide_center, sums, parts, 0, 1)
             join_sums(sums, joined, 1)
         settle_columns(values, found, center, joined, own, eps, has_mean)
-        by[:, sample * groups : (sample + 1) * groups] = found
+        copy(found, 0, by, sample * groups, groups)
         fill_terms(weight[affine : affine + width], bias[affine : affine + width], found, terms, own, rows, rows)
 
 
@@ -146,7 +146,8 @@ def join_rows(sums: Any, found: Any) -> None:
                 each = sums[index, row]
                 for column in range(np.uintp(total.size)):
                     total[column] += each[column]
-            found[index, own] = total
+            for column in range(total.size):
+                found[index, own, column] = total[column]
 
 
 @compiled

@@ -107,6 +107,14 @@ def fill_terms(weight: Any, bias: Any, by: Any, terms: Any, sizes: Any, segment:
     return is_usual
 
 
+@inlined
+def copy(source: Any, first: int, target: Any, start: int, width: int) -> None:
+    """Columns of all rows into those of others. To assign arrays would compile a second's worth of checks."""
+    for row in range(len(source)):
+        for column in range(width):
+            target[row, start + column] = source[row, first + column]
+
+
 @compiled
 def repeat(row: Any, width: int) -> None:
     """Fill a row of columns with its first ones, again and again."""
