@@ -2,19 +2,19 @@
 
 A number w * 10^q is exact where w and 10^|q| are, so that one multiplication or division rounds it. Else 5^q is taken
 from a table, rounded down to 128 bits, and the product is known to lie within a few units of its 128 leading bits: a
-double that both ends of this interval round to is the nearest one. Nothing is guessed: a text with a number that stays
-open, that is too large, or of more than 19 digits is left to the caller's own parser, as is whatever else is unusual.
+double that both ends of this interval round to is the nearest one. What is binary itself or half-way between doubles
+divides evenly. Nothing is guessed: a text with a number that stays open, that is too large, or of more than 19 digits is
+left to the caller's own parser, as is whatever else is unusual.
 
 This module imports numba, which takes its time, and its first call compiles.
 """
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from normcore._compiled import compiled, inlined
+from normcore._compiled import bits_of, byte_at, compiled, inlined
 
 _MAX_RANK = 64
 _MAX_DIGITS = 19  # that a word of 64 bits holds, whatever they are
@@ -49,73 +49,88 @@ def read_decimals(text: bytes | bytearray | memoryview, *, are_integers: bool = 
     codes.flags.writeable = False  # else the kernel would be compiled for both kinds
     values = np.empty(len(codes) // 2 + 1)
     sizes = np.zeros(_MAX_RANK, np.int64)
-    count = _read(codes, _tables(), values, values.view(np.uint64), sizes, are_integers)
+    count = _read(
+        codes.ctypes.data, codes.ctypes.data + len(codes), values, values.view(np.uint64), sizes, are_integers
+    )
     if count < 0:
         return None
     found = values[:count].view(np.int64) if are_integers else values[:count]
     return found.reshape(sizes[: int(np.argmin(sizes))])
 
 
-@cache
-def _tables() -> tuple[NDArray[Any], ...]:
-    """Powers of ten in float64; of five in 128 bits, the larger half first; binary exponents of their products."""
+def _tables() -> tuple[NDArray[Any], NDArray[Any]]:
+    """Powers of five in 128 bits, the larger half first; binary exponents of products with them."""
     powers, exponents = [], []
     for power in range(_LEAST_POWER, _LARGEST_POWER + 1):
         five = 5 ** abs(power)
         length = five.bit_length()
         shift = length - 128 if power >= 0 else -(127 + length)
-        digits = (five << 128 >> length if power >= 0 else (1 << -shift) // five)
+        digits = five << 128 >> length if power >= 0 else (1 << -shift) // five
         powers.append((digits >> 64, digits % 2**64))
         exponents.append(128 + power + shift)
-    tens = np.array([float(10**power) for power in range(_EXACT_POWER + 1)])
-    return tens, np.array(powers, np.uint64), np.array(exponents, np.int64)
+    return np.array(powers, np.uint64), np.array(exponents, np.int64)
+
+
+_TENS = np.array([float(10**power) for power in range(_EXACT_POWER + 1)])
+_FIVES = np.array([5**power for power in range(_EXACT_FIVE + 1)], np.uint64)
+_TABLE, _EXPONENTS = _tables()
 
 
 @compiled
-def _read(codes: Any, tables: Any, values: Any, bits: Any, sizes: Any, are_integers: bool) -> int:
-    """The number of elements, or -1. `sizes` become those of the axes, and 0 behind the last."""
-    place, count, depth, leaves = 0, 0, 0, -1
+def _read(place: int, stop: int, values: Any, bits: Any, sizes: Any, are_integers: bool) -> int:
+    """The number of elements between two addresses, or -1. `sizes` become those of the axes, and 0 behind the last."""
+    count, depth, leaves = 0, 0, -1
     counts = np.zeros_like(sizes)
     while True:
-        place = _skip_space(codes, place)
-        while place < codes.size and codes[place] == _OPEN:
-            depth += 1
-            if depth == sizes.size - 1:
-                return -1
-            counts[depth] = 0
-            place = _skip_space(codes, place + 1)
+        place, depth = _open(stop, place, depth)
         leaves = depth if leaves < 0 else leaves
-        place, mantissa, exponent, is_negative, is_integer = _read_number(codes, place)
-        if place < 0 or depth != leaves:
+        if depth != leaves or depth >= sizes.size - 1:
             return -1
-        if are_integers:
-            if not is_integer or mantissa >> _TOP:
-                return -1
-            bits[count] = _NONE - mantissa if is_negative else mantissa
-        elif not _store_nearest(tables, values, bits, count, mantissa, exponent, is_negative, is_integer):
+        place, mantissa, exponent, is_negative, is_integer = _read_number(stop, place)
+        is_read, number = _convert(mantissa, exponent, is_negative, is_integer, are_integers)
+        if place < 0 or not is_read:
             return -1
+        bits[count] = number
         count += 1
         counts[depth] += 1
-        place = _skip_space(codes, place)
-        while place < codes.size and codes[place] == _CLOSE:
-            if depth == 0 or (sizes[depth] and sizes[depth] != counts[depth]):
-                return -1
-            sizes[depth] = counts[depth]
-            depth -= 1
-            counts[depth] += 1
-            place = _skip_space(codes, place + 1)
-        if place == codes.size:
+        place = _skip_space(stop, place)
+        if place < stop and byte_at(place) == _CLOSE:
+            place, depth = _close(stop, place, depth, counts, sizes)
+        if place == stop:
             sizes[0] = counts[0]
             return -1 if depth else count
-        if codes[place] != _COMMA:
+        if depth < 0 or byte_at(place) != _COMMA:
             return -1
         place += 1
 
 
 @inlined
-def _skip_space(codes: Any, place: Any) -> Any:
-    while place < codes.size:
-        code = codes[place]
+def _open(stop: Any, place: Any, depth: Any) -> Any:
+    """Where the next element begins, and how deep it lies."""
+    place = _skip_space(stop, place)
+    while place < stop and byte_at(place) == _OPEN:
+        depth += 1
+        place = _skip_space(stop, place + 1)
+    return place, depth
+
+
+@inlined
+def _close(stop: Any, place: Any, depth: Any, counts: Any, sizes: Any) -> Any:
+    """The same behind lists that end; the depth is negative where one does not begin, or is not as long as another."""
+    while place < stop and byte_at(place) == _CLOSE:
+        if depth <= 0 or (sizes[depth] and sizes[depth] != counts[depth]):
+            return place, -1
+        sizes[depth], counts[depth] = counts[depth], 0
+        depth -= 1
+        counts[depth] += 1
+        place = _skip_space(stop, place + 1)
+    return place, depth
+
+
+@inlined
+def _skip_space(stop: Any, place: Any) -> Any:
+    while place < stop:
+        code = byte_at(place)
         if code != _SPACE and code != _LINE_FEED and code != _TAB and code != _RETURN:
             break
         place += 1
@@ -123,31 +138,32 @@ def _skip_space(codes: Any, place: Any) -> Any:
 
 
 @inlined
-def _read_number(codes: Any, place: Any) -> Any:
+def _read_number(stop: Any, place: Any) -> Any:
     """Where it ends, or -1; digits without point, power of ten, whether it is negative, and has digits alone."""
-    is_negative = place < codes.size and codes[place] == _MINUS
+    is_negative = place < stop and byte_at(place) == _MINUS
     first = place + 1 if is_negative else place
-    place, mantissa = _read_digits(codes, first, _NONE)
+    place, mantissa = _read_digits(stop, first, _NONE)
     length = place - first
-    is_failed = length == 0 or (length > 1 and codes[first] == _ZERO)
-    is_integer, exponent = True, 0
-    if place < codes.size and codes[place] == _POINT:
+    is_failed = length == 0 or (length > 1 and byte_at(first) == _ZERO)
+    exponent: Any = 0
+    is_integer = True
+    if place < stop and byte_at(place) == _POINT:
         start = place + 1
-        place, mantissa = _read_digits(codes, start, mantissa)
+        place, mantissa = _read_digits(stop, start, mantissa)
         is_integer, exponent = False, start - place
         is_failed |= start == place
         length -= exponent
     if length > _MAX_DIGITS:
-        while first < place and (codes[first] == _ZERO or codes[first] == _POINT):
-            length -= codes[first] == _ZERO
+        while first < place and (byte_at(first) == _ZERO or byte_at(first) == _POINT):
+            length -= byte_at(first) == _ZERO
             first += 1
         is_failed |= length > _MAX_DIGITS
-    if place < codes.size and (codes[place] == _SMALL_E or codes[place] == _CAPITAL_E):
+    if place < stop and (byte_at(place) == _SMALL_E or byte_at(place) == _CAPITAL_E):
         place += 1
-        is_small = place < codes.size and codes[place] == _MINUS
-        place += is_small or (place < codes.size and codes[place] == _PLUS)
+        is_small = place < stop and byte_at(place) == _MINUS
+        place += is_small or (place < stop and byte_at(place) == _PLUS)
         start = place
-        place, power = _read_digits(codes, start, _NONE)
+        place, power = _read_digits(stop, start, _NONE)
         is_integer = False
         is_failed |= start == place or place - start > _MAX_DIGITS or power > np.uint64(_MAX_EXPONENT)
         exponent += -np.int64(power) if is_small else np.int64(power)
@@ -155,10 +171,10 @@ def _read_number(codes: Any, place: Any) -> Any:
 
 
 @inlined
-def _read_digits(codes: Any, place: Any, number: Any) -> Any:
+def _read_digits(stop: Any, place: Any, number: Any) -> Any:
     """Where they end, and the number with them appended."""
-    while place < codes.size:
-        digit = np.uint64(codes[place]) - np.uint64(_ZERO)
+    while place < stop:
+        digit = np.uint64(byte_at(place)) - np.uint64(_ZERO)
         if digit >= _TEN:
             break
         number = number * _TEN + digit
@@ -167,37 +183,34 @@ def _read_digits(codes: Any, place: Any, number: Any) -> Any:
 
 
 @inlined
-def _store_nearest(
-    tables: Any,
-    values: Any,
-    bits: Any,
-    index: Any,
-    mantissa: Any,
-    exponent: Any,
-    is_negative: Any,
-    is_integer: Any,
-) -> Any:
-    """Whether it could be."""
-    tens, powers, exponents = tables
-    sign = _SIGN if is_negative else _NONE
+def _convert(mantissa: Any, exponent: Any, is_negative: Any, is_integer: Any, are_integers: Any) -> Any:
+    """Whether it could be, and the bits."""
+    if are_integers:
+        return is_integer and not mantissa >> _TOP, _NONE - mantissa if is_negative else mantissa
+    found = _nearest(mantissa, exponent)
+    has_sign = is_negative and not (is_integer and mantissa == _NONE)
+    return found < _INFINITY, found | _SIGN if has_sign else found
+
+
+@inlined
+def _nearest(mantissa: Any, exponent: Any) -> Any:
+    """The bits of the double nearest to mantissa * 10^exponent; of no finite one where that stays open."""
     if mantissa == _NONE:
-        bits[index] = _NONE if is_integer else sign
-        return True
+        return _NONE
     if mantissa <= _EXACT_INTEGER and -_EXACT_POWER <= exponent <= _EXACT_POWER:
         value = np.float64(mantissa)
-        value = value / tens[-exponent] if exponent < 0 else value * tens[exponent]
-        values[index] = -value if is_negative else value
-        return True
-    while mantissa % _TEN == _NONE:  # what is exact without them would stay open
-        mantissa //= _TEN
-        exponent += 1
+        value = value / _TENS[-exponent] if exponent < 0 else value * _TENS[exponent]
+        return bits_of(value)
     if exponent < _LEAST_POWER or exponent > _LARGEST_POWER:
-        return False
+        return _ALL
     row = exponent - _LEAST_POWER
     is_exact = 0 <= exponent <= _EXACT_FIVE
-    nearest = _round(mantissa, powers[row, 0], powers[row, 1], exponents[row], is_exact)
-    bits[index] = nearest | sign
-    return nearest < _INFINITY
+    found = _round(mantissa, _TABLE[row, 0], _TABLE[row, 1], _EXPONENTS[row], is_exact)
+    if found == _ALL and -_EXACT_FIVE <= exponent < 0:
+        five = _FIVES[-exponent]
+        if mantissa % five == _NONE:  # a binary number itself, or half-way between two
+            found = bits_of(np.float64(mantissa // five) / np.float64(_ONE << np.uint64(-exponent)))
+    return found
 
 
 @inlined
