@@ -1,6 +1,10 @@
 """Numbers in text: the nearest double to each, or left to be read by other means; never another one."""
 
 import math
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -156,3 +160,39 @@ def test_text_in_memory_that_may_be_written_is_read_by_the_same_kernel() -> None
         found = read_decimals(memoryview(whole)[2:-1])
         assert found is not None
         assert found.tolist() == [1.5, 2]
+
+
+@pytest.fixture
+def only_yielding_threads() -> Iterator[None]:
+    """The interpreter is taken from no thread that does not let it go."""
+    found = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(found)
+
+
+@pytest.mark.usefixtures("only_yielding_threads")
+def test_another_thread_runs_while_a_long_text_is_read() -> None:
+    text = memoryview(b",".join([b"-1.2345678"] * 1_000_000))
+    read_decimals(text)  # the first call compiles, which lets others run
+    ticks, is_done = 0, False
+
+    def tick() -> None:
+        nonlocal ticks
+        while not is_done:
+            time.sleep(1e-4)
+            ticks += 1
+
+    def ticks_while_reading() -> int:
+        before = ticks
+        assert read_decimals(text) is not None
+        return ticks - before
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    try:
+        # a machine with much to do may run the other thread late: once is enough, and never happens where none can
+        assert any(ticks_while_reading() > 2 for _ in range(50))
+    finally:
+        is_done = True
+        ticker.join()

@@ -1,10 +1,7 @@
-"""Large arrays of numbers are read while other threads run, and are what a parser makes of them."""
+"""Numbers that a compiled reader takes are what a parser makes of them, and nothing waits for its compiler."""
 
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
 
 import numpy as np
 import orjson
@@ -14,7 +11,7 @@ from hypothesis import strategies as st
 
 from service.codecs import json_numbers
 from service.codecs.json_tensors import to_array
-from service.datatypes import BOOL, BYTES, DATATYPES, FP64, Datatype
+from service.datatypes import BOOL, BYTES, DATATYPES, Datatype
 from service.errors import PayloadMalformedError
 from tests.service.codecs.strategies import assert_same_bits
 
@@ -69,41 +66,6 @@ def test_integers_are_read_up_to_their_limits(datatype: Datatype) -> None:
         assert json_numbers.read(memoryview(str(refused).encode()), datatype) is None
         with pytest.raises(PayloadMalformedError):
             to_array([refused], datatype, (1,), field="x")
-
-
-@pytest.fixture
-def only_yielding_threads() -> Iterator[None]:
-    """The interpreter is taken from no thread that does not let it go."""
-    found = sys.getswitchinterval()
-    sys.setswitchinterval(1000)
-    yield
-    sys.setswitchinterval(found)
-
-
-@pytest.mark.usefixtures("only_yielding_threads")
-def test_another_thread_runs_while_a_large_array_is_read() -> None:
-    text = memoryview(b",".join([b"-1.2345678"] * 1_000_000))
-    ticks, is_done = 0, False
-
-    def tick() -> None:
-        nonlocal ticks
-        while not is_done:
-            time.sleep(1e-4)
-            ticks += 1
-
-    def ticks_while_reading() -> int:
-        before = ticks
-        assert json_numbers.read(text, FP64) is not None
-        return ticks - before
-
-    ticker = threading.Thread(target=tick)
-    ticker.start()
-    try:
-        # a machine with much to do may run the other thread late: once is enough, and never happens where none can
-        assert any(ticks_while_reading() > 2 for _ in range(50))
-    finally:
-        is_done = True
-        ticker.join()
 
 
 def test_nothing_waits_for_the_compiler() -> None:
