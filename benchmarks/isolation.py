@@ -31,7 +31,7 @@ def report(_: int, seconds: float) -> None:
             p50, p99 = percentiles(latencies_ms)
             _say(
                 f"  {name:<10}{len(call.body) / 1024**2:>5.1f} MiB {load.rate:>6.1f}/s, {load.failures} refused; "
-                f"probes: p50 {p50:.1f} ms, p99 {p99:.1f} ms, most {max(latencies_ms):.1f} ms, {len(latencies_ms)} of them"
+                f"probes: p50 {p50:.1f} ms, p99 {p99:.1f} ms, most {max(latencies_ms):.1f} ms, of {len(latencies_ms)}"
             )
     _report_decoding(seconds)
 
