@@ -3,7 +3,7 @@
 A number w * 10^q is exact where w and 10^|q| are, so that one multiplication or division rounds it. Else 5^q is taken
 from a table, rounded down to 128 bits, and the product is known to lie within a few units of its 128 leading bits: a
 double that both ends of this interval round to is the nearest one. What is binary itself or half-way between doubles
-divides evenly. Nothing is guessed: a text with a number that stays open, that is too large, or of more than 19 digits is
+divides evenly. Nothing is guessed: a text with a number that stays open, is too large, or has more than 19 digits is
 left to the caller's own parser, as is whatever else is unusual.
 
 This module imports numba, which takes its time, and its first call compiles.
@@ -44,6 +44,12 @@ def read_decimals(text: bytes | bytearray | memoryview, *, are_integers: bool = 
     Returns:
         The elements, each the nearest to its text, ties to even; -0 without a fraction or exponent is 0. None where the
         text is anything else, and where it has to be read by other means; see above.
+
+    >>> read_decimals(b"[1.5, 2], [-3e2, 0.1]")
+    array([[ 1.5e+00,  2.0e+00],
+           [-3.0e+02,  1.0e-01]])
+    >>> read_decimals(b"1, null") is None
+    True
     """
     codes = np.frombuffer(text, np.uint8)
     codes.flags.writeable = False  # else the kernel would be compiled for both kinds
