@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import memory, overload
-from benchmarks.load import Call, Load, closed_loop, connected, percentiles
+from benchmarks import isolation, memory, overload
+from benchmarks.load import Call, Load, closed_loop, connected
 from benchmarks.networks import IMAGE_SHAPE, TINY_INPUTS, perceptron, residual_network
 from benchmarks.servers import Server, binary_call, peer, service
 from normcore.execution import open_session
@@ -28,8 +28,6 @@ from normcore.normalization import batch_norm
 _PEERS = ("pytriton", "mlserver", "litserve")
 _IMAGE_CONNECTIONS = 8
 _TENSOR_BYTES = 64 * 1024**2
-_JSON_BYTES = 8 * 1024**2
-_JSON_CLIENTS = 32
 
 
 def overhead(rounds: int, seconds: float) -> None:
@@ -101,44 +99,11 @@ def tensors(rounds: int, _: float) -> None:
     _say(f"  peak memory above that after a first small call: {peak_bytes / _TENSOR_BYTES:.2f} times the body")
 
 
-def isolation(_: int, seconds: float) -> None:
-    """Goal 7: the liveness probe while 32 clients post large JSON documents."""
-    count = _JSON_BYTES // 9
-    body = (
-        f'{{"inputs": [{{"name": "input", "shape": [{count // 8}, 8], "datatype": "FP32", "data": ['
-        + ",".join(["1.234567"] * (count // 8 * 8))
-        + ']}], "parameters": {"training": true, "binary_data_output": true}}'
-    ).encode()
-    with service() as ours:
-        call = Call(ours.port, "/v2/models/normcore.batch_norm/infer", body)
-
-        async def both() -> tuple[Load, list[float]]:
-            posting = asyncio.create_task(
-                asyncio.to_thread(closed_loop, call, connections=_JSON_CLIENTS, seconds=seconds)
-            )
-            latencies_ms, exchange, request = list[float](), await connected(ours.port), _HEALTH.to_bytes()
-            while not posting.done():
-                started = time.perf_counter()
-                await exchange.ask(request)
-                latencies_ms.append((time.perf_counter() - started) * 1e3)
-                await asyncio.sleep(0.01)
-            return await posting, latencies_ms
-
-        load, latencies_ms = asyncio.run(both())
-    p50, p99 = percentiles(latencies_ms)
-    _say(f"  {load.rate:.1f} JSON requests/s of {len(body) / 1024**2:.1f} MiB, {load.failures} refused")
-    _say(
-        f"  /v2/health/live: p50 {p50:.1f} ms, p99 {p99:.1f} ms, most {max(latencies_ms):.1f} ms, "
-        f"{len(latencies_ms)} probes"
-    )
-
-
-_HEALTH = Call(0, "/v2/health/live")
 _PARTS: dict[str, Callable[[int, float], None]] = {
     "overhead": overhead,
     "goodput": goodput,
     "tensors": tensors,
-    "isolation": isolation,
+    "isolation": isolation.report,
     "overload": overload.report,
     "memory": memory.report,
 }

@@ -214,7 +214,13 @@ def _instruction(source: Any, to: Any, generate: Callable[[Any, Any], Any]) -> A
     return _intrinsic(typed)
 
 
-_HALF, _FLOAT, _WORD, _SHORT = ir.HalfType(), ir.FloatType(), ir.IntType(32), ir.IntType(16)
+_HALF, _FLOAT = ir.HalfType(), ir.FloatType()
+_BYTE, _SHORT, _WORD, _LONG = (ir.IntType(width) for width in (8, 16, 32, 64))
+# An array among the arguments of a step costs as much as a number of some digits, which is what these two are for.
+byte_at = _instruction(
+    types.int64, types.uint8, lambda builder, address: builder.load(builder.inttoptr(address, _BYTE.as_pointer()))
+)
+bits_of = _instruction(types.float64, types.uint64, lambda builder, value: builder.bitcast(value, _LONG))
 _bits_of = _instruction(types.float32, types.uint32, lambda builder, value: builder.bitcast(value, _WORD))
 _float_of = _instruction(types.uint32, types.float32, lambda builder, value: builder.bitcast(value, _FLOAT))
 _half_to_float = _instruction(

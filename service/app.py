@@ -53,6 +53,7 @@ from service.application.jobs import Jobs
 from service.application.models import Models
 from service.application.preparation import Preparation
 from service.application.statistics import Statistics
+from service.codecs import json_numbers
 from service.engine.admission import ReceiveBudget
 from service.engine.devices import torch_device
 from service.engine.normalization import NormalizationEngine
@@ -245,6 +246,7 @@ async def _restore(models: Models, health: Health, *, warms_up: bool) -> None:
     if warms_up:
         await asyncio.to_thread(warm_up)
         await asyncio.to_thread(warm_up_statistics)
+        await asyncio.to_thread(json_numbers.warm_up)
     await models.restore()
     if health.phase == "starting":
         health.phase = "serving"

@@ -4,7 +4,8 @@ Arrays of numbers are cut out of the text, and what remains is parsed with a num
 each. An array is cut again at commas and read piece by piece, each parsed between brackets of its own. The text is
 valid JSON if what remains is, with every such number among its values, and if every piece is and is not empty: so
 wherever we cut, text that is not JSON is never taken for it. Whatever is wrong or unusual is left to the parser of the
-whole text, which alone words the refusals. It is also faster: elements become an array while the cache holds them.
+whole text, which alone words the refusals. Pieces are also what a reader that needs no interpreter is given first; see
+json_numbers.
 """
 
 import secrets
@@ -35,16 +36,21 @@ Places = NDArray[np.intp]
 
 @dataclass(slots=True)
 class Pieces:
-    """A large array that is still text. Iterate once: lists of its elements, in order."""
+    """A large array that is still text. Iterate once: the texts of its elements, in order, for `elements_of`."""
 
     texts: list[memoryview]
 
-    def __iter__(self) -> Iterator[list[object]]:
+    def __iter__(self) -> Iterator[memoryview]:
         while self.texts:
-            elements = _parsed(b"".join((b"[", self.texts.pop(), b"]")))
-            if not elements:
-                raise UnusualError
-            yield elements
+            yield self.texts.pop()
+
+
+def elements_of(piece: memoryview) -> list[object]:
+    """What a piece has, parsed. Raises UnusualError where it is empty or no JSON."""
+    elements = _parsed(b"".join((b"[", piece, b"]")))
+    if not elements:
+        raise UnusualError
+    return elements
 
 
 def decode(text: Buffer, reader: Callable[[dict[str, object]], T], *, piece_bytes: int = PIECE_BYTES) -> T:
@@ -65,7 +71,7 @@ def _decode_in_pieces(text: memoryview, reader: Callable[[dict[str, object]], T]
         return reader(document)
     finally:
         for array in arrays:  # that the reader did not need, or not to the end: that it is no JSON is said first
-            deque(array, maxlen=0)
+            deque(map(elements_of, array), maxlen=0)
 
 
 def _parsed(text: bytes) -> list[object]:

@@ -11,8 +11,9 @@ import numpy as np
 import orjson
 
 from service import datatypes
+from service.codecs import json_numbers
 from service.codecs.buffers import MAX_RANK
-from service.codecs.json_pieces import Pieces
+from service.codecs.json_pieces import Pieces, elements_of
 from service.codecs.json_text import UnusualError, describe, name_of
 from service.datatypes import BOOL, BYTES, FP32, Datatype
 from service.engine.protocol import Tensor
@@ -27,7 +28,7 @@ def to_array(data: object, datatype: Datatype, shape: tuple[int, ...], *, field:
     """Return flat or nested row-major data as an array of the shape; its number of elements has to agree."""
     elements = _flatten(data, field)
     if elements.has_pieces:
-        array = _pack_pieces(elements, lambda _: datatype)
+        array = _pack_pieces(elements, datatype, lambda _: datatype)
         _check_nesting(array.size, array.shape, shape, field)
         return array.reshape(shape)
     _check_nesting(len(elements.flat), elements.shape, shape, field)
@@ -43,7 +44,7 @@ def to_nested_array(data: object, datatype: Datatype, *, field: str) -> Tensor:
 
     elements = _flatten(data, field)
     if elements.has_pieces:
-        return _pack_pieces(elements, choose)
+        return _pack_pieces(elements, datatype, choose)
     return _pack(elements, choose(elements.flat)).reshape(elements.shape)
 
 
@@ -145,7 +146,7 @@ def _check_nesting(count: int, nested: tuple[int, ...], shape: tuple[int, ...], 
         raise PayloadMalformedError(f"{field}: expected lists nested as {list(shape)}, received {list(nested)}")
 
 
-def _pack_pieces(elements: _Elements, choose: Callable[[list[object]], Datatype]) -> Tensor:
+def _pack_pieces(elements: _Elements, numeric: Datatype, choose: Callable[[list[object]], Datatype]) -> Tensor:
     """Large arrays of one shape, each read in pieces. Raises UnusualError where they are not that."""
     arrays: list[Tensor] = []
     shapes = set[tuple[int, ...]]()
@@ -153,12 +154,7 @@ def _pack_pieces(elements: _Elements, choose: Callable[[list[object]], Datatype]
         if not isinstance(pieces, Pieces):
             raise UnusualError
         count = len(arrays)
-        for part in pieces:
-            try:
-                inner = _flatten(part, elements.field)
-                arrays.append(_pack(inner, choose(inner.flat)).reshape(inner.shape))
-            except PayloadMalformedError:  # it has to name the place in the whole array
-                raise UnusualError from None
+        arrays += [_pack_piece(piece, elements.field, numeric, choose) for piece in pieces]
         shapes |= {(sum(map(len, arrays[count:])), *array.shape[1:]) for array in arrays[count:]}
     if len(shapes) != 1 or len({array.dtype for array in arrays}) != 1:
         raise UnusualError
@@ -166,6 +162,17 @@ def _pack_pieces(elements: _Elements, choose: Callable[[list[object]], Datatype]
     if len(shape) > MAX_RANK:
         raise UnusualError
     return np.concatenate(arrays).reshape(shape)
+
+
+def _pack_piece(piece: memoryview, field: str, numeric: Datatype, choose: Callable[[list[object]], Datatype]) -> Tensor:
+    array = json_numbers.read(piece, numeric)
+    if array is not None:
+        return array
+    try:
+        inner = _flatten(elements_of(piece), field)
+        return _pack(inner, choose(inner.flat)).reshape(inner.shape)
+    except PayloadMalformedError:  # it has to name the place in the whole array
+        raise UnusualError from None
 
 
 def _pack(elements: _Elements, datatype: Datatype) -> Tensor:

@@ -6,6 +6,7 @@ import importlib
 import pytest
 
 MODULES = [
+    "normcore.decimals",
     "normcore.normalization.batch_norm",
     "normcore.normalization.group_norm",
     "normcore.normalization.instance_norm",

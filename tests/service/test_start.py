@@ -124,10 +124,11 @@ def test_a_service_that_warms_up_is_ready_with_its_kernels(tmp_path: Path) -> No
         assert float(compute_ms) < 300  # the kernels of one call take a second to compile
 
 
-def test_kernels_of_statistics_are_among_them(tmp_path: Path) -> None:
+def test_kernels_of_statistics_and_of_numbers_in_text_are_among_them(tmp_path: Path) -> None:
     """In a process of its own: in this one other tests have compiled them."""
     script = """if True:
         import asyncio, pathlib, sys
+        from normcore import decimals
         from normcore.statistics import cells, sums
         from tests.service.conftest import http, running_app, small_settings
 
@@ -136,12 +137,12 @@ def test_kernels_of_statistics_are_among_them(tmp_path: Path) -> None:
             async with running_app(settings) as app, http(app) as client:
                 while (await client.get("/v2/health/ready")).status_code == 503:
                     await asyncio.sleep(0.1)
-                print(*(len(kernel.signatures) for kernel in (sums.merge_block, cells.count_values)))
+                print(*(len(kernel.signatures) for kernel in (sums.merge_block, cells.count_values, decimals._read)))
 
         asyncio.run(main())
     """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "4 1\n", done.stderr
+    assert done.stdout == "4 1 1\n", done.stderr
 
 
 def test_a_data_directory_in_use_is_one_line_and_free_after_a_kill(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service import datatypes
-from service.codecs import json_pieces, json_v1, oip
-from service.codecs.json_pieces import Pieces
+from service.codecs import json_numbers, json_pieces, json_v1, oip
+from service.codecs.json_pieces import Pieces, elements_of
 from service.codecs.json_tensors import Writer, to_array, to_nested_array
 from service.codecs.json_text import parse_object
 from service.datatypes import FP32
@@ -66,10 +66,15 @@ def _written(value: object, space: str) -> str:
 def whole(value: object) -> object:
     """The document with its pieces joined."""
     if isinstance(value, Pieces):
-        return [whole(element) for piece in value for element in piece]
+        return [whole(element) for piece in value for element in elements_of(piece)]
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
     return [whole(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled() -> None:
+    json_numbers.warm_up()
 
 
 def outcome(call: Callable[[], object]) -> str:

@@ -1,4 +1,7 @@
 import os
+import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -86,3 +89,16 @@ def test_one_thread_for_the_caller_leaves_the_others_theirs() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("changes", "is_spinning"), [({}, False), ({"OMP_WAIT_POLICY": "ACTIVE"}, True)], ids=str)
+def test_threads_of_the_service_wait_without_spinning(changes: dict[str, str], is_spinning: bool) -> None:
+    """As torch's own OpenMP says when it is loaded."""
+    others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment = others | {"OMP_DISPLAY_ENV": "verbose"} | changes
+    command = [sys.executable, "-c", "import service.app"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r"GOMP_SPINCOUNT = '(\w+)'", done.stderr)
+    if found is None:
+        pytest.skip("torch has another OpenMP than GNU's")
+    assert (found[1] != "0") == is_spinning
