@@ -58,14 +58,16 @@ class Compiler:
         if not has_folder():
             log.warning("no directory for compiled kernels can be written (NUMBA_CACHE_DIR): every start compiles them")
             return
-        self._helper = self._start_process(_HELP, 0)
+        self._helper = self._start_process(_HELP)
         self._stack.enter_context(compiled_elsewhere(self.compile))
 
     async def fill(self, *, is_urgent: bool) -> None:
         """Compile all that is not kept, and return when that is done; where it `is_urgent`, nothing has priority."""
         if self._helper is None:
             return
-        self._filler = self._start_process(_FILL, 0 if is_urgent else _LOWEST)
+        self._filler = self._start_process(_FILL)
+        if not is_urgent:
+            os.setpriority(os.PRIO_PROCESS, self._filler.pid, _LOWEST)
         said, _ = await asyncio.to_thread(self._filler.communicate)
         self.has_all = self._filler.returncode == 0
         if self.has_all:
@@ -101,10 +103,10 @@ class Compiler:
             self._end_helper()
         return not problem
 
-    def _start_process(self, work: str, niceness: int) -> subprocess.Popen[bytes]:
+    def _start_process(self, work: str) -> subprocess.Popen[bytes]:
         # By the thread of the event loop: a process is killed when the thread that started it ends.
         return subprocess.Popen(
-            [sys.executable, "-m", "service.engine.compiler", work, str(self._memory_bytes), str(niceness)],
+            [sys.executable, "-m", __name__, work, str(self._memory_bytes), str(self._owner)],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -167,9 +169,10 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-def _main(work: str, memory_bytes: str, niceness: str) -> int:
+def _main(work: str, memory_bytes: str, parent: str) -> int:
     limits.die_with_parent()
-    os.nice(int(niceness))
+    if os.getppid() != int(parent):  # it ended before
+        return 1
     Limits(int(memory_bytes), _CPU_S).apply()
     if work == _FILL:
         return 0 if keep_all() else 1
