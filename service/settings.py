@@ -58,8 +58,8 @@ class Settings(BaseSettings):
         60.0,
         ge=0,
         le=3600,
-        description="Longest time that a call waits for the process that compiles kernels, in seconds; then, and always"
-        " at 0, which starts no such processes, the service compiles them itself.",
+        description="Longest time that a call waits for another process to compile a kernel, which its deadline does"
+        " not count, in seconds; after that, or at 0, which starts no such processes, the service compiles it itself.",
     )
     threads: int = Field(0, ge=0, description="Compute threads of the process; 0 takes the cgroup's CPU quota.")
     device: str = Field(

@@ -109,7 +109,9 @@ def _gauges(entries: Iterable[Entry], services: Services) -> Iterable[Family]:
     limit.add(services.budget.limit_bytes)
     kept = Family("normserve_kernels_kept", "gauge", "1 when all kernels are compiled and on the disk, else 0")
     kept.add(int(services.compiler.has_all))
-    compiled = Family("normserve_kernels_compiled", "counter", "Kernels compiled by the service itself, amid requests")
+    compiled = Family(
+        "normserve_kernels_compiled_total", "counter", "Kernels compiled by the service itself, amid requests"
+    )
     compiled.add(compiled_here())
     return [pending, held, limit, kept, compiled]
 

@@ -65,6 +65,7 @@ class Compiler:
         """Compile all that is not kept, and return when that is done; where it `is_urgent`, nothing has priority."""
         if self._helper is None:
             return
+        log.info("kernels are compiled for this processor; until that is done, calls may wait for theirs")
         self._filler = self._start_process(_FILL)
         if not is_urgent:
             os.setpriority(os.PRIO_PROCESS, self._filler.pid, _LOWEST)

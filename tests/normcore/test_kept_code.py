@@ -197,3 +197,31 @@ def test_another_process_is_asked_before_this_one_compiles(kept: Path) -> None:
     assert asked == [(__name__, "_double", "(Array(float64, 1, 'C', False, aligned=True),)")] * 2
     assert _doubled() == [2.0, 4.0]
     assert len(asked) == 2
+
+
+def test_all_kernels_are_compiled_by_a_command_and_found_by_the_next_process(tmp_path: Path) -> None:
+    """Uses what this machine has kept, and leaves all kernels there for other tests."""
+    command = [sys.executable, "-W", "error", "-m", "normcore.compilation"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    copied = tmp_path / Path(done.stdout.strip()).name
+    shutil.copytree(done.stdout.strip(), copied)
+    program = (
+        "from normcore import compilation, normalization, statistics\n"
+        "print(compilation.is_all_kept())\n"
+        "normalization.warm_up(), statistics.warm_up()\n"
+        "print(compilation.compiled_here())\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for is_whole in (True, False):
+        found = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100, check=True
+        )
+        assert found.stdout.split() == [str(is_whole), str(int(not is_whole))]
+        next(copied.glob("are_usual-*.code")).unlink()
+
+
+def test_without_a_folder_the_command_says_what_to_set() -> None:
+    command = [sys.executable, "-m", "normcore.compilation"]
+    environment = {**os.environ, "NUMBA_CACHE_DIR": "/proc/nowhere"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (1, "no directory can be written: set NUMBA_CACHE_DIR\n")
