@@ -113,6 +113,8 @@ def folder() -> Path | None:
     writable = (base / name for base in bases if _is_writable(base / name))
     found = next((base / name for base in bases if has_all(base / name)), None) or next(writable, None)
     if found is not None:
+        with suppress(OSError):
+            os.utime(found)  # the day of its last use
         _remove_unused(found)
     return found
 
@@ -177,7 +179,6 @@ def _content(name: str) -> bytes | None:
 def _is_writable(kept: Path) -> bool:
     try:
         kept.mkdir(parents=True, exist_ok=True)
-        os.utime(kept)  # the day of its last use
     except OSError:
         return False
     return os.access(kept, os.W_OK)

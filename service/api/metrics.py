@@ -107,7 +107,7 @@ def _gauges(entries: Iterable[Entry], services: Services) -> Iterable[Family]:
     held.add(services.budget.used_bytes)
     limit = Family("normserve_receive_budget_bytes", "gauge", "Bytes of request bodies that may be held")
     limit.add(services.budget.limit_bytes)
-    kept = Family("normserve_kernels_kept", "gauge", "1 when all kernels are compiled and on the disk, else 0")
+    kept = Family("normserve_kernels_kept", "gauge", "Whether all kernels are compiled and on the disk")
     kept.add(int(services.compiler.has_all))
     compiled = Family(
         "normserve_kernels_compiled_total", "counter", "Kernels compiled by the service itself, amid requests"

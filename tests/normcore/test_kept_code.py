@@ -179,7 +179,16 @@ def test_what_nobody_used_for_a_month_is_removed(kept: Path) -> None:
         True,
         False,
     ]
-    assert time.time() - kept.stat().st_mtime < day, "the folder in use is never old"
+
+
+@pytest.mark.parametrize("has_everything", [False, True])
+def test_a_folder_in_use_is_never_old(kept: Path, has_everything: bool) -> None:
+    if has_everything:
+        mark_all(kept)
+    os.utime(kept, (0, 0))
+    _kept_code.folder.cache_clear()
+    assert _kept_code.folder() == kept
+    assert time.time() - kept.stat().st_mtime < 1000
 
 
 def test_another_process_is_asked_before_this_one_compiles(kept: Path) -> None:
