@@ -39,7 +39,9 @@ class KeptCode:
     compiled_here: ClassVar[int] = 0
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+        # Read when the functions are: what is written later is not what they are.
+        self._function, self._source = function, _digest_of_file(inspect.getfile(function))
+        folder()
 
     @property
     def cache_path(self) -> str:
@@ -81,8 +83,7 @@ class KeptCode:
 
     def _name(self, signature: Any, codegen: Any) -> str:
         function = self._function
-        source = _digest_of(Path(inspect.getfile(function)).read_bytes())
-        depends = (function.__module__, function.__qualname__, source, signature, codegen.magic_tuple())
+        depends = (function.__module__, function.__qualname__, self._source, signature, codegen.magic_tuple())
         return f"{function.__name__}-{_digest_of(repr(depends).encode())[:32]}.code"
 
 
@@ -194,6 +195,11 @@ def _remove_unused(kept: Path) -> None:
         for part in kept.glob("*.part*"):
             if now - part.stat().st_mtime > _CUT_OFF_S:
                 part.unlink()
+
+
+@cache
+def _digest_of_file(path: str) -> str:
+    return _digest_of(Path(path).read_bytes())
 
 
 def _digest_of(*contents: bytes) -> str:

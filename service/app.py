@@ -109,17 +109,7 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
     # Tensor routes are plain ASGI: a declared body would be parsed before any check, and costs a third of the rate.
     app.router.routes.append(Route("/v1/normalizations/{method}", Endpoint(normalizations.normalize), methods=["POST"]))
     app.router.routes.append(Route("/v1/statistics/{statistics_id}/batches", Endpoint(post_batch), methods=["POST"]))
-    for module in (
-        protocol,
-        normalizations,
-        statistics,
-        checkpoints,
-        calibration,
-        jobs,
-        models,
-        operations,
-        metrics,
-    ):
+    for module in (protocol, normalizations, statistics, checkpoints, calibration, jobs, models, operations, metrics):
         app.include_router(module.router)
     errors.install(app)
     openapi.install(app)
