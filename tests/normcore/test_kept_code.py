@@ -223,7 +223,7 @@ def test_all_kernels_are_compiled_by_a_command_and_found_by_the_next_process(tmp
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     for is_whole in (True, False):
         found = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100, check=True
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300, check=True
         )
         assert found.stdout.split() == [str(is_whole), str(int(not is_whole))]
         next(copied.glob("are_usual-*.code")).unlink()
