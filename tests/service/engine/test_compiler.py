@@ -21,7 +21,7 @@ from service.engine.compiler import Compiler
 from service.errors import ShuttingDownError
 from service.settings import Settings
 
-logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s", level="INFO")
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s", level="WARNING")
 
 def settings(**changes):
     return Settings(**({"compile_s": 60} | changes))
