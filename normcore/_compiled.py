@@ -9,13 +9,11 @@ few vector instructions within a loop.
 This module imports numba, which takes its time: import it, and modules of kernels, where a kernel is called.
 """
 
-import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -25,6 +23,8 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
+
+from normcore._kept_code import KeptCode
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -101,36 +101,11 @@ def fused(function: Function) -> Function:
 
 def _compile(function: Function, *, fastmath: bool | set[str], forceinline: bool = False) -> Function:
     compiler: Any = numba.njit
-    config: Any = numba.config
-    folder, found = _cache_folder(), config.CACHE_DIR
-    config.CACHE_DIR = folder or ""
-    try:
-        options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath, "forceinline": forceinline}
-        made: Function = compiler(cache=bool(folder), **options)(function)
-    finally:
-        config.CACHE_DIR = found
-    return made
-
-
-@cache
-def _cache_folder() -> str | None:
-    """Where machine code is kept, None where nothing is writable.
-
-    Its name is a digest of all kernels: numba looks at the file of a kernel alone, not at those that it calls, and
-    would go on with the code of an older release.
-    """
-    sources = sorted(path for path in Path(__file__).parent.rglob("*.py") if b"_compiled" in path.read_bytes())
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    for base in [Path(chosen)] if chosen else [Path(__file__).parent / "__pycache__", Path.home() / ".cache/normcore"]:
-        folder = base / f"kernels-{digest}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            return str(folder)
-    return None
+    options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath, "forceinline": forceinline}
+    made: Any = compiler(**options)(function)
+    made._cache = KeptCode(function)
+    kernel: Function = made
+    return kernel
 
 
 def load(array: Any, index: Any) -> Any:

@@ -55,6 +55,7 @@ from service.application.preparation import Preparation
 from service.application.statistics import Statistics
 from service.codecs import json_numbers
 from service.engine.admission import ReceiveBudget
+from service.engine.compiler import Compiler
 from service.engine.devices import torch_device
 from service.engine.normalization import NormalizationEngine
 from service.engine.onnx_runtime import OnnxEngine
@@ -109,17 +110,7 @@ def create_app(settings: Settings, health: Health | None = None) -> FastAPI:
     # Tensor routes are plain ASGI: a declared body would be parsed before any check, and costs a third of the rate.
     app.router.routes.append(Route("/v1/normalizations/{method}", Endpoint(normalizations.normalize), methods=["POST"]))
     app.router.routes.append(Route("/v1/statistics/{statistics_id}/batches", Endpoint(post_batch), methods=["POST"]))
-    for module in (
-        protocol,
-        normalizations,
-        statistics,
-        checkpoints,
-        calibration,
-        jobs,
-        models,
-        operations,
-        metrics,
-    ):
+    for module in (protocol, normalizations, statistics, checkpoints, calibration, jobs, models, operations, metrics):
         app.include_router(module.router)
     errors.install(app)
     openapi.install(app)
@@ -187,6 +178,7 @@ class _Server(uvicorn.Server):
 async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Services:
     threads = thread_budget(settings.threads)
     torch.set_num_threads(threads)
+    compiler = Compiler(settings)
     json_thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="json"))
     await asyncio.to_thread(settings.data_dir.mkdir, parents=True, exist_ok=True)
     blobs = Blobs(settings.data_dir)
@@ -212,21 +204,24 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
     stack.push_async_callback(sandbox.close)
     checkpoints = Checkpoints(blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings)
     folding = Folding(checkpoints=checkpoints, blobs=blobs, metadata=metadata, sandbox=sandbox, settings=settings)
-    models = await _open_models(settings, blobs, metadata, checkpoints, folding, sandbox, threads, stack)
+    models = await _open_models(settings, blobs, metadata, checkpoints, folding, sandbox, threads, compiler, stack)
     statistics_store = StatisticsStore(metadata, limit=settings.max_statistics)
     await statistics_store.open()
     kept = Statistics(store=statistics_store, settings=settings)
-    reducer = Worker("statistics", settings.queue_size)
+    reducer = Worker("statistics", settings.queue_size, excuse=compiler.excuse)
     stack.push_async_callback(reducer.close)
     # Threads that wait for each other are slower than one, beside the event loop and its senders.
     await reducer.submit(use_one_thread, deadline_s=settings.infer_deadline_s)
     await metadata.transact(lambda _: use_one_thread())
-    restoring = asyncio.create_task(_restore(models, health, warms_up=settings.warm_up))
+    await compiler.start()
+    stack.push_async_callback(compiler.close)
+    restoring = asyncio.create_task(_restore(models, health, compiler, warms_up=settings.warm_up))
     stack.callback(restoring.cancel)
     return Services(
         settings=settings,
         threads=threads,
         health=health,
+        compiler=compiler,
         budget=ReceiveBudget(settings.receive_budget_bytes),
         json_thread=json_thread,
         checkpoints=checkpoints,
@@ -242,14 +237,17 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
     )
 
 
-async def _restore(models: Models, health: Health, *, warms_up: bool) -> None:
+async def _restore(models: Models, health: Health, compiler: Compiler, *, warms_up: bool) -> None:
     if warms_up:
+        await compiler.fill(is_urgent=True)
         await asyncio.to_thread(warm_up)
         await asyncio.to_thread(warm_up_statistics)
         await asyncio.to_thread(json_numbers.warm_up)
     await models.restore()
     if health.phase == "starting":
         health.phase = "serving"
+    if not warms_up:
+        await compiler.fill(is_urgent=False)
 
 
 async def _open_models(
@@ -260,6 +258,7 @@ async def _open_models(
     folding: Folding,
     sandbox: Sandbox,
     threads: int,
+    compiler: Compiler,
     stack: AsyncExitStack,
 ) -> Models:
     async def load_engine(path: Path, name: str, version: str, options: ModelOptions) -> Engine:
@@ -284,7 +283,7 @@ async def _open_models(
         load_engine=load_engine,
     )
     stack.push_async_callback(models.close)
-    worker = Worker("normalization", settings.queue_size)
+    worker = Worker("normalization", settings.queue_size, excuse=compiler.excuse)
     device = torch_device(settings.device)
     for method in METHODS.values():
         models.add_builtin(NormalizationEngine(method, worker, device))

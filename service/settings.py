@@ -52,7 +52,14 @@ class Settings(BaseSettings):
     )
 
     warm_up: bool = Field(
-        False, description="Compile all kernels on the CPU before turning ready, half a minute the first time."
+        False, description="Compile all kernels on the CPU before turning ready, a minute or two the first time."
+    )
+    compile_s: float = Field(
+        60.0,
+        ge=0,
+        le=3600,
+        description="Longest time that a call waits for another process to compile a kernel, which its deadline does"
+        " not count, in seconds; after that, or at 0, which starts no such processes, the service compiles it itself.",
     )
     threads: int = Field(0, ge=0, description="Compute threads of the process; 0 takes the cgroup's CPU quota.")
     device: str = Field(

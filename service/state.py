@@ -13,6 +13,7 @@ from service.application.jobs import Jobs
 from service.application.models import Models
 from service.application.statistics import Statistics
 from service.engine.admission import ReceiveBudget
+from service.engine.compiler import Compiler
 from service.settings import Settings
 
 
@@ -23,6 +24,7 @@ class Services:
     settings: Settings
     threads: int
     health: Health
+    compiler: Compiler
     budget: ReceiveBudget
     json_thread: ThreadPoolExecutor
     checkpoints: Checkpoints

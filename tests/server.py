@@ -41,6 +41,7 @@ def running(data_dir: Path, settings: Mapping[str, str] | None = None, *, patien
         "NORMSERVE_PORT": "0",
         "NORMSERVE_DATA_DIR": str(data_dir),
         "NORMSERVE_DRAIN_S": "0.2",
+        "NORMSERVE_COMPILE_S": "0",
         **(settings or {}),
     }
     with log.open("a") as stderr:

@@ -121,7 +121,8 @@ def _widen(smallest: Any, largest: Any, counts: Any, low: Any, high: Any) -> Any
         if smallest[row] <= largest[row]:
             own = _cover(smallest_bits[row], largest_bits[row])
             if own != wide:
-                old[:] = counts[row]
+                for cell in range(CELLS):  # an array assigned to another brings code for a message, seconds to compile
+                    old[cell] = counts[row, cell]
                 counts[row] = 0
                 _move(old, own, counts[row], wide)
         smallest[row], largest[row] = low[row], high[row]

@@ -9,6 +9,7 @@ from typing import get_args
 
 from fastapi import APIRouter, Response
 
+from normcore.compilation import compiled_here
 from service.api.dependencies import ServicesDep
 from service.application.models import Entry
 from service.application.usage import FailureReason, Histogram
@@ -106,7 +107,13 @@ def _gauges(entries: Iterable[Entry], services: Services) -> Iterable[Family]:
     held.add(services.budget.used_bytes)
     limit = Family("normserve_receive_budget_bytes", "gauge", "Bytes of request bodies that may be held")
     limit.add(services.budget.limit_bytes)
-    return [pending, held, limit]
+    kept = Family("normserve_kernels_kept", "gauge", "Whether all kernels are compiled and on the disk")
+    kept.add(int(services.compiler.has_all))
+    compiled = Family(
+        "normserve_kernels_compiled_total", "counter", "Kernels compiled by the service itself, amid requests"
+    )
+    compiled.add(compiled_here())
+    return [pending, held, limit, kept, compiled]
 
 
 def _process() -> Iterable[Family]:

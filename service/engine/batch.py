@@ -65,6 +65,20 @@ class Ran(NamedTuple, Generic[T]):
     is_first: bool
 
 
+class Excuse(NamedTuple):
+    """Waiting that is charged to no call, such as that for its kernel to be compiled.
+
+    Attributes:
+        waited_s: seconds of it until now.
+        most_s: what it may put a deadline off by, at most.
+        from_s: deadlines below this are the caller's own wish, and are kept.
+    """
+
+    waited_s: Callable[[], float]
+    most_s: float
+    from_s: float
+
+
 _NO_PART = Part(None, 1, 0, None)
 
 
@@ -92,10 +106,27 @@ class Batch:
 class Task(Generic[T]):
     """A call, who waits for it and until when, and what came of it."""
 
-    __slots__ = ("_deadline_s", "_error", "_ran", "_started_ns", "call", "enqueued_ns", "future", "part", "timer")
+    __slots__ = (
+        "_deadline_s",
+        "_error",
+        "_excuse",
+        "_excused_before_s",
+        "_ran",
+        "_started_ns",
+        "call",
+        "enqueued_ns",
+        "future",
+        "part",
+        "timer",
+    )
 
     def __init__(
-        self, call: Callable[[], T], future: asyncio.Future[Ran[T]], deadline_s: float, part: Part | None
+        self,
+        call: Callable[[], T],
+        future: asyncio.Future[Ran[T]],
+        deadline_s: float,
+        part: Part | None,
+        excuse: Excuse | None = None,
     ) -> None:
         self.future = future
         self.call = call
@@ -106,18 +137,20 @@ class Task(Generic[T]):
         self._started_ns = 0
         self._ran: Ran[T] | None = None
         self._error: BaseException | None = None
+        self._excuse = excuse if excuse is not None and deadline_s >= excuse.from_s else None
+        self._excused_before_s = 0.0 if self._excuse is None else self._excuse.waited_s()
 
     @property
     def rows(self) -> int:
         return 1 if self.part is None else self.part.rows
 
     def remaining_s(self) -> float:
-        return max(0.0, self._deadline_s - (time.perf_counter_ns() - self.enqueued_ns) / 1e9)
+        return max(0.0, self._allowed_s() - (time.perf_counter_ns() - self.enqueued_ns) / 1e9)
 
     def begin(self, name: str, now_ns: int) -> bool:
         """Where it runs: False if it is too late, or nobody waits any more, and the call must not run."""
         self._started_ns = now_ns
-        if now_ns - self.enqueued_ns > self._deadline_s * 1e9:
+        if now_ns - self.enqueued_ns > self._allowed_s() * 1e9:
             self._error = self.deadline_error(name)
         return self._error is None and not self.future.done()
 
@@ -139,6 +172,11 @@ class Task(Generic[T]):
         if self.future.done():
             return
         self.future.set_exception(error)
+
+    def _allowed_s(self) -> float:
+        if self._excuse is None:
+            return self._deadline_s
+        return self._deadline_s + min(self._excuse.waited_s() - self._excused_before_s, self._excuse.most_s)
 
     def deadline_error(self, name: str) -> DeadlineExceededError:
         return DeadlineExceededError(

@@ -13,7 +13,7 @@ from typing import IO
 from service.engine.zygote import FORK, READY
 from service.errors import ShuttingDownError
 
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "TMPDIR")
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "TMPDIR", "NUMBA_CACHE_DIR")
 # What starts threads at its import: they would be lost in every fork, with the locks they hold. onnxruntime's is the
 # sender of its telemetry, which a child has no network for anyway.
 _SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}

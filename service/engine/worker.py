@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from service.engine.batch import Batch, Batching, Part, Ran, Task
+from service.engine.batch import Batch, Batching, Excuse, Part, Ran, Task
 from service.engine.pace import Pace
 from service.errors import ModelNotReadyError, OverloadedError
 
@@ -21,8 +21,17 @@ T = TypeVar("T")
 class Worker:
     """Runs calls in daemon threads, first in, first out. It belongs to the event loop it was made in."""
 
-    def __init__(self, name: str, queue_size: int, *, threads: int = 1, batching: Batching | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        queue_size: int,
+        *,
+        threads: int = 1,
+        batching: Batching | None = None,
+        excuse: Excuse | None = None,
+    ) -> None:
         self.name = name
+        self._excuse = excuse
         self._queue_size = queue_size
         self._batching = batching
         self._runs_brief = batching is not None and batching.is_cost_known and batching.max_delay_s == 0
@@ -58,7 +67,8 @@ class Worker:
             DeadlineExceededError: the deadline passed.
             ModelNotReadyError: the worker is closed.
         """
-        task = Task(call, self._loop.create_future(), deadline_s, part if self._batching is not None else None)
+        joined = part if self._batching is not None else None
+        task = Task(call, self._loop.create_future(), deadline_s, joined, self._excuse)
         self._enqueue(task)
         try:
             return await task.future
@@ -156,6 +166,10 @@ class Worker:
         return ModelNotReadyError(f"{self.name} is being unloaded")
 
     def _expire(self, task: Task[Any]) -> None:
+        remaining_s = task.remaining_s()
+        if remaining_s > 0:
+            task.timer = self._loop.call_later(remaining_s, self._expire, task)
+            return
         task.refuse(task.deadline_error(self.name))
 
     def _drop(self, task: Task[Any]) -> None:

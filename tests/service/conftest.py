@@ -62,6 +62,7 @@ def small_settings(folder: Path, **changes: Any) -> Settings:
         "max_checkpoint_bytes": 20_000_000,
         "receive_budget_bytes": 2_000_000,
         "body_timeout_s": 0.2,
+        "compile_s": 0,
         "sandbox_deadline_s": 20,
         "sandbox_memory_bytes": 2 * 1024**3,
         "max_tensor_bytes": 256 * 1024**2,

@@ -157,3 +157,14 @@ def test_a_data_directory_in_use_is_one_line_and_free_after_a_kill(tmp_path: Pat
         server.process.kill()
         with running(tmp_path / "data"):
             assert not staged.exists()
+
+
+def test_a_first_call_is_compiled_by_another_process(tmp_path: Path) -> None:
+    settings = {"NORMSERVE_COMPILE_S": "60", "NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
+    with running(tmp_path / "data", settings) as server:
+        answer = httpx.post(f"{server.url}/v1/normalizations/layer_norm", json={"input": [[1, 3]]}, timeout=120)
+        assert answer.json()["outputs"]["output"]["data"] == pytest.approx([-1, 1], abs=1e-5)
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        assert {"normserve_kernels_kept 0", "normserve_kernels_compiled_total 0"} <= set(lines)
+        assert server.stop() == 0
+    assert "WARNING" not in server.log.read_text().upper()

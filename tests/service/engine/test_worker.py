@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 
-from service.engine.batch import Ran
+from service.engine.batch import Excuse, Ran
 from service.engine.worker import Worker
 from service.errors import DeadlineExceededError, ModelNotReadyError, OverloadedError
 
@@ -262,3 +262,31 @@ async def test_drain_waits_for_what_was_submitted_even_behind_a_full_queue(worke
     assert [(await task).result for task in waiting] == [0, 1]
     await worker.close()
     await worker.drain()
+
+
+async def test_excused_waiting_puts_off_the_deadline_of_what_runs_and_of_what_waits() -> None:
+    worker = Worker("test worker", queue_size=2, excuse=Excuse(time.monotonic, most_s=60, from_s=0.02))
+    gate = Gate()
+    calls = [asyncio.create_task(worker.submit(call, deadline_s=0.02)) for call in (gate, lambda: "waited")]
+    await asyncio.sleep(0.1)
+    gate.opened.set()
+    assert [(await call).result for call in calls] == ["through", "waited"]
+    await worker.close()
+
+
+@pytest.mark.parametrize(
+    "excuse",
+    [
+        Excuse(time.monotonic, most_s=0.02, from_s=0.02),
+        Excuse(time.monotonic, most_s=60, from_s=0.03),
+        Excuse(lambda: 5.0, most_s=60, from_s=0.02),
+    ],
+    ids=["not for ever", "not against the caller's wish", "not for what was before"],
+)
+async def test_excuses_have_bounds(excuse: Excuse) -> None:
+    worker = Worker("test worker", queue_size=2, excuse=excuse)
+    gate = Gate()
+    with pytest.raises(DeadlineExceededError):
+        await asyncio.wait_for(worker.submit(gate, deadline_s=0.02), 5)
+    gate.opened.set()
+    await worker.close()

@@ -1,0 +1,69 @@
+"""Compilation of kernels ahead of their calls, by other processes than those that call them.
+
+`python -m normcore.compilation` compiles all of them for this machine's processor and keeps their code, as an
+installation may. That takes a minute or two, once for each release and kind of processor.
+"""
+
+import fcntl
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from normcore import normalization, statistics
+from normcore._kept_code import KeptCode, compiled_elsewhere, folder, has_all, mark_all
+
+__all__ = ["compile_kernel", "compiled_elsewhere", "compiled_here", "has_folder", "is_all_kept", "keep_all"]
+
+
+def has_folder() -> bool:
+    """Whether there is a directory to keep code in."""
+    return folder() is not None
+
+
+def is_all_kept() -> bool:
+    """Whether the code of all kernels is kept for this processor."""
+    kept = folder()
+    return kept is not None and has_all(kept)
+
+
+def keep_all() -> bool:
+    """Compile what is not kept yet, alone: another process that does the same is waited for. Whether all is kept."""
+    kept = folder()
+    if kept is None:
+        return False
+    if not has_all(kept):
+        with _alone(kept):
+            normalization.warm_up()
+            statistics.warm_up()
+            return mark_all(kept)
+    return True
+
+
+def compile_kernel(module: str, name: str, types: Any) -> None:
+    """Compile a kernel for these types of arguments, if it is not kept, and keep it."""
+    getattr(importlib.import_module(module), name).compile(types)
+
+
+def compiled_here() -> int:
+    """Kernels that this process has compiled itself."""
+    return KeptCode.compiled_here
+
+
+@contextmanager
+def _alone(kept: Path) -> Iterator[None]:
+    with (kept / "filling.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _main() -> int:
+    is_kept = keep_all()
+    sys.stdout.write(f"{folder()}\n" if is_kept else "no directory can be written: set NUMBA_CACHE_DIR\n")
+    return 0 if is_kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
