@@ -38,8 +38,15 @@ def keep_all() -> bool:
         with _alone(kept):
             normalization.warm_up()
             statistics.warm_up()
+            _warm_up_decimals()
             return mark_all(kept)
     return True
+
+
+def _warm_up_decimals() -> None:
+    from normcore.decimals import read_decimals  # and numba with it, which takes its time
+
+    read_decimals(b"0")
 
 
 def compile_kernel(module: str, name: str, types: Any) -> None:
