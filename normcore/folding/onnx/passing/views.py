@@ -118,6 +118,8 @@ def _repeat(affine: Affine, sizes: Symbolic, axis: int, name: str) -> Affine:
     known = [size for size in sizes if isinstance(size, int)]
     if len(known) < len(sizes):
         raise Refusal(f"{name} merges the channels with an axis of free size")
+    if known[axis] != affine.scale.size:
+        raise Refusal(f"{name} merges {known[axis]} channels, which a sum makes {affine.scale.size}")
     shape = [-1 if index == axis else 1 for index in range(len(known))]
     scale, shift = (
         np.broadcast_to(vector.reshape(shape), known).reshape(-1) for vector in (affine.scale, affine.shift)

@@ -77,6 +77,21 @@ def test_affine_option_needs_a_rank() -> None:
     assert "leaves the rank" in (fold_onnx(model, affine=True)[1][0].reason or "")
 
 
+@pytest.mark.parametrize("weight", [0.5, 2])
+def test_affine_option_multiplies_nothing_up_in_float16(weight: float) -> None:
+    """4e4 * 2 - 7e4 is small, and 4e4 * 2 is infinite: what a batch norm computes at once is two operators then."""
+    for dtype in (np.float16, np.float32):
+        net = Net(dtype=dtype)
+        vectors = [net.constant(np.full(C, value, dtype)) for value in (weight, 0, 3e4, 1)]
+        model = net.model({"x": X.shape}, net.op("BatchNormalization", "x", *vectors))
+        folded, (entry,) = fold_onnx(model, affine=True)
+        if dtype == np.float16 and weight > 1:
+            assert "float16" in (entry.reason or "")
+            assert folded == model
+        else:
+            assert operators(folded) == ["Mul", "Add"]
+
+
 def test_merges_into_float16_norm_without_overflow() -> None:
     net = Net(dtype=np.float16)
     big = net.constant(np.full(C, 6e4, np.float16))

@@ -32,7 +32,7 @@ def test_refuses_operands_that_do_not_fit(
 ) -> None:
     net = Net()
     inputs = ["x", net.weight(*weight)] + ([] if bias is None else [net.weight(*bias)])
-    shape = (7, 3, 5) if operator.startswith("Conv") else (7, 3)
+    shape = {"Gemm": (7, 3), "MatMul": (7, 4, 3)}.get(operator, (7, 3, 5))
     assert reason in refusal(net.model({"x": shape}, net.norm(net.op(operator, *inputs, **attributes), 4)))
 
 
