@@ -104,6 +104,8 @@ class BatchNormalization(OpRun):
             training = BatchNormalization_14(self.onnx_node, self.run_params)
             outputs = training.run(x, scale, bias, mean, var)  # type: ignore[no-untyped-call]  # as above
             return tuple(outputs)
+        if x.ndim > 1 and x.shape[1] != scale.size:  # numpy would repeat one channel, which no runtime does
+            raise ValueError(f"{scale.size} channels to normalize, and {x.shape[1]} in the input")
         eps = attributes["epsilon"]
         scale, bias, mean, var = (tensor.reshape(-1, *[1] * (x.ndim - 2)) for tensor in (scale, bias, mean, var))
         return ((x - mean) / np.sqrt(var + eps) * scale + bias,)

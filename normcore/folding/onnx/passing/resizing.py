@@ -1,10 +1,8 @@
 """Resize and Upsample of the other axes: every result is a weighted mean of elements of its own channel."""
 
-import numpy as np
-
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.graph import Graph, label
-from normcore.folding.onnx.operands import attributes_of
+from normcore.folding.onnx.operands import attributes_of, is_narrow
 from normcore.folding.onnx.passing.rule import Demands
 from normcore.folding.onnx.refusal import Refusal
 
@@ -19,7 +17,7 @@ class ResizeRule:
 
     def backward(self, graph: Graph, index: int, output: str, demand: Demand) -> Demands:
         _check(graph, index, demand)
-        if graph.dtype(output) in (None, np.float16) and _mode(graph, index) != "nearest":
+        if is_narrow(graph, output) and _mode(graph, index) != "nearest":
             raise Refusal(f"in float16 the tensor before {label(graph.node(index))} could overflow")
         return [(0, demand)]
 
@@ -27,7 +25,7 @@ class ResizeRule:
         if slot != 0:
             raise Refusal(f"it is a parameter of {label(graph.node(index))}")
         _check(graph, index, demand)
-        if graph.dtype(graph.node(index).output[0]) in (None, np.float16) and _mode(graph, index) == "cubic":
+        if is_narrow(graph, graph.node(index).output[0]) and _mode(graph, index) == "cubic":
             raise Refusal(f"in float16 what {label(graph.node(index))} overshoots could overflow")
         return [(0, demand)]
 

@@ -43,10 +43,12 @@ BEFORE: dict[str, Callable[[Net], str]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64], ids=["fp16", "bf16", "fp32", "fp64"]
+)
 @pytest.mark.parametrize("name", BEFORE)
 def test_float16_makes_no_new_tensor_that_could_overflow(name: str, dtype: Any) -> None:
-    """The tensor before a mean, a sum or a bias may be larger than what comes behind; bfloat16 has room for it."""
+    """The tensor before a mean, a sum or a bias may be larger than what comes behind; the others have room."""
     net = Net(dtype=dtype)
     model = net.model({"x": (2, C, 10, 8)}, net.norm(BEFORE[name](net), C))
     if dtype == np.float16:
