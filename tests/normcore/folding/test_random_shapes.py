@@ -17,7 +17,7 @@ SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck), dera
 @settings(SETTINGS, max_examples=80)
 def test_fold_equals_unfolded_for_every_shape_that_the_file_allows(case: Case, options: FoldOptions) -> None:
     model = case.model
-    folded, entries = fold_onnx(model, **options, move_gains=options["affine"])
+    folded, entries = fold_onnx(model, **options)
     before, after = Reference(model), Reference(folded)
     generator = np.random.default_rng(0)
     for index, shape in enumerate(case.shapes):
