@@ -1,5 +1,7 @@
 """Resize and Upsample of the other axes: every result is a weighted mean of elements of its own channel."""
 
+from typing import Any
+
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.graph import Graph, label
 from normcore.folding.onnx.operands import attributes_of, is_narrow
@@ -41,10 +43,18 @@ def _check(graph: Graph, index: int, demand: Demand) -> None:
         raise Refusal(f"{label(node)} resizes in mode {_mode(graph, index)!r}, which no rule knows")
     if attributes.get("coordinate_transformation_mode", b"") == b"tf_crop_and_resize":
         raise Refusal(f"{label(node)} fills in a constant outside of its input")
+    if _is_ambiguous(attributes):
+        raise Refusal(f"{label(node)} moves what it does not resize by half, or not, as the runtime likes")
     if attributes.get("antialias", 0):
         raise Refusal(f"{label(node)} smooths, with weights that differ between runtimes")
     if not _leaves_alone(graph, index, demand.axis):
         raise Refusal(f"{label(node)} may resize the axis of the channels")
+
+
+def _is_ambiguous(attributes: dict[str, Any]) -> bool:
+    """Position i of an axis of scale 1 comes from i + 1/2, which these roundings make i + 1; runtimes take i."""
+    mode = attributes.get("coordinate_transformation_mode", b"")
+    return mode == b"tf_half_pixel_for_nn" and attributes.get("nearest_mode", b"") in (b"ceil", b"round_prefer_ceil")
 
 
 def _leaves_alone(graph: Graph, index: int, axis: int) -> bool:
