@@ -103,3 +103,15 @@ def test_merges_into_float16_norm_without_overflow() -> None:
     folded, entries = fold_onnx(model)
     assert folded == model
     assert "more than float16 can hold" in (entries[1].reason or "")
+
+
+def test_row_that_another_fold_makes_is_judged_too() -> None:
+    """The norm leaves its offset behind the factor: together they are a row, which nothing has looked at before."""
+    net = Net()
+    factor = np.linspace(0, 2, C, dtype=np.float32).reshape(C, 1, 1)
+    normed = net.norm(net.op("Mul", "x", net.constant(factor)), C)
+    model = net.model({"x": X.shape}, net.op("Conv", normed, net.weight(4, C, 3, 3), pads=[1, 1, 1, 1]))
+    folded, entries = fold_and_compare(model, x=X)
+    assert operators(folded) == ["Mul", "Add", "Conv"]
+    assert [entry.status for entry in entries] == ["kept", "folded"]
+    assert "which is 0 in channel 0" in (entries[0].reason or "")
