@@ -86,6 +86,27 @@ def test_computes_the_same(
     assert difference(other, model, x) < (1e-14 if dtype == torch.float64 else 3e-7)
 
 
+@pytest.mark.parametrize(("weight", "mean"), [(2, 3e4), (0.5, 3e4), (2, 3)], ids=["up", "down", "near"])
+def test_shape_preserving_multiplies_nothing_up_in_float16(weight: float, mean: float, tmp_path: Path) -> None:
+    """4e4 * 2 - 6e4 is small, and 4e4 * 2 is infinite: the deploy form subtracts where it multiplies."""
+    norm = nn.BatchNorm2d(20)
+    for values, value in ((norm.weight, weight), (norm.running_mean, mean)):
+        assert values is not None
+        values.data.fill_(value)
+    model = nn.ModuleDict({"conv": nn.Conv2d(1, 20, 1).half(), "bn": norm})
+    source, target = save(model, tmp_path / "half.safetensors"), tmp_path / "folded.safetensors"
+    pairs = {"bn": Told("conv", eps=1e-5)}
+    kept = StateDictOptions(form="shape_preserving", pairs=pairs)
+    if weight > 1 and mean > 32:
+        with pytest.raises(FoldError, match="in float16 the output of conv, 2 times what it was in channel 0"):
+            fold_state_dict(source, target, options=kept)
+        assert not target.exists()
+    else:
+        assert [entry.status for entry in fold_state_dict(source, target, options=kept).entries] == ["folded"]
+    deployed = fold_state_dict(source, target, options=StateDictOptions(pairs=pairs))
+    assert [entry.status for entry in deployed.entries] == ["folded"]
+
+
 class Chain(nn.Module):
     """Sequences by number, pairs by name, a linear head."""
 
