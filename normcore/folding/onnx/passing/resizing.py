@@ -4,7 +4,7 @@ from typing import Any
 
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.graph import Graph, label
-from normcore.folding.onnx.operands import attributes_of, is_narrow
+from normcore.folding.onnx.operands import attributes_of, check_given, is_narrow
 from normcore.folding.onnx.passing.rule import Demands
 from normcore.folding.onnx.refusal import Refusal
 
@@ -48,6 +48,7 @@ def _check(graph: Graph, index: int, demand: Demand) -> None:
     if attributes.get("antialias", 0):
         raise Refusal(f"{label(node)} smooths, with weights that differ between runtimes")
     if not _leaves_alone(graph, index, demand.axis):
+        check_given(graph, index)
         raise Refusal(f"{label(node)} may resize the axis of the channels")
 
 

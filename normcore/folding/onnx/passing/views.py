@@ -11,7 +11,7 @@ from onnx import NodeProto
 from normcore.folding.affine import Affine
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.graph import Graph, label
-from normcore.folding.onnx.operands import attributes_of
+from normcore.folding.onnx.operands import attributes_of, check_given
 from normcore.folding.onnx.passing.rule import Demands
 from normcore.folding.onnx.refusal import Refusal
 
@@ -157,6 +157,8 @@ def _shapes(graph: Graph, index: int) -> tuple[Symbolic, Symbolic]:
         f"computed {axis}" if size is None else source[axis] if size == 0 and axis < len(source) else size
         for axis, size in enumerate(requested)
     ]
+    if None in requested:
+        check_given(graph, index)
     unknown = [axis for axis, size in enumerate(requested) if size in (None, -1)]
     if len(unknown) == 1:  # the number of elements decides it, whether the file says -1 or computes it
         target[unknown[0]] = -1
