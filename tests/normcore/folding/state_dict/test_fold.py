@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import safetensors
@@ -18,7 +18,7 @@ from normcore.errors import FoldError
 from normcore.folding.state_dict.fold import MANIFEST_KEY, fold_state_dict, plan_state_dict
 from normcore.folding.state_dict.loader import load_folded
 from normcore.folding.state_dict.options import StateDictOptions, Told
-from normcore.folding.state_dict.report import Kind
+from normcore.folding.state_dict.report import Form, Kind
 from tests.normcore.folding.state_dict.networks import Pair, difference, folded, save, trained
 
 README = Path(__file__).parents[4] / "README.md"
@@ -409,3 +409,22 @@ def test_the_ten_lines_of_the_readme_load_the_deploy_form(tmp_path: Path) -> Non
     deployed = names["load_deployed"](model, str(target))
     assert [type(module).__name__ for module in deployed] == ["Conv2d", "Identity", "ReLU", "Conv2d"]
     torch.testing.assert_close(deployed(image), expected)
+
+
+def test_weight_norm_of_no_direction_is_refused(tmp_path: Path) -> None:
+    state = Pair(parametrizations.weight_norm(nn.Conv2d(3, 20, 3)), 20).state_dict()
+    state["conv.parametrizations.weight.original1"][4] = 0
+    source, target = save(state, tmp_path / "source.safetensors"), tmp_path / "folded.safetensors"
+    with pytest.raises(FoldError, match="divides by the length of a direction that is zero"):
+        fold_state_dict(source, target, options=StateDictOptions(pairs={"bn": Told("conv", eps=1e-5)}))
+    assert not target.exists()
+
+
+@FORMS
+def test_bias_of_another_length_is_refused(form: str, tmp_path: Path) -> None:
+    state = {**Pair(nn.Conv2d(3, 20, 3), 20).state_dict(), "conv.bias": torch.zeros(7)}
+    source, target = save(state, tmp_path / "source.safetensors"), tmp_path / "folded.safetensors"
+    options = StateDictOptions(form=cast("Form", form), pairs={"bn": Told("conv", eps=1e-5)})
+    with pytest.raises(FoldError, match=re.escape("the bias of conv has shape [7]")):
+        fold_state_dict(source, target, options=options)
+    assert not target.exists()
