@@ -42,9 +42,8 @@ def _exact(function: Callable[..., Value]) -> Function:
 def _reduce(function: Callable[[Value, tuple[int, ...] | None, bool], Value]) -> Function:
     def apply(operands: Sequence[Value], attributes: Attributes, max_elements: int) -> Value | None:
         axes = operands[1].reshape(-1).tolist() if len(operands) > 1 else attributes.get("axes")
-        if not axes and attributes.get("noop_with_empty_axes", 0):
-            return operands[0]
-        wanted = tuple(int(axis) for axis in axes) if axes else None
+        is_kept = not axes and attributes.get("noop_with_empty_axes", 0)  # each element then is a sum of its own
+        wanted = () if is_kept else tuple(int(axis) for axis in axes) if axes else None
         result = function(_wide(operands[0]), wanted, bool(attributes.get("keepdims", 1)))
         return _narrow(np.asarray(result), operands[0].dtype)
 

@@ -6,7 +6,7 @@ one call, but allocates one message per element: an Add of two vectors of 3e8 el
 the file claims (value_info) are dropped first, as nothing holds a runtime to them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,13 +37,17 @@ class Types:
     everywhere: tuple[tuple[str, TensorType], ...]
 
 
-def infer_types(model: ModelProto) -> Types:
+def infer_types(model: ModelProto, *, overridable: Collection[str] = ()) -> Types:
     """Types of all tensors that the inputs and constants determine.
+
+    Args:
+        model: any model.
+        overridable: initializers that a caller may replace: nothing but their declared types is known.
 
     Raises:
         CheckpointError: the operators contradict one another.
     """
-    skeleton = _skeleton(model)
+    skeleton = _skeleton(model, overridable)
     inferred = skeleton
     for _ in range(_MAX_ROUNDS):
         try:
@@ -71,13 +75,14 @@ def tensor_type(info: ValueInfoProto) -> TensorType | None:
     return TensorType(declared.elem_type, sizes)
 
 
-def _skeleton(model: ModelProto) -> ModelProto:
+def _skeleton(model: ModelProto, overridable: Collection[str]) -> ModelProto:
     """The model without claimed shapes and without the data of large initializers, which become inputs."""
     skeleton = ModelProto(ir_version=max(model.ir_version, 4), opset_import=model.opset_import)
     skeleton.graph.name = "skeleton"
-    named = {info.name for info in model.graph.initializer}
+    constants = [tensor for tensor in model.graph.initializer if tensor.name not in overridable]
+    named = {tensor.name for tensor in constants}
     skeleton.graph.input.extend(info for info in model.graph.input if info.name not in named)
-    for tensor in model.graph.initializer:
+    for tensor in constants:
         if _elements(tensor) <= _SMALL:
             skeleton.graph.initializer.append(tensor)
         else:

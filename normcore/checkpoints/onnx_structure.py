@@ -131,6 +131,8 @@ def _check_header(model: ModelProto) -> None:
     versions = [entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS]
     if not versions:
         raise CheckpointError("the model names no version of the standard operators (opset_import)")
+    if len(set(versions)) > 1:
+        raise CheckpointError(f"the model names several versions of the standard operators: {sorted(set(versions))}")
     if not 1 <= max(versions) <= NEWEST_OPSET:
         raise CheckpointError(f"opset {max(versions)} is not known; export with an opset up to {NEWEST_OPSET}")
 

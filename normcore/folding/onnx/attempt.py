@@ -6,7 +6,7 @@ from normcore.folding.affine import Affine
 from normcore.folding.filters import Exact
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.edit import along
-from normcore.folding.onnx.graph import Graph
+from normcore.folding.onnx.graph import Graph, label
 from normcore.folding.onnx.options import ZeroPadding
 from normcore.folding.onnx.outcome import Outcome, name_of
 from normcore.folding.onnx.refusal import Refusal, ShiftRefusal
@@ -43,6 +43,7 @@ def fold_forward(graph: Graph, seed: Seed, *, zero_padding: ZeroPadding, cross_a
         return _leave_shift_before(graph, seed, demand, cross_activations=cross_activations)
     if walk.option is None:
         _check_growth(walk, len(seed.nodes))
+    _check_digits(graph, seed, walk)
     outcome = _describe(graph, walk, seed, "forward", seed.pattern(graph) + walk.path, option=walk.option)
     walk.write()
     seed.remove(graph)
@@ -52,6 +53,8 @@ def fold_forward(graph: Graph, seed: Seed, *, zero_padding: ZeroPadding, cross_a
 def fold_into_affine(graph: Graph, seed: Seed) -> Outcome:
     """Make a batch norm one Mul and one Add. Raises Refusal."""
     demand = seed.demand(graph)
+    if (np.abs(demand.affine.scale) > 1).any():
+        _check_range(graph, seed)
     parts = [("Mul", demand.affine.scale), ("Add", demand.affine.shift)]
     stored = [(operator, _constant(graph, seed, demand, vector)) for operator, vector in parts]
     pattern, output = " -> ".join(seed.pattern(graph)), seed.output(graph)
@@ -82,6 +85,7 @@ def _leave_shift_before(graph: Graph, seed: Seed, demand: Demand, *, cross_activ
     walk = Walk(graph, crosses_activations=cross_activations)
     walk.push(seed.output(graph), demand.mapped(Affine(demand.affine.scale, np.zeros(demand.channels))))
     _check_growth(walk, len(seed.nodes) - 1)
+    _check_digits(graph, seed, walk)
     offset = _constant(graph, seed, demand, demand.affine.shift / demand.affine.scale)
     _check_range(graph, seed)
     outcome = _describe(graph, walk, seed, "forward", seed.pattern(graph) + walk.path, option="offset", stored=offset)
@@ -120,6 +124,15 @@ def _constant(graph: Graph, seed: Seed, demand: Demand, vector: Exact) -> Stored
 def _check_range(graph: Graph, seed: Seed) -> None:
     if graph.dtype(seed.input(graph)) == np.float16:
         raise Refusal("in float16 the multiplication and the addition could overflow one without the other")
+
+
+def _check_digits(graph: Graph, seed: Seed, walk: Walk) -> None:
+    """A map of float64 may bring out digits that its input would lose in float32."""
+    if graph.dtype(seed.input(graph)) != np.float64:
+        return
+    for edit in walk.edits:
+        if graph.dtype(graph.node(edit.index).input[0]) != np.float64:
+            raise Refusal(f"{label(graph.node(edit.index))} reads less than the float64 that it is computed in")
 
 
 def _check_growth(walk: Walk, removed: int) -> None:

@@ -19,6 +19,8 @@ class Demand:
     def __post_init__(self) -> None:
         if not self.channels:
             raise Refusal("there are no channels to fold")
+        if self.rank is not None and self.axis >= self.rank:
+            raise Refusal(f"a tensor of rank {self.rank} has no axis {self.axis}")
 
     @property
     def channels(self) -> int:

@@ -32,7 +32,6 @@ class Graph:
 
     def __init__(self, model: ModelProto, *, freeze_initializers: bool = False, locked: Collection[str] = ()) -> None:
         self._model = model
-        self._types = dict(infer_types(model).top)
         self._nodes: dict[int, NodeProto] = dict(enumerate(model.graph.node))
         self._next = len(self._nodes)
         self._producers: dict[str, int] = {}
@@ -41,6 +40,7 @@ class Graph:
         self._outputs = {info.name for info in model.graph.output}
         listed = {info.name for info in model.graph.input} & set(self._initializers)
         self._overridable = set() if freeze_initializers else listed
+        self._types = dict(infer_types(model, overridable=self._overridable).top)
         self._frozen = listed if freeze_initializers else set()
         self._new: dict[str, Value] = {}
         self._gone: set[str] = set()

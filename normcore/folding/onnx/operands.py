@@ -18,6 +18,19 @@ def attributes_of(node: NodeProto) -> dict[str, Any]:
     return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
+def check_given(graph: Graph, index: int) -> None:
+    """Refuse a node's parameters that each call may choose, with the option that fixes them. Raises Refusal."""
+    for name in graph.node(index).input[1:]:
+        if name and graph.producer(name) is None:
+            graph.constant(name)
+
+
+def is_narrow(graph: Graph, name: str) -> bool:
+    """Whether a tensor is of float16, or may be: its range ends where other datatypes have room."""
+    dtype = graph.dtype(name)
+    return dtype is None or dtype == np.float16  # `in` would take float64 for None, which is numpy's default datatype
+
+
 def read_operand(graph: Graph, index: int, slot: int, role: str) -> NDArray[Any] | None:
     """A constant floating point input of a node; None where it has none. Raises Refusal."""
     node = graph.node(index)
@@ -53,4 +66,4 @@ def read_bias(graph: Graph, index: int, *, channels: int) -> Exact:
     return bias.astype(np.float64)
 
 
-__all__ = ["attributes_of", "read_bias", "read_operand", "read_weight"]
+__all__ = ["attributes_of", "check_given", "is_narrow", "read_bias", "read_operand", "read_weight"]

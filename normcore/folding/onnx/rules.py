@@ -173,7 +173,8 @@ class _Folder:
                 cross_activations=self._options.get("cross_activations", False),
             )
         except Refusal as refusal:
-            raise Refusal(f"{self._refusals[key]}; forward: {refusal}") from None
+            before = self._refusals.get(key)  # none for a row that a fold of this round has made: the next one looks
+            raise Refusal(f"{before}; forward: {refusal}" if before else str(refusal)) from None
 
 
 def _list(graph: Graph) -> Iterator[tuple[int, bool, PlanEntry]]:

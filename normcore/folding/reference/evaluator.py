@@ -33,7 +33,7 @@ _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
 _OLDEST_OPSET = 7  # before it, broadcasting was an attribute
-_CHANGED = {"Resize": 11, "Scan": 9}  # operators that mean something else before this version
+_CHANGED = {"Scan": 9}  # operators that mean something else before this version
 
 
 class NotEvaluableError(NormcoreError):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_batch_normalization import BatchNormalization_14
 from onnx.reference.ops.op_max_pool import MaxPool as SlowMaxPool
+from onnx.reference.ops.op_resize import Resize as NewResize
 from onnx.reference.ops.op_resize import _interpolate_nd, _linear_coeffs, _nearest_coeffs
 from torch import Tensor
 from torch.nn import functional
@@ -22,6 +23,7 @@ Array = NDArray[Any]
 
 _TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
 _MAX_POOLS = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
+_RESIZE_VERSION = 11  # before it, Resize was what Upsample is
 _VALUE_AXIS_VERSION = 13  # before it, Softmax and its kin flattened their input at `axis`, 1 by default
 
 
@@ -104,6 +106,8 @@ class BatchNormalization(OpRun):
             training = BatchNormalization_14(self.onnx_node, self.run_params)
             outputs = training.run(x, scale, bias, mean, var)  # type: ignore[no-untyped-call]  # as above
             return tuple(outputs)
+        if x.ndim > 1 and x.shape[1] != scale.size:  # numpy would repeat one channel, which no runtime does
+            raise ValueError(f"{scale.size} channels to normalize, and {x.shape[1]} in the input")
         eps = attributes["epsilon"]
         scale, bias, mean, var = (tensor.reshape(-1, *[1] * (x.ndim - 2)) for tensor in (scale, bias, mean, var))
         return ((x - mean) / np.sqrt(var + eps) * scale + bias,)
@@ -115,14 +119,24 @@ class Erf(OpRun):
 
 
 class Upsample(OpRun):
-    """The predecessor of Resize: asymmetric coordinates; `scales` is an attribute in opset 7, then an input."""
+    """The predecessor of Resize; `scales` is an attribute in opset 7, then an input."""
 
     def _run(self, x: Array, scales: Any, mode: str = "nearest", **_: Any) -> tuple[Array]:
-        coefficients = _linear_coeffs if mode in ("linear", "bilinear") else _floor_coefficients
-        y = _interpolate_nd(
-            x, coefficients, scale_factors=np.asarray(scales).tolist(), coordinate_transformation_mode="asymmetric"
-        )
-        return (y,)
+        return (_upsample(x, scales, mode),)
+
+
+class Resize(NewResize):
+    """As onnx.reference, which knows neither axes from the back nor the one form of opset 10, that of Upsample."""
+
+    def _run(self, *inputs: Any, **attributes: Any) -> tuple[Array]:
+        x, *others = inputs
+        if self.run_params["opsets"][""] < _RESIZE_VERSION:
+            return (_upsample(x, others[0], attributes["mode"]),)
+        roi, scales, sizes = (*others, None, None, None)[:3]
+        axes = attributes.pop("axes", None)
+        chosen = None if axes is None else [int(axis) % x.ndim for axis in axes]
+        resized: Array = super()._run(x, roi, scales, sizes, axes=chosen, **attributes)[0]
+        return (resized,)
 
 
 class _AlongAxis(OpRun):
@@ -151,8 +165,15 @@ class Hardmax(_AlongAxis):
         return self._along(x, _hardmax)
 
 
-def _floor_coefficients(ratio: float, _: float) -> Array:
-    return np.asarray(_nearest_coeffs(ratio, "floor"))
+def _upsample(x: Array, scales: Any, mode: str) -> Array:
+    """In asymmetric coordinates."""
+    coefficients = _linear_coeffs if mode in ("linear", "bilinear") else _simple_coefficients
+    factors = np.asarray(scales).tolist()
+    return _interpolate_nd(x, coefficients, scale_factors=factors, coordinate_transformation_mode="asymmetric")
+
+
+def _simple_coefficients(ratio: float, scale: float) -> Array:
+    return np.asarray(_nearest_coeffs(ratio, "floor" if scale >= 1 else "ceil"))
 
 
 def _hardmax(rows: Array, axis: int) -> Array:
@@ -169,6 +190,7 @@ OPERATORS: list[type[OpRun]] = [
     BatchNormalization,
     Erf,
     Upsample,
+    Resize,
     Softmax,
     LogSoftmax,
     Hardmax,

@@ -4,6 +4,7 @@ Each folded operator is given the input that it has in the original network, and
 norm's. Rounding the stored weights may move it by `ulp (|W'| * |x| + |b'|)`, which is computed, not guessed.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def prove(
             found = _tensors(other(image))
             for mine, theirs in zip(found, expected, strict=True):
                 scale = float(theirs.abs().max())
-                output_error = max(output_error, float((mine - theirs).abs().max()) / (scale or 1.0))
+                output_error = max(output_error, _known(float((mine - theirs).abs().max()) / (scale or 1.0)))
     is_equal = worst.pair <= 1.0 and output_error <= _OUTPUT_TOLERANCE
     return Proof(
         architecture=architecture.name,
@@ -120,12 +121,17 @@ def _compare(name: str, pending: dict[str, tuple[Tensor, Tensor]], worst: _Worst
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         result, allowed = pending.pop(name)
         tiny = torch.finfo(torch.float32).tiny
-        error = float(((result - output).abs() / (allowed + tiny)).max())
+        error = _known(float(((result - output).abs() / (allowed + tiny)).max()))
         worst.pairs += 1
-        if not error <= worst.pair:
+        if error > worst.pair:
             worst.pair, worst.name = error, name
 
     return hook
+
+
+def _known(error: float) -> float:
+    """NaN is larger than any error, and no comparison with it says so."""
+    return math.inf if math.isnan(error) else error
 
 
 def _tensors(output: Any) -> list[Tensor]:

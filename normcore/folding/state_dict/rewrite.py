@@ -32,6 +32,7 @@ from normcore.folding.state_dict.modules import Linear, Norm, join
 from normcore.folding.state_dict.report import Form, Kind, Pairing
 from normcore.folding.state_dict.weights import Exact, effective_weight, gain_axes, read_exact
 
+_LAST_PLACE = 32.0  # of the largest float16
 _BLOCK_ELEMENTS = 1 << 18  # handing smaller blocks to the thread that hashes costs more than hashing them
 
 FORMULAS: dict[Form, str] = {
@@ -96,6 +97,7 @@ def rewrite(file: BinaryIO, source: TensorFile, fold: Fold, *, form: Form) -> Re
         weight = _stored_root(source, fold)
         ratio = np.sqrt(1 + fold.eps) / weight
         factor = fold.affine.scale * ratio
+        _check_range(fold, factor)
         tensors |= _reduced_norm(pen, fold, weight, ratio)
         if fold.linear.bias is not None:
             tensors[fold.linear.bias] = pen.vector(fold.linear.bias, factor * _bias(file, source, fold), role="bias")
@@ -157,6 +159,19 @@ class _Pen:
         digest = hashlib.sha256(bytes_of(stored.array)).hexdigest()
         self.ledger.after[key] = TensorHash(key, exact.shape, name, digest)
         return Computed(name, exact.shape, lambda file: iter([stored.array]))
+
+
+def _check_range(fold: Fold, factor: Exact) -> None:
+    """Between operator and batch norm the shift is missing, which may be what keeps the sum finite. Raises Refusal."""
+    if fold.linear.datatype != "F16":
+        return
+    is_reaching = (np.abs(factor) > 1) & (np.abs(fold.affine.shift) > _LAST_PLACE)
+    if is_reaching.any():
+        channel = int(np.argmax(is_reaching))
+        raise Refusal(
+            f"in float16 the output of {fold.linear.name}, {factor[channel]:.3g} times what it was in channel "
+            f"{channel}, could overflow before its shift of {fold.affine.shift[channel]:.3g}; the deploy form cannot"
+        )
 
 
 def _stored_root(source: TensorFile, fold: Fold) -> float:

@@ -233,6 +233,13 @@ def test_refuses_unknown_opset(opset: int, tmp_path: Path) -> None:
     assert f"opset {opset} is not known" in refusal(model, tmp_path)
 
 
+def test_refuses_two_opsets_of_the_same_operators(tmp_path: Path) -> None:
+    """Whether a batch norm with five outputs is in training mode would depend on which of them a reader takes."""
+    model = adding(tensor(np.ones(4, np.float32)))
+    model.opset_import.append(helper.make_opsetid("ai.onnx", 9))
+    assert "several versions of the standard operators: [9, 17]" in refusal(model, tmp_path)
+
+
 def test_refuses_missing_opset(tmp_path: Path) -> None:
     model = adding(tensor(np.ones(4, np.float32)))
     del model.opset_import[:]

@@ -124,6 +124,7 @@ OPTIONS = st.fixed_dictionaries(
         "zero_padding": st.sampled_from(["auto", "pad", "map", "refuse"]),
         "cross_activations": st.booleans(),
         "affine": st.booleans(),
+        "move_gains": st.booleans(),
     }
 )
 

@@ -207,6 +207,24 @@ OTHERS: dict[str, tuple[int, onnx.NodeProto, dict[str, Array]]] = {
         node("Resize", "", "s", mode="cubic", coordinate_transformation_mode="pytorch_half_pixel"),
         {"s": np.array([1, 1, 2, 1.5], dtype=np.float32)},
     ),
+    "resize_axes": (
+        18,
+        node("Resize", "", "s", mode="linear", axes=[-1, 2]),
+        {"s": np.array([1.5, 2], dtype=np.float32)},
+    ),
+    "resize_axes_sizes": (
+        18,
+        node("Resize", "", "", "s", mode="cubic", axes=[2, 3], keep_aspect_ratio_policy="not_larger"),
+        {"s": np.array([9, 8])},
+    ),
+    "resize_smoothed": (
+        18,
+        node("Resize", "", "", "s", mode="linear", axes=[-1], antialias=1),
+        {"s": np.array([3])},
+    ),
+    "resize_10_up": (10, node("Resize", "s"), {"s": np.array([1, 1, 2.5, 2], dtype=np.float32)}),
+    "resize_10_down": (10, node("Resize", "s"), {"s": np.array([1, 1, 0.6, 0.5], dtype=np.float32)}),
+    "resize_10_linear": (10, node("Resize", "s", mode="linear"), {"s": np.array([1, 1, 0.6, 2], dtype=np.float32)}),
     "instance": (13, node("InstanceNormalization", "g", "b"), {"g": normal(3), "b": normal(3, seed=1)}),
     "layer": (17, node("LayerNormalization", "g", "b", axis=-1, epsilon=1e-3), {"g": normal(5), "b": normal(5)}),
     "group": (21, node("GroupNormalization", "g", "b", num_groups=1), {"g": normal(3), "b": normal(3)}),
@@ -409,7 +427,11 @@ def test_a_passed_deadline_stops_the_evaluation() -> None:
 
 REFUSED: dict[str, tuple[int, onnx.NodeProto, str]] = {
     "random": (17, helper.make_node("RandomNormalLike", ["x"], ["y"]), r"RandomNormalLike \(y\) draws random numbers"),
-    "old_resize": (10, helper.make_node("Resize", ["x", "s"], ["y"]), "Resize of opset 10"),
+    "old_scan": (
+        8,
+        helper.make_node("Scan", ["", "x"], ["y"], num_scan_inputs=1, body=helper.make_graph([], "body", [], [])),
+        "Scan of opset 8",
+    ),
     "old_opset": (6, helper.make_node("Neg", ["x"], ["y"]), "opset 6 .* oldest one is 7"),
     "unknown": (17, helper.make_node("Nope", ["x"], ["y"]), "Nope"),
 }

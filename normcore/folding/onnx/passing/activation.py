@@ -1,9 +1,8 @@
 """Activations that a positive factor crosses: f(scale x) = scale f(x). Nothing is added on either side."""
 
-import numpy as np
-
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.graph import Graph, label
+from normcore.folding.onnx.operands import is_narrow
 from normcore.folding.onnx.passing.rule import Demands
 from normcore.folding.onnx.refusal import Refusal, ShiftRefusal
 
@@ -33,7 +32,7 @@ class ActivationRule:
 def _check_range(graph: Graph, index: int) -> None:
     """A slope shrinks or stretches what is negative: one side of it may overflow where the other does not."""
     node = graph.node(index)
-    if node.op_type != "Relu" and graph.dtype(node.output[0]) in (None, np.float16):
+    if node.op_type != "Relu" and is_narrow(graph, node.output[0]):
         raise Refusal(f"in float16 one side of {label(node)} could overflow where the other does not")
 
 

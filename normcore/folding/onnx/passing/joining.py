@@ -5,7 +5,7 @@ import numpy as np
 from normcore.folding.affine import Affine, identity
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.graph import Graph, label
-from normcore.folding.onnx.operands import attributes_of
+from normcore.folding.onnx.operands import attributes_of, is_narrow
 from normcore.folding.onnx.passing.rule import Demands
 from normcore.folding.onnx.refusal import Refusal
 
@@ -43,7 +43,7 @@ class SumRule:
 
     def backward(self, graph: Graph, index: int, output: str, demand: Demand) -> Demands:
         node = graph.node(index)
-        if graph.dtype(output) in (None, np.float16):
+        if is_narrow(graph, output):
             raise Refusal(f"in float16 the summands of {label(node)} could overflow where their sum does not")
         if demand.rank is None:
             raise Refusal(f"the file leaves the rank of what {label(node)} adds free")

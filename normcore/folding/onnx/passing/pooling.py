@@ -8,7 +8,7 @@ import numpy as np
 
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.graph import Graph, label
-from normcore.folding.onnx.operands import attributes_of
+from normcore.folding.onnx.operands import attributes_of, is_narrow
 from normcore.folding.onnx.passing.rule import Demands
 from normcore.folding.onnx.refusal import Refusal, ShiftRefusal
 
@@ -22,7 +22,7 @@ class AverageRule:
 
     def backward(self, graph: Graph, index: int, output: str, demand: Demand) -> Demands:
         node = graph.node(index)
-        if graph.dtype(output) in (None, np.float16) and not _shrinks(demand):
+        if is_narrow(graph, output) and not _shrinks(demand):
             raise Refusal(f"in float16 the tensor before {label(node)} could overflow where its average does not")
         _check_zeros(graph, index, demand)
         return [(0, _reduced_backward(graph, index, demand))]

@@ -1,10 +1,10 @@
 """Resize and Upsample of the other axes: every result is a weighted mean of elements of its own channel."""
 
-import numpy as np
+from typing import Any
 
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.graph import Graph, label
-from normcore.folding.onnx.operands import attributes_of
+from normcore.folding.onnx.operands import attributes_of, check_given, is_narrow
 from normcore.folding.onnx.passing.rule import Demands
 from normcore.folding.onnx.refusal import Refusal
 
@@ -19,7 +19,7 @@ class ResizeRule:
 
     def backward(self, graph: Graph, index: int, output: str, demand: Demand) -> Demands:
         _check(graph, index, demand)
-        if graph.dtype(output) in (None, np.float16) and _mode(graph, index) != "nearest":
+        if is_narrow(graph, output) and _mode(graph, index) != "nearest":
             raise Refusal(f"in float16 the tensor before {label(graph.node(index))} could overflow")
         return [(0, demand)]
 
@@ -27,7 +27,7 @@ class ResizeRule:
         if slot != 0:
             raise Refusal(f"it is a parameter of {label(graph.node(index))}")
         _check(graph, index, demand)
-        if graph.dtype(graph.node(index).output[0]) in (None, np.float16) and _mode(graph, index) == "cubic":
+        if is_narrow(graph, graph.node(index).output[0]) and _mode(graph, index) == "cubic":
             raise Refusal(f"in float16 what {label(graph.node(index))} overshoots could overflow")
         return [(0, demand)]
 
@@ -43,10 +43,19 @@ def _check(graph: Graph, index: int, demand: Demand) -> None:
         raise Refusal(f"{label(node)} resizes in mode {_mode(graph, index)!r}, which no rule knows")
     if attributes.get("coordinate_transformation_mode", b"") == b"tf_crop_and_resize":
         raise Refusal(f"{label(node)} fills in a constant outside of its input")
+    if _is_ambiguous(attributes):
+        raise Refusal(f"{label(node)} moves what it does not resize by half, or not, as the runtime likes")
     if attributes.get("antialias", 0):
         raise Refusal(f"{label(node)} smooths, with weights that differ between runtimes")
     if not _leaves_alone(graph, index, demand.axis):
+        check_given(graph, index)
         raise Refusal(f"{label(node)} may resize the axis of the channels")
+
+
+def _is_ambiguous(attributes: dict[str, Any]) -> bool:
+    """Position i of an axis of scale 1 comes from i + 1/2, which these roundings make i + 1; runtimes take i."""
+    mode = attributes.get("coordinate_transformation_mode", b"")
+    return mode == b"tf_half_pixel_for_nn" and attributes.get("nearest_mode", b"") in (b"ceil", b"round_prefer_ceil")
 
 
 def _leaves_alone(graph: Graph, index: int, axis: int) -> bool:

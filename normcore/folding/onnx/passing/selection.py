@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from normcore.folding.affine import Affine, identity
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.graph import Graph, label
-from normcore.folding.onnx.operands import attributes_of
+from normcore.folding.onnx.operands import attributes_of, check_given
 from normcore.folding.onnx.passing.rule import Demands
 from normcore.folding.onnx.refusal import Refusal
 
@@ -121,6 +121,7 @@ def _starts(graph: Graph, index: int, axis: int) -> list[int]:
     sizes = [None if shape is None else shape[axis] for shape in shapes]
     known = [size for size in sizes if size is not None]
     if len(known) < len(sizes):
+        check_given(graph, index)
         raise Refusal(f"the file leaves free how {label(node)} splits the channels")
     return [0, *np.cumsum(known).tolist()]
 

@@ -1,8 +1,7 @@
 """DepthToSpace and SpaceToDepth: blocks of channels become blocks of positions, in one of two orders.
 
 With C channels on the wide side and blocks of r, the deep side has C r^2 of them. Deep channel i C + c belongs to wide
-channel c in the order DCR (ONNX's default, and the only one of SpaceToDepth), deep channel c r^2 + i in the order CRD
-(torch's PixelShuffle).
+channel c in the order DCR (ONNX's default), deep channel c r^2 + i in the order CRD (torch's PixelShuffle).
 """
 
 import numpy as np
@@ -47,7 +46,7 @@ def _owners(graph: Graph, index: int, demand: Demand, wide: int) -> NDArray[np.i
         raise Refusal(f"{label(node)} moves the axis of the channels apart")
     attributes = attributes_of(node)
     block = int(attributes["blocksize"]) ** 2
-    if node.op_type == "DepthToSpace" and attributes.get("mode", b"DCR") == b"CRD":
+    if attributes.get("mode", b"DCR") == b"CRD":
         return np.repeat(np.arange(wide), block)
     return np.tile(np.arange(wide), block)
 

@@ -11,7 +11,7 @@ from onnx import NodeProto
 from normcore.folding.affine import Affine
 from normcore.folding.onnx.demand import Demand
 from normcore.folding.onnx.graph import Graph, label
-from normcore.folding.onnx.operands import attributes_of
+from normcore.folding.onnx.operands import attributes_of, check_given
 from normcore.folding.onnx.passing.rule import Demands
 from normcore.folding.onnx.refusal import Refusal
 
@@ -118,6 +118,8 @@ def _repeat(affine: Affine, sizes: Symbolic, axis: int, name: str) -> Affine:
     known = [size for size in sizes if isinstance(size, int)]
     if len(known) < len(sizes):
         raise Refusal(f"{name} merges the channels with an axis of free size")
+    if known[axis] != affine.scale.size:
+        raise Refusal(f"{name} merges {known[axis]} channels, which a sum makes {affine.scale.size}")
     shape = [-1 if index == axis else 1 for index in range(len(known))]
     scale, shift = (
         np.broadcast_to(vector.reshape(shape), known).reshape(-1) for vector in (affine.scale, affine.shift)
@@ -155,6 +157,8 @@ def _shapes(graph: Graph, index: int) -> tuple[Symbolic, Symbolic]:
         f"computed {axis}" if size is None else source[axis] if size == 0 and axis < len(source) else size
         for axis, size in enumerate(requested)
     ]
+    if None in requested:
+        check_given(graph, index)
     unknown = [axis for axis, size in enumerate(requested) if size in (None, -1)]
     if len(unknown) == 1:  # the number of elements decides it, whether the file says -1 or computes it
         target[unknown[0]] = -1

@@ -114,6 +114,19 @@ def test_smoothing_resize_stays() -> None:
     assert "smooths" in reason(net.model({"x": SHAPE}, net.norm(small, C)))
 
 
+@pytest.mark.parametrize("rounding", ["ceil", "round_prefer_ceil", "floor"])
+def test_resize_that_may_move_the_channels_stays(rounding: str) -> None:
+    net = Net(opset=11)
+    attributes = {"coordinate_transformation_mode": "tf_half_pixel_for_nn", "nearest_mode": rounding}
+    scales = net.constant(np.array([1, 1, 2, 2], np.float32))
+    large = net.op("Resize", conv(net), net.constant(np.ones(0, np.float32)), scales, mode="nearest", **attributes)
+    model = net.model({"x": SHAPE}, net.norm(large, C))
+    if rounding == "floor":
+        assert fold_onnx(model)[1][0].status == "folded"
+    else:
+        assert "as the runtime likes" in reason(model)
+
+
 Ahead = Callable[[Net, str], str]
 
 FORWARD: dict[str, tuple[Ahead, str]] = {

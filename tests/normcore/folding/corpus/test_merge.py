@@ -77,6 +77,21 @@ def test_affine_option_needs_a_rank() -> None:
     assert "leaves the rank" in (fold_onnx(model, affine=True)[1][0].reason or "")
 
 
+@pytest.mark.parametrize("weight", [0.5, 2])
+def test_affine_option_multiplies_nothing_up_in_float16(weight: float) -> None:
+    """4e4 * 2 - 7e4 is small, and 4e4 * 2 is infinite: what a batch norm computes at once is two operators then."""
+    for dtype in (np.float16, np.float32):
+        net = Net(dtype=dtype)
+        vectors = [net.constant(np.full(C, value, dtype)) for value in (weight, 0, 3e4, 1)]
+        model = net.model({"x": X.shape}, net.op("BatchNormalization", "x", *vectors))
+        folded, (entry,) = fold_onnx(model, affine=True)
+        if dtype == np.float16 and weight > 1:
+            assert "float16" in (entry.reason or "")
+            assert folded == model
+        else:
+            assert operators(folded) == ["Mul", "Add"]
+
+
 def test_merges_into_float16_norm_without_overflow() -> None:
     net = Net(dtype=np.float16)
     big = net.constant(np.full(C, 6e4, np.float16))
@@ -88,3 +103,15 @@ def test_merges_into_float16_norm_without_overflow() -> None:
     folded, entries = fold_onnx(model)
     assert folded == model
     assert "more than float16 can hold" in (entries[1].reason or "")
+
+
+def test_row_that_another_fold_makes_is_judged_too() -> None:
+    """The norm leaves its offset behind the factor: together they are a row, which nothing has looked at before."""
+    net = Net()
+    factor = np.linspace(0, 2, C, dtype=np.float32).reshape(C, 1, 1)
+    normed = net.norm(net.op("Mul", "x", net.constant(factor)), C)
+    model = net.model({"x": X.shape}, net.op("Conv", normed, net.weight(4, C, 3, 3), pads=[1, 1, 1, 1]))
+    folded, entries = fold_and_compare(model, x=X)
+    assert operators(folded) == ["Mul", "Add", "Conv"]
+    assert [entry.status for entry in entries] == ["kept", "folded"]
+    assert "which is 0 in channel 0" in (entries[0].reason or "")

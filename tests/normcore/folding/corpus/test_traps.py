@@ -2,19 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from normcore.checkpoints.onnx import GraphLimits
 from normcore.folding.fold import fold_checkpoint, fold_onnx
 from normcore.folding.onnx.options import FoldOptions
 from normcore.folding.verify import ProbeOptions
-from tests.normcore.folding.builder import Net, fold_and_compare, forward_refusal, noise, operators, refusal
+from tests.normcore.folding.builder import Net, fold_and_compare, forward_refusal, noise, operators, reasons, refusal
 
 C = 6
 
@@ -43,10 +43,12 @@ BEFORE: dict[str, Callable[[Net], str]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64], ids=["fp16", "bf16", "fp32", "fp64"]
+)
 @pytest.mark.parametrize("name", BEFORE)
 def test_float16_makes_no_new_tensor_that_could_overflow(name: str, dtype: Any) -> None:
-    """The tensor before a mean, a sum or a bias may be larger than what comes behind; bfloat16 has room for it."""
+    """The tensor before a mean, a sum or a bias may be larger than what comes behind; the others have room."""
     net = Net(dtype=dtype)
     model = net.model({"x": (2, C, 10, 8)}, net.norm(BEFORE[name](net), C))
     if dtype == np.float16:
@@ -295,3 +297,30 @@ def test_part_without_channels_is_left_alone() -> None:
 def test_weight_over_no_features_is_left_alone() -> None:
     net = Net()
     assert "is empty" in refusal(net.model({"x": (5, 0)}, net.norm(net.op("MatMul", "x", net.weight(0, C)), C)))
+
+
+def test_digits_that_a_cast_would_drop_are_used_before() -> None:
+    """1e9 + 0.3 minus 1e9 is 0.3, and 1e9 + 0.3 in float32 is 1e9: the norm of float64 comes first."""
+    net = Net(dtype=np.float64)
+    vectors = [net.constant(np.full(3, value, np.float64)) for value in (1, 0, 1e9, 1)]
+    narrow = net.op("Cast", net.op("BatchNormalization", "x", *vectors), to=TensorProto.FLOAT)
+    weight = net.constant(noise(4, 3, 1, 1))
+    model = net.model({"x": (2, 3, 5, 4)}, net.op("Cast", net.op("Conv", narrow, weight), to=TensorProto.DOUBLE))
+    assert "reads less than the float64" in forward_refusal(model)
+
+
+def test_norm_of_vectors_is_left_alone() -> None:
+    """Of rank 1, a tensor has one channel and no axis for it."""
+    for options in ({}, {"affine": True}):
+        net = Net()
+        model = net.model({"x": (5,)}, net.norm(net.op("Add", "x", net.weight(1)), 1))
+        assert "rank 1 has no axis 1" in reasons(model, **cast("FoldOptions", options))[0]
+
+
+def test_reshaped_summand_of_one_channel_that_a_sum_repeats_is_left_alone() -> None:
+    net = Net()
+    one = net.op("Reshape", net.op("Gemm", "x", net.weight(5, 12)), ints(net, 2, 1, 3, 4))
+    three = net.op("Conv", net.op("Reshape", "x", ints(net, 2, 5, 1, 1)), net.weight(3, 5, 1, 1))
+    parameters = [net.constant(np.full(3, value, np.float32)) for value in (3, 1, 2, 4)]
+    model = net.model({"x": (2, 5)}, net.op("BatchNormalization", net.op("Add", one, three), *parameters))
+    assert "merges 1 channels, which a sum makes 3" in refusal(model)

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import safetensors
@@ -18,7 +18,7 @@ from normcore.errors import FoldError
 from normcore.folding.state_dict.fold import MANIFEST_KEY, fold_state_dict, plan_state_dict
 from normcore.folding.state_dict.loader import load_folded
 from normcore.folding.state_dict.options import StateDictOptions, Told
-from normcore.folding.state_dict.report import Kind
+from normcore.folding.state_dict.report import Form, Kind
 from tests.normcore.folding.state_dict.networks import Pair, difference, folded, save, trained
 
 README = Path(__file__).parents[4] / "README.md"
@@ -84,6 +84,27 @@ def test_computes_the_same(
         expected = model(x)
         assert (other(x) - expected).abs().max() / expected.abs().max() < (1e-12 if dtype == torch.float64 else 2e-6)
     assert difference(other, model, x) < (1e-14 if dtype == torch.float64 else 3e-7)
+
+
+@pytest.mark.parametrize(("weight", "mean"), [(2, 3e4), (0.5, 3e4), (2, 3)], ids=["up", "down", "near"])
+def test_shape_preserving_multiplies_nothing_up_in_float16(weight: float, mean: float, tmp_path: Path) -> None:
+    """4e4 * 2 - 6e4 is small, and 4e4 * 2 is infinite: the deploy form subtracts where it multiplies."""
+    norm = nn.BatchNorm2d(20)
+    for values, value in ((norm.weight, weight), (norm.running_mean, mean)):
+        assert values is not None
+        values.data.fill_(value)
+    model = nn.ModuleDict({"conv": nn.Conv2d(1, 20, 1).half(), "bn": norm})
+    source, target = save(model, tmp_path / "half.safetensors"), tmp_path / "folded.safetensors"
+    pairs = {"bn": Told("conv", eps=1e-5)}
+    kept = StateDictOptions(form="shape_preserving", pairs=pairs)
+    if weight > 1 and mean > 32:
+        with pytest.raises(FoldError, match="in float16 the output of conv, 2 times what it was in channel 0"):
+            fold_state_dict(source, target, options=kept)
+        assert not target.exists()
+    else:
+        assert [entry.status for entry in fold_state_dict(source, target, options=kept).entries] == ["folded"]
+    deployed = fold_state_dict(source, target, options=StateDictOptions(pairs=pairs))
+    assert [entry.status for entry in deployed.entries] == ["folded"]
 
 
 class Chain(nn.Module):
@@ -388,3 +409,22 @@ def test_the_ten_lines_of_the_readme_load_the_deploy_form(tmp_path: Path) -> Non
     deployed = names["load_deployed"](model, str(target))
     assert [type(module).__name__ for module in deployed] == ["Conv2d", "Identity", "ReLU", "Conv2d"]
     torch.testing.assert_close(deployed(image), expected)
+
+
+def test_weight_norm_of_no_direction_is_refused(tmp_path: Path) -> None:
+    state = Pair(parametrizations.weight_norm(nn.Conv2d(3, 20, 3)), 20).state_dict()
+    state["conv.parametrizations.weight.original1"][4] = 0
+    source, target = save(state, tmp_path / "source.safetensors"), tmp_path / "folded.safetensors"
+    with pytest.raises(FoldError, match="divides by the length of a direction that is zero"):
+        fold_state_dict(source, target, options=StateDictOptions(pairs={"bn": Told("conv", eps=1e-5)}))
+    assert not target.exists()
+
+
+@FORMS
+def test_bias_of_another_length_is_refused(form: str, tmp_path: Path) -> None:
+    state = {**Pair(nn.Conv2d(3, 20, 3), 20).state_dict(), "conv.bias": torch.zeros(7)}
+    source, target = save(state, tmp_path / "source.safetensors"), tmp_path / "folded.safetensors"
+    options = StateDictOptions(form=cast("Form", form), pairs={"bn": Told("conv", eps=1e-5)})
+    with pytest.raises(FoldError, match=re.escape("the bias of conv has shape [7]")):
+        fold_state_dict(source, target, options=options)
+    assert not target.exists()

@@ -51,6 +51,11 @@ def other_eps(state: dict[str, Tensor]) -> None:
     state["bn1.weight"] *= torch.sqrt(torch.tensor(1.001 / 1.00001))
 
 
+def not_a_number_at_first(state: dict[str, Tensor]) -> None:
+    """Later pairs are right, which must not make up for it."""
+    state["conv1.weight"][0, 0, 0, 0] = float("nan")
+
+
 def not_a_number(state: dict[str, Tensor]) -> None:
     state["layer4.1.conv2.weight"][0, 0, 0, 0] = float("nan")
 
@@ -62,7 +67,7 @@ def test_accepts_the_fold(fold: tuple[Study, Path]) -> None:
     assert 0 < proof.pair_error < 1
 
 
-@pytest.mark.parametrize("mutate", [scaled, swapped, unshifted, other_eps, not_a_number])
+@pytest.mark.parametrize("mutate", [scaled, swapped, unshifted, other_eps, not_a_number, not_a_number_at_first])
 def test_rejects_mutants(mutate: Callable[[dict[str, Tensor]], None], fold: tuple[Study, Path], tmp_path: Path) -> None:
     known, target = fold
     state = safetensors.torch.load_file(target)
