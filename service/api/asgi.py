@@ -104,7 +104,8 @@ def tensor_headers(body: EncodedBody, timing: Timing) -> list[tuple[bytes, bytes
         (b"server-timing", _server_timing(timing)),
         (b"vary", b"Accept-Encoding"),
     ]
-    headers += [(name.lower().encode(), value.encode("latin-1")) for name, value in body.headers.items()]
+    if body.headers:
+        headers += [(name.lower().encode(), value.encode("latin-1")) for name, value in body.headers.items()]
     if body.json_length is not None:
         headers.append((b"inference-header-content-length", str(body.json_length).encode()))
     return headers
