@@ -36,8 +36,11 @@ def header(scope: Scope, name: bytes) -> str:
 
 
 def headers_of(scope: Scope) -> dict[str, str]:
-    """All headers by lower-case name, the first of several; for who asks for many, most of them missing."""
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
+    """All headers by lower-case name, the first of several; for who asks for many, most of them missing.
+
+    The blanks behind a value, which the parser leaves there, are none of it.
+    """
+    return {name.decode("latin-1"): value.decode("latin-1").rstrip() for name, value in reversed(scope["headers"])}
 
 
 def services_of(scope: Scope) -> Services:

@@ -159,6 +159,7 @@ def _declared_length(headers: Mapping[str, str]) -> int | None:
     text = headers.get("content-length")
     if text is None:
         return None if "transfer-encoding" in headers else 0
+    text = text.strip()
     if not text.isascii() or not text.isdigit():
         raise PayloadMalformedError(f"Content-Length: expected a number of bytes, received {text[:40]!r}")
     return int(text)

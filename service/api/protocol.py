@@ -133,7 +133,7 @@ async def index_repository(request: Request, services: ServicesDep) -> list[dict
     document = await read_object(request)
     wants_ready = document.get("ready", False)
     if not isinstance(wants_ready, bool):
-        raise PayloadMalformedError(f"ready: expected true or false, received {wants_ready!r}")
+        raise PayloadMalformedError(f"ready: expected true or false, received {describe(wants_ready)}")
     return [
         {"name": entry.name, "version": str(entry.version), "state": entry.state, "reason": entry.reason}
         for entry in services.models.entries()
@@ -186,7 +186,9 @@ async def unload_model(name: str, request: Request, services: ServicesDep) -> Re
 @router.api_route("/cudasharedmemory/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
 async def refuse_extension(request: Request) -> None:
     """Extensions of the protocol that this service does not have."""
-    raise UnsupportedError(f"{request.url.path}: trace settings, log settings and shared memory are not supported")
+    raise UnsupportedError(
+        f"{request.url.path[:200]}: trace settings, log settings and shared memory are not supported"
+    )
 
 
 def _ready(services: Services, name: str, request: Request) -> Entry:

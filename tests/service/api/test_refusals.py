@@ -119,6 +119,7 @@ DATA = np.array(ROWS, np.float32).tobytes()
     [
         pytest.param(_binary(_input(), DATA, "9999"), ("Inference-Header-Content-Length",), id="header-too-long"),
         pytest.param(_binary(_input(), DATA, "many"), ("Inference-Header-Content-Length",), id="header-no-number"),
+        pytest.param(_binary(_input(), DATA, "1 0"), ("Inference-Header-Content-Length",), id="header-two-numbers"),
         pytest.param(_binary(_input(), DATA, "-1"), ("Inference-Header-Content-Length",), id="header-negative"),
         pytest.param(_binary(_input(), DATA + b"\0"), ("body", "expected", "received"), id="trailing-bytes"),
         pytest.param(_binary(_input(), DATA[:-1]), ("24", "23"), id="missing-bytes"),
@@ -155,6 +156,45 @@ async def test_parameters_of_the_protocol_have_their_types(client: httpx.AsyncCl
     answer = await client.post(INFER, **_binary(_input() | {"parameters": {name: value, "training": True}}, DATA))
     assert answer.status_code == 400, answer.text
     assert name in answer.json()["error"]
+
+
+_LONG = "q" * 50_000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"inputs": [{"name": _LONG, "shape": [1], "datatype": "FP32", "data": [1]}]}, id="input"),
+        pytest.param({"outputs": [{"name": _LONG}]}, id="output"),
+        pytest.param({"parameters": {_LONG: 1}}, id="parameter"),
+        *[
+            pytest.param({"parameters": {name: _LONG}}, id=name)
+            for name in ("eps", "timeout", "priority", "sequence_start", "deterministic", "binary_data_output")
+        ],
+    ],
+)
+async def test_a_refusal_quotes_the_beginning_of_what_came(client: httpx.AsyncClient, changes: dict[str, Any]) -> None:
+    answer = await client.post(
+        INFER, json={"inputs": [_input()["inputs"][0] | {"data": [0] * 6, "parameters": {}}]} | changes
+    )
+    assert answer.status_code == 400, answer.text[:200]
+    assert "qqq" in answer.json()["error"]
+    assert len(answer.content) < 1500
+
+
+async def test_a_refusal_quotes_the_beginning_of_a_path_and_of_headers(client: httpx.AsyncClient) -> None:
+    for answer in (
+        await client.get(f"/v2/{_LONG}"),
+        await client.get(f"/v2/models/{_LONG}"),
+        await client.get(f"/v2/systemsharedmemory/{_LONG}"),
+        await client.get("/v2", headers={"origin": _LONG}),
+        await client.post("/v2/repository/index", json={"ready": _LONG}),
+        await client.post(INFER, content=b"", headers={"content-encoding": _LONG}),
+        await client.post(INFER, content=b"", headers={"inference-header-content-length": _LONG}),
+    ):
+        assert answer.status_code in (400, 403, 404, 415, 501)
+        assert "qqq" in answer.json()["error"]
+        assert len(answer.content) < 1500
 
 
 async def test_unknown_models_are_404(client: httpx.AsyncClient) -> None:
