@@ -46,19 +46,21 @@ class Received:
         declared = _declared_length(self._headers)
         _check_size(declared or 0, limit_bytes, "NORMSERVE_MAX_BODY_BYTES")
         coding = request_coding(self._headers)
-        # A body of unknown length may grow to the limit, so it is counted as that much from the start.
-        reserved_bytes = limit_bytes if declared is None or coding else declared
-        self._budget.reserve(reserved_bytes)
+        self._reserve(0 if declared is None or coding else declared)
         try:
-            body = await self._read(coding)
+            return await self._read(coding)
         except BaseException:
-            self._budget.release(reserved_bytes)
+            self._budget.release(self._reserved_bytes)
             raise
-        self._reserved_bytes = reserved_bytes
-        return body
 
     async def __aexit__(self, *_: object) -> None:
         self._budget.release(self._reserved_bytes)
+
+    def _reserve(self, size_bytes: int) -> None:
+        """So many bytes in all: a body whose length nobody has told counts as it comes."""
+        if size_bytes > self._reserved_bytes:
+            self._budget.reserve(size_bytes - self._reserved_bytes)
+            self._reserved_bytes = size_bytes
 
     async def _read(self, coding: str | None) -> memoryview:
         limit_bytes = self._settings.max_body_bytes
@@ -74,6 +76,7 @@ class Received:
         async for chunk in chunks:
             body += chunk
             _check_size(len(body) - padding, limit_bytes, "NORMSERVE_MAX_BODY_BYTES")
+            self._reserve(len(body) - padding)
         return memoryview(body)[padding:]
 
 

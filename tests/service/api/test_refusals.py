@@ -1,6 +1,7 @@
 """Every refusal over HTTP: the status, the code, a sentence that names what is wrong, and a service that goes on."""
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -267,6 +268,37 @@ async def test_the_receive_budget_is_429(tmp_path: Path) -> None:
         assert (await first).status_code == 200
         answer = await client.post(BATCH_NORM, content=bytes(1001))
         refused(answer, 413, "payload_too_large", "NORMSERVE_RECEIVE_BUDGET_BYTES")
+
+
+async def test_bodies_of_unknown_length_count_as_they_come(tmp_path: Path) -> None:
+    """Many may be under way at once, whatever each might grow to; those that do grow are refused in the end."""
+    document = json.dumps({"input": ROWS, "training": True}).encode()
+    async with running_app(small_settings(tmp_path, body_timeout_s=5)) as app, http(app) as client:
+        release = asyncio.Event()
+
+        async def slow(content: bytes) -> AsyncIterator[bytes]:
+            yield content[:-1]
+            await release.wait()
+            yield content[-1:]
+
+        packed = {"content-encoding": "gzip"}
+        waiting = [asyncio.create_task(client.post(BATCH_NORM, content=slow(document))) for _ in range(5)]
+        waiting += [
+            asyncio.create_task(client.post(BATCH_NORM, content=slow(gzip.compress(document)), headers=packed))
+            for _ in range(5)
+        ]
+        await asyncio.sleep(0.1)
+        npy = {"content-type": "application/x-npy"}
+        large = [
+            asyncio.create_task(client.post(BATCH_NORM, content=slow(bytes(900_000)), headers=npy)) for _ in range(3)
+        ]
+        await asyncio.sleep(0.1)
+        release.set()
+        assert [(await task).status_code for task in waiting] == [200] * 10
+        answers = [await task for task in large]
+        assert sorted(answer.status_code for answer in answers) == [400, 400, 429]
+        text = (await client.get("/metrics")).text
+        assert "normserve_receive_budget_used_bytes 0" in text
 
 
 async def test_foreign_origins_are_403(client: httpx.AsyncClient) -> None:
