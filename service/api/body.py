@@ -16,13 +16,24 @@ _SMALL_BYTES = 1024 * 1024
 
 
 class Received:
-    """A context with a whole tensor body; its bytes count against the receive budget until the context ends.
+    """A context with a whole large body; its bytes count against the receive budget until the context ends.
 
     The byte at offset `aligned_at` lies at a multiple of 16 in memory, so that tensors that begin there need no copy.
     With `is_whole` the first message brings all of the body without a wait; most small bodies come with their heads.
+    It has at most `max_bytes` or, without, NORMSERVE_MAX_BODY_BYTES; `setting` names where they come from.
     """
 
-    __slots__ = ("_aligned_at", "_budget", "_headers", "_is_whole", "_receive", "_reserved_bytes", "_settings")
+    __slots__ = (
+        "_aligned_at",
+        "_budget",
+        "_headers",
+        "_is_whole",
+        "_max_bytes",
+        "_receive",
+        "_reserved_bytes",
+        "_setting",
+        "_timeout_s",
+    )
 
     def __init__(
         self,
@@ -32,19 +43,22 @@ class Received:
         *,
         aligned_at: int = 0,
         is_whole: bool = False,
+        max_bytes: int | None = None,
+        setting: str = "NORMSERVE_MAX_BODY_BYTES",
     ) -> None:
         self._receive = receive
         self._headers = headers
-        self._settings = services.settings
+        self._timeout_s = services.settings.body_timeout_s
+        self._max_bytes = services.settings.max_body_bytes if max_bytes is None else max_bytes
+        self._setting = setting
         self._budget = services.budget
         self._aligned_at = aligned_at
         self._is_whole = is_whole
         self._reserved_bytes = 0
 
     async def __aenter__(self) -> memoryview:
-        limit_bytes = self._settings.max_body_bytes
         declared = _declared_length(self._headers)
-        _check_size(declared or 0, limit_bytes, "NORMSERVE_MAX_BODY_BYTES")
+        _check_size(declared or 0, self._max_bytes, self._setting)
         coding = request_coding(self._headers)
         self._reserve(0 if declared is None or coding else declared)
         try:
@@ -63,19 +77,18 @@ class Received:
             self._reserved_bytes = size_bytes
 
     async def _read(self, coding: str | None) -> memoryview:
-        limit_bytes = self._settings.max_body_bytes
         padding = -self._aligned_at % _ALIGNMENT
         body = bytearray(padding)
         if self._is_whole and coding is None:
             body += _chunk(await self._receive())
-            _check_size(len(body) - padding, limit_bytes, "NORMSERVE_MAX_BODY_BYTES")
+            _check_size(len(body) - padding, self._max_bytes, self._setting)
             return memoryview(body)[padding:]
-        chunks: AsyncIterator[bytes] = Stream(self._receive, self._headers, timeout_s=self._settings.body_timeout_s)
+        chunks: AsyncIterator[bytes] = Stream(self._receive, self._headers, timeout_s=self._timeout_s)
         if coding is not None:
             chunks = decompressed(chunks, coding)
         async for chunk in chunks:
             body += chunk
-            _check_size(len(body) - padding, limit_bytes, "NORMSERVE_MAX_BODY_BYTES")
+            _check_size(len(body) - padding, self._max_bytes, self._setting)
             self._reserve(len(body) - padding)
         return memoryview(body)[padding:]
 
@@ -94,16 +107,13 @@ async def received_stream(
         yield chunk
 
 
-async def received_small(
-    receive: Receive, headers: Mapping[str, str], services: Services, *, limit_bytes: int | None = None
-) -> bytes:
-    """A whole management document, at most 1 MiB unless another limit is given."""
+async def received_small(receive: Receive, headers: Mapping[str, str], services: Services) -> bytes:
+    """A whole management document, at most 1 MiB."""
     _check_encoding(headers)
-    limit = _SMALL_BYTES if limit_bytes is None else limit_bytes
     body = bytearray()
     async for chunk in Stream(receive, headers, timeout_s=services.settings.body_timeout_s):
         body += chunk
-        _check_size(len(body), limit, "a management document" if limit_bytes is None else "NORMSERVE_MAX_JSON_BYTES")
+        _check_size(len(body), _SMALL_BYTES, "a management document")
     return bytes(body)
 
 
