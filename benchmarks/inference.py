@@ -171,7 +171,11 @@ _PARTS: dict[str, Callable[[int, float], None]] = {
 
 
 def _rivals(stack: ExitStack, model: Path, row: Rows, *, threads: int, rows: int) -> Iterator[Side]:
-    for rival in rivals.present():
+    for rival in rivals.RIVALS:
+        if rival.interpreter is None:
+            name = rival.package
+            _say(f"  {name}: not compared; neither installed here nor by {name.upper()}_PYTHON")
+            continue
         server = stack.enter_context(rival.serving(model, threads=threads, rows=rows))
         yield Side(rival.title, server, rival.ask(server.port, row))
 
@@ -218,10 +222,6 @@ def _say(line: str) -> None:
 
 
 def main(names: Sequence[str], rounds: int, seconds: float) -> None:
-    for rival in rivals.RIVALS:
-        if rival.interpreter is None:
-            name = rival.package
-            _say(f"{name}: not installed here, and {name.upper()}_PYTHON names no interpreter that has it")
     for name in names or _PARTS:
         part = _PARTS[name]
         _say(f"{name}: {(part.__doc__ or '').partition(chr(10))[0]}")

@@ -70,7 +70,3 @@ RIVALS = (
     Rival("mlserver", "MLServer, JSON", _READY, _protocol_json),
     Rival("litserve", "LitServe, JSON", "/health", _plain_json),
 )
-
-
-def present() -> list[Rival]:
-    return [rival for rival in RIVALS if rival.interpreter is not None]

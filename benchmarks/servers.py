@@ -68,7 +68,7 @@ class Server:
 
 @contextmanager
 def service(**settings: object) -> Iterator[Server]:
-    """The service with these settings, and an empty data folder."""
+    """`python -m service` on a free port with a fresh data folder."""
     with tempfile.TemporaryDirectory() as folder:
         named = {f"NORMSERVE_{name.upper()}": str(value) for name, value in settings.items()}
         fixed = {"NORMSERVE_PORT": "0", "NORMSERVE_DATA_DIR": folder, "NORMSERVE_DRAIN_S": "0"}
