@@ -1,6 +1,6 @@
 # make run    set up and start the service         make check        static checks
 # make test   set up and run all tests             make docker-test  build and run the container files
-# make bench  time kernels, folding and statistics beside their peers
+# make bench  time kernels, folding, statistics and serving beside their peers
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX_URL ?=

@@ -1,73 +1,99 @@
 """Serving beside its peers on the same machine, each in a process of its own, run in turn.
 
 Usage: python -m benchmarks.inference [overhead goodput tensors isolation overload memory] [--rounds N] [--seconds S].
-Without names, every part but `memory`, which takes minutes. Ratios are medians over the rounds with least and most:
+Without names, every part; `memory` takes minutes. Ratios are medians over the rounds with least and most:
 times of a shared machine mean little. The load comes from `wrk` where it is installed.
 """
 
 import argparse
 import asyncio
-import importlib.util
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks import isolation, memory, overload
+from benchmarks import isolation, memory, overload, rivals
 from benchmarks.load import Call, Load, closed_loop, connected
 from benchmarks.networks import IMAGE_SHAPE, TINY_INPUTS, perceptron, residual_network
+from benchmarks.rivals import Rows
 from benchmarks.servers import Server, binary_call, peer, service
 from normcore.execution import open_session
 from normcore.normalization import batch_norm
 
-_PEERS = ("pytriton", "mlserver", "litserve")
 _IMAGE_CONNECTIONS = 8
 _TENSOR_BYTES = 64 * 1024**2
 
 
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A server and the request that it is sent."""
+
+    title: str
+    server: Server
+    call: Call
+
+    def used(self, connections: int, seconds: float) -> tuple[Load, float]:
+        """Its load and the CPU seconds of each request. Raises RuntimeError where it answers none."""
+        before_s = self.server.cpu_s()
+        load = closed_loop(self.call, connections=connections, seconds=seconds)
+        if not load.rate:
+            raise RuntimeError(f"{self.title}: {load.failures} answers, none of them 200")
+        return load, (self.server.cpu_s() - before_s) / (load.rate * seconds)
+
+
 def overhead(rounds: int, seconds: float) -> None:
-    """Goal 1: the tiny network beside a hand-written FastAPI route that takes and gives raw bytes."""
+    """Goal 1: the tiny network beside a hand-written FastAPI route that takes and gives raw bytes, and frameworks."""
     row = _random(1, TINY_INPUTS)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = Path(folder, "tiny.onnx")
         model.write_bytes(perceptron())
-        with service(threads=1) as ours, peer("fastapi", model) as theirs:
-            path = ours.serve("tiny", model.read_bytes())
-            calls = (binary_call(ours.port, path, "x", row), Call(theirs.port, "/infer", row.tobytes()))
-            for connections in (16, 1):
-                pairs = [_used(calls, (ours, theirs), connections, seconds) for _ in range(rounds)]
-                for name, side in (("normserve", 0), ("FastAPI by hand", 1)):
-                    _say(f"  {name:<16}{connections:>3} connections {_table([pair[side] for pair in pairs])}")
-                _say_ratio(
-                    "  requests/s, ours / FastAPI", [ours.rate / theirs.rate for (ours, _), (theirs, _) in pairs]
-                )
-                _say_ratio("  CPU per request, FastAPI / ours", [theirs / ours for (_, ours), (_, theirs) in pairs])
+        ours, fastapi = stack.enter_context(service(threads=1)), stack.enter_context(peer("fastapi", model))
+        path = ours.serve("tiny", model.read_bytes())
+        sides = [
+            Side("normserve", ours, binary_call(ours.port, path, "x", row)),
+            Side("FastAPI by hand", fastapi, Call(fastapi.port, "/infer", row.tobytes())),
+            *_rivals(stack, model, row, threads=1, rows=1),
+        ]
+        for connections in (16, 1):
+            found = [[side.used(connections, seconds) for side in sides] for _ in range(rounds)]
+            for number, side in enumerate(sides):
+                _say(f"  {side.title:<16}{connections:>3} connections {_table([used[number] for used in found])}")
+            for number, side in enumerate(sides[1:], start=1):
+                _say_ratio(f"  requests/s, ours / {side.title}", [u[0][0].rate / u[number][0].rate for u in found])
+                _say_ratio(f"  CPU per request, {side.title} / ours", [u[number][1] / u[0][1] for u in found])
 
 
 def goodput(rounds: int, seconds: float) -> None:
     """Goal 2: images per second through a network that keeps the processors busy."""
     image, threads = _random(1, *IMAGE_SHAPE), 2
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = Path(folder, "images.onnx")
         model.write_bytes(residual_network())
         session, images = open_session(model, threads=threads), _random(_IMAGE_CONNECTIONS, *IMAGE_SHAPE)
-        with service(threads=threads) as ours, peer("batcher", model, threads=threads) as theirs:
-            path = ours.serve("images", model.read_bytes(), max_batch_size=_IMAGE_CONNECTIONS)
-            calls = binary_call(ours.port, path, "x", image), Call(theirs.port, "/", image.tobytes())
-            rates: list[tuple[float, ...]] = []
-            for _ in range(rounds):
-                served = [closed_loop(call, connections=_IMAGE_CONNECTIONS, seconds=seconds).rate for call in calls]
-                alone = _repeated(lambda: session.run(None, {"x": images}), seconds) * _IMAGE_CONNECTIONS
-                rates.append((*served, alone))
-    for name, side in (("normserve", 0), ("bare batcher", 1), ("in process", 2)):
-        _say(f"  {name:<16}{statistics.median(rate[side] for rate in rates):>9.1f} images/s")
-    _say_ratio("  ours / in process", [ours / alone for ours, _, alone in rates])
-    _say_ratio("  ours / bare batcher", [ours / bare for ours, bare, _ in rates])
+        ours = stack.enter_context(service(threads=threads))
+        batcher = stack.enter_context(peer("batcher", model, threads=threads))
+        path = ours.serve("images", model.read_bytes(), max_batch_size=_IMAGE_CONNECTIONS)
+        sides = [
+            Side("normserve", ours, binary_call(ours.port, path, "x", image)),
+            Side("bare batcher", batcher, Call(batcher.port, "/", image.tobytes())),
+            *_rivals(stack, model, image, threads=threads, rows=_IMAGE_CONNECTIONS),
+        ]
+        rates: list[list[float]] = []
+        for _ in range(rounds):
+            alone = _repeated(lambda: session.run(None, {"x": images}), seconds) * _IMAGE_CONNECTIONS
+            rates.append([*(side.used(_IMAGE_CONNECTIONS, seconds)[0].rate for side in sides), alone])
+    titles = [*(side.title for side in sides), "in process"]
+    for number, title in enumerate(titles):
+        _say(f"  {title:<16}{statistics.median(rate[number] for rate in rates):>9.1f} images/s")
+    for number, title in enumerate(titles[1:], start=1):
+        _say_ratio(f"  ours / {title}", [rate[0] / rate[number] for rate in rates])
 
 
 def tensors(rounds: int, _: float) -> None:
@@ -109,16 +135,14 @@ _PARTS: dict[str, Callable[[int, float], None]] = {
 }
 
 
-def _used(
-    calls: Sequence[Call], servers: Sequence[Server], connections: int, seconds: float
-) -> list[tuple[Load, float]]:
-    """Load and CPU seconds per request of each side, one after the other."""
-    found = []
-    for call, server in zip(calls, servers, strict=True):
-        before_s = server.cpu_s()
-        load = closed_loop(call, connections=connections, seconds=seconds)
-        found.append((load, (server.cpu_s() - before_s) / (load.rate * seconds)))
-    return found
+def _rivals(stack: ExitStack, model: Path, row: Rows, *, threads: int, rows: int) -> Iterator[Side]:
+    for rival in rivals.RIVALS:
+        if rival.interpreter is None:
+            name = rival.package
+            _say(f"  {name}: not compared; neither installed here nor by {name.upper()}_PYTHON")
+            continue
+        server = stack.enter_context(rival.serving(model, threads=threads, rows=rows))
+        yield Side(rival.title, server, rival.ask(server.port, row))
 
 
 async def _answered_s(call: Call) -> float:
@@ -163,10 +187,7 @@ def _say(line: str) -> None:
 
 
 def main(names: Sequence[str], rounds: int, seconds: float) -> None:
-    for name in _PEERS:
-        if importlib.util.find_spec(name) is None:
-            _say(f"{name} is not installed: not compared")
-    for name in names or [part for part in _PARTS if part != "memory"]:
+    for name in names or _PARTS:
         part = _PARTS[name]
         _say(f"{name}: {(part.__doc__ or '').partition(chr(10))[0]}")
         part(rounds, seconds)

@@ -216,7 +216,7 @@ class Method:
         for name in given:
             if name not in known:
                 expected = f"for {self.name} among {', '.join(known)}"
-                raise ParameterError(argument, expected=expected, received=repr(name))
+                raise ParameterError(argument, expected=expected, received=repr(name[:60]))
 
     def _needed(self, tensors: Mapping[str, Tensor], outputs: Collection[str] | None) -> Mapping[str, Tensor]:
         """The tensors without the output's gradient where no gradient is asked for."""

@@ -36,8 +36,11 @@ def header(scope: Scope, name: bytes) -> str:
 
 
 def headers_of(scope: Scope) -> dict[str, str]:
-    """All headers by lower-case name, the first of several; for who asks for many, most of them missing."""
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
+    """All headers by lower-case name, the first of several; for who asks for many, most of them missing.
+
+    The blanks behind a value, which the parser leaves there, are none of it.
+    """
+    return {name.decode("latin-1"): value.decode("latin-1").rstrip() for name, value in reversed(scope["headers"])}
 
 
 def services_of(scope: Scope) -> Services:
@@ -104,7 +107,8 @@ def tensor_headers(body: EncodedBody, timing: Timing) -> list[tuple[bytes, bytes
         (b"server-timing", _server_timing(timing)),
         (b"vary", b"Accept-Encoding"),
     ]
-    headers += [(name.lower().encode(), value.encode("latin-1")) for name, value in body.headers.items()]
+    if body.headers:
+        headers += [(name.lower().encode(), value.encode("latin-1")) for name, value in body.headers.items()]
     if body.json_length is not None:
         headers.append((b"inference-header-content-length", str(body.json_length).encode()))
     return headers

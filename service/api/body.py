@@ -18,13 +18,24 @@ _FIRST_BYTES = 64 * 1024
 
 
 class Received:
-    """A context with a whole tensor body; its bytes count against the receive budget until the context ends.
+    """A context with a whole large body; its bytes count against the receive budget until the context ends.
 
     The byte at offset `aligned_at` lies at a multiple of 16 in memory, so that tensors that begin there need no copy.
     With `is_whole` the first message brings all of the body without a wait; most small bodies come with their heads.
+    It has at most `max_bytes` or, without, NORMSERVE_MAX_BODY_BYTES; `setting` names where they come from.
     """
 
-    __slots__ = ("_aligned_at", "_budget", "_headers", "_is_whole", "_receive", "_reserved_bytes", "_settings")
+    __slots__ = (
+        "_aligned_at",
+        "_budget",
+        "_headers",
+        "_is_whole",
+        "_max_bytes",
+        "_receive",
+        "_reserved_bytes",
+        "_setting",
+        "_timeout_s",
+    )
 
     def __init__(
         self,
@@ -34,49 +45,54 @@ class Received:
         *,
         aligned_at: int = 0,
         is_whole: bool = False,
+        max_bytes: int | None = None,
+        setting: str = "NORMSERVE_MAX_BODY_BYTES",
     ) -> None:
         self._receive = receive
         self._headers = headers
-        self._settings = services.settings
+        self._timeout_s = services.settings.body_timeout_s
+        self._max_bytes = services.settings.max_body_bytes if max_bytes is None else max_bytes
+        self._setting = setting
         self._budget = services.budget
         self._aligned_at = aligned_at
         self._is_whole = is_whole
         self._reserved_bytes = 0
 
     async def __aenter__(self) -> memoryview:
-        limit_bytes = self._settings.max_body_bytes
         declared = _declared_length(self._headers)
-        _check_size(declared or 0, limit_bytes, "NORMSERVE_MAX_BODY_BYTES")
+        _check_size(declared or 0, self._max_bytes, self._setting)
         coding = request_coding(self._headers)
-        # A body of unknown length may grow to the limit, so it is counted as that much from the start.
-        reserved_bytes = limit_bytes if declared is None or coding else declared
-        self._budget.reserve(reserved_bytes)
+        self._reserve(0 if declared is None or coding else declared)
         try:
-            body = await self._read(coding, _FIRST_BYTES if declared is None or coding else declared)
+            return await self._read(coding, _FIRST_BYTES if declared is None or coding else declared)
         except BaseException:
-            self._budget.release(reserved_bytes)
+            self._budget.release(self._reserved_bytes)
             raise
-        self._reserved_bytes = reserved_bytes
-        return body
 
     async def __aexit__(self, *_: object) -> None:
         self._budget.release(self._reserved_bytes)
 
+    def _reserve(self, size_bytes: int) -> None:
+        """So many bytes in all: a body whose length nobody has told counts as it comes."""
+        if size_bytes > self._reserved_bytes:
+            self._budget.reserve(size_bytes - self._reserved_bytes)
+            self._reserved_bytes = size_bytes
+
     async def _read(self, coding: str | None, expected_bytes: int) -> memoryview:
-        limit_bytes = self._settings.max_body_bytes
         padding = -self._aligned_at % _ALIGNMENT
         if self._is_whole and coding is None:
             whole = bytearray(padding)
             whole += _chunk(await self._receive())
-            _check_size(len(whole) - padding, limit_bytes, "NORMSERVE_MAX_BODY_BYTES")
+            _check_size(len(whole) - padding, self._max_bytes, self._setting)
             return memoryview(whole)[padding:]
         body = _Buffer(padding, expected_bytes)
-        chunks: AsyncIterator[bytes] = Stream(self._receive, self._headers, timeout_s=self._settings.body_timeout_s)
+        chunks: AsyncIterator[bytes] = Stream(self._receive, self._headers, timeout_s=self._timeout_s)
         if coding is not None:
             chunks = decompressed(chunks, coding)
         async for chunk in chunks:
             body.append(chunk)
-            _check_size(body.size_bytes, limit_bytes, "NORMSERVE_MAX_BODY_BYTES")
+            _check_size(body.size_bytes, self._max_bytes, self._setting)
+            self._reserve(body.size_bytes)
         return body.content
 
 
@@ -122,16 +138,13 @@ async def received_stream(
         yield chunk
 
 
-async def received_small(
-    receive: Receive, headers: Mapping[str, str], services: Services, *, limit_bytes: int | None = None
-) -> bytes:
-    """A whole management document, at most 1 MiB unless another limit is given."""
+async def received_small(receive: Receive, headers: Mapping[str, str], services: Services) -> bytes:
+    """A whole management document, at most 1 MiB."""
     _check_encoding(headers)
-    limit = _SMALL_BYTES if limit_bytes is None else limit_bytes
     body = bytearray()
     async for chunk in Stream(receive, headers, timeout_s=services.settings.body_timeout_s):
         body += chunk
-        _check_size(len(body), limit, "a management document" if limit_bytes is None else "NORMSERVE_MAX_JSON_BYTES")
+        _check_size(len(body), _SMALL_BYTES, "a management document")
     return bytes(body)
 
 
@@ -190,6 +203,7 @@ def _declared_length(headers: Mapping[str, str]) -> int | None:
     text = headers.get("content-length")
     if text is None:
         return None if "transfer-encoding" in headers else 0
+    text = text.strip()
     if not text.isascii() or not text.isdigit():
         raise PayloadMalformedError(f"Content-Length: expected a number of bytes, received {text[:40]!r}")
     return int(text)

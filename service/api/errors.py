@@ -135,7 +135,7 @@ def _details(error: Exception) -> dict[str, Any]:
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _HTTP_CODES.get(error.status_code, "http_error")
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
     return envelope(error.status_code, code, message, headers=dict(error.headers or {}))
 
 

@@ -104,13 +104,11 @@ class Guard:
         host = header(scope, b"host").lower()
         # Probes ask by address, whatever name the service is published under.
         if self._hosts and "/v2/health/" not in scope["path"] and _hostname(host) not in self._hosts:
-            return (
-                f"Host: expected one of {', '.join(sorted(self._hosts))} (NORMSERVE_ALLOWED_HOSTS), received {host!r}"
-            )
+            known = ", ".join(sorted(self._hosts))
+            return f"Host: expected one of {known} (NORMSERVE_ALLOWED_HOSTS), received {host[:200]!r}"
         if origin and origin not in self._origins and _authority(origin) != host:
-            return (
-                f"Origin: expected this service's own origin or one of NORMSERVE_ALLOWED_ORIGINS, received {origin!r}"
-            )
+            known = "this service's own origin or one of NORMSERVE_ALLOWED_ORIGINS"
+            return f"Origin: expected {known}, received {origin[:200]!r}"
         return None
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from service import __version__
-from service.api.dependencies import ServicesDep, read_object
+from service.api.dependencies import ServicesDep, read_large_object, read_object
 from service.api.infer import find_entry
 from service.application.models import Entry
 from service.codecs.json_text import describe, expect_object
@@ -133,7 +133,7 @@ async def index_repository(request: Request, services: ServicesDep) -> list[dict
     document = await read_object(request)
     wants_ready = document.get("ready", False)
     if not isinstance(wants_ready, bool):
-        raise PayloadMalformedError(f"ready: expected true or false, received {wants_ready!r}")
+        raise PayloadMalformedError(f"ready: expected true or false, received {describe(wants_ready)}")
     return [
         {"name": entry.name, "version": str(entry.version), "state": entry.state, "reason": entry.reason}
         for entry in services.models.entries()
@@ -149,16 +149,15 @@ async def load_model(name: str, request: Request, services: ServicesDep) -> Resp
     `instance_group`; with `file:<version>/model.onnx`, base64, these files become the versions of the model.
     """
     services.health.refuse_while_draining()
-    document = await read_object(request, limit_bytes=services.settings.max_json_bytes)
-    parameters = _parameters(document)
-    overrides = await asyncio.to_thread(decode_overrides, parameters, model=name)
-    if overrides is None:
-        await services.models.load(name)
-    elif overrides.files:
-        kept = {version: await _keep(services, content) for version, content in overrides.files.items()}
-        await services.models.load_files(name, kept, overrides.options)
-    else:
-        await services.models.load_changed(name, overrides.options)
+    async with read_large_object(request) as document:
+        overrides = await asyncio.to_thread(decode_overrides, _parameters(document), model=name)
+        if overrides is None:
+            await services.models.load(name)
+        elif overrides.files:
+            kept = {version: await _keep(services, content) for version, content in overrides.files.items()}
+            await services.models.load_files(name, kept, overrides.options)
+        else:
+            await services.models.load_changed(name, overrides.options)
     return Response(status_code=200)
 
 
@@ -186,7 +185,9 @@ async def unload_model(name: str, request: Request, services: ServicesDep) -> Re
 @router.api_route("/cudasharedmemory/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
 async def refuse_extension(request: Request) -> None:
     """Extensions of the protocol that this service does not have."""
-    raise UnsupportedError(f"{request.url.path}: trace settings, log settings and shared memory are not supported")
+    raise UnsupportedError(
+        f"{request.url.path[:200]}: trace settings, log settings and shared memory are not supported"
+    )
 
 
 def _ready(services: Services, name: str, request: Request) -> Entry:

@@ -76,7 +76,7 @@ class Inference:
         if timeout_us is None or timeout_us == 0:
             return self._deadline_s
         if isinstance(timeout_us, bool) or not isinstance(timeout_us, int) or timeout_us < 0:
-            raise ParameterError("timeout", expected="microseconds as a whole number >= 0", received=repr(timeout_us))
+            raise ParameterError("timeout", expected="microseconds as a whole number >= 0", received=_shown(timeout_us))
         return self._deadline_s if timeout_us >= self._deadline_s * 1e6 else timeout_us / 1e6
 
 
@@ -86,7 +86,7 @@ def _check_reserved(parameters: Parameters) -> None:
         value = parameters.get(name, 0)
         is_text = name == "sequence_id" and isinstance(value, str)
         if not is_text and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ParameterError(name, expected="a whole number >= 0", received=repr(value))
+            raise ParameterError(name, expected="a whole number >= 0", received=_shown(value))
     for name in _FLAGS:
         _flag(parameters, name)
 
@@ -103,8 +103,13 @@ def _reason(error: BaseException) -> FailureReason:
 def _flag(parameters: Parameters, name: str) -> bool:
     value = parameters.get(name, False)
     if not isinstance(value, bool):
-        raise ParameterError(name, expected="true or false", received=repr(value))
+        raise ParameterError(name, expected="true or false", received=_shown(value))
     return value
+
+
+def _shown(value: object) -> str:
+    """For a message: a text may be as long as a body."""
+    return repr(value[:60] if isinstance(value, str) else value)
 
 
 def check_inputs(spec: ModelSpec, inputs: Tensors) -> None:
@@ -112,7 +117,9 @@ def check_inputs(spec: ModelSpec, inputs: Tensors) -> None:
     known = [tensor.name for tensor in spec.inputs]
     for name in inputs:
         if name not in known:
-            raise ParameterError(name, expected=f"one of the inputs {', '.join(known)}", received="an unknown input")
+            raise ParameterError(
+                name[:60], expected=f"one of the inputs {', '.join(known)}", received="an unknown input"
+            )
     for tensor in spec.inputs:
         if tensor.name not in inputs:
             if not tensor.is_optional:
@@ -129,7 +136,7 @@ def check_outputs(spec: ModelSpec, outputs: Sequence[str] | None) -> None:
     for name in outputs:
         if name not in known:
             expected = f"one of {', '.join(sorted(known))}"
-            raise ParameterError("outputs", expected=expected, received=f"the unknown output {name!r}")
+            raise ParameterError("outputs", expected=expected, received=f"the unknown output {_shown(name)}")
 
 
 def _check_tensor(spec: TensorSpec, tensor: Tensor) -> None:

@@ -136,7 +136,7 @@ def encode_response(
     wants_binary: bool = False,
 ) -> EncodedBody:
     """Encode the requested outputs in the order of the request, or all; binary ones behind the JSON."""
-    selected = requested or [RequestedOutput(name, wants_binary) for name in outputs]
+    selected = requested or [(name, wants_binary) for name in outputs]
     arrays = [(name, _output(outputs, name), is_binary) for name, is_binary in selected]
     binary = [oip_binary.encode(array) for _, array, is_binary in arrays if is_binary]
     texts: Sequence[bytes]

@@ -123,8 +123,8 @@ class OnnxEngine:
             raise ModelNotReadyError(f"{self._worker.name} is unloaded")
         names = self._output_names if outputs is None else tuple(outputs)
         until = time.monotonic() + deadline_s
-        rows = _rows(inputs) if self.options.max_batch_size else 0
-        part = None if is_alone or not rows else _part(inputs, names, rows)
+        joined = _part(inputs, names) if self.options.max_batch_size else None
+        part = None if is_alone else joined
 
         def compute() -> dict[str, Tensor]:
             return self._compute(inputs, names, max(0.0, until - time.monotonic()))
@@ -135,7 +135,8 @@ class OnnxEngine:
             raise DeadlineExceededError(
                 f"{self._worker.name}: stopped at its deadline of {deadline_s:g} s", deadline_s=deadline_s
             ) from None
-        return _result(ran, rows or 1, rows or 1 if part is None else ran.batch_rows)
+        rows = 1 if joined is None else joined.rows
+        return _result(ran, rows, rows if part is None else ran.batch_rows)
 
     def infer_now(
         self, requests: Sequence[tuple[Tensors, Sequence[str] | None]], *, deadline_s: float
@@ -145,9 +146,8 @@ class OnnxEngine:
             return [None] * len(requests)
         calls: list[tuple[Callable[[], dict[str, Tensor]], Part | None]] = []
         for inputs, outputs in requests:
-            names, rows = self._output_names if outputs is None else tuple(outputs), _rows(inputs)
-            part = _part(inputs, names, rows) if rows else None
-            calls.append((partial(self._compute, inputs, names, deadline_s), part))
+            names = self._output_names if outputs is None else tuple(outputs)
+            calls.append((partial(self._compute, inputs, names, deadline_s), _part(inputs, names)))
         return [
             None if ran is None or part is None else _result(ran, part.rows, ran.batch_rows)
             for ran, (_, part) in zip(self._worker.run_now(calls, deadline_s=deadline_s), calls, strict=True)
@@ -218,17 +218,21 @@ def _zeros(datatype: Datatype, shape: Sequence[int]) -> Tensor:
     return np.full(tuple(shape), b"", object) if datatype is BYTES else np.zeros(tuple(shape), datatype.numpy)
 
 
-def _rows(inputs: Tensors) -> int:
-    """The length that the first axes of all inputs share; 0 where they do not."""
-    lengths = {array.shape[0] if array.ndim else 0 for array in inputs.values()}
-    return lengths.pop() if len(lengths) == 1 else 0
+def _part(inputs: Tensors, outputs: tuple[str, ...]) -> Part | None:
+    """Requests with the same inputs, datatypes, trailing shapes and outputs are of one group.
 
-
-def _part(inputs: Tensors, outputs: tuple[str, ...], rows: int) -> Part:
-    """Requests with the same inputs, datatypes, trailing shapes and outputs are of one group."""
-    trailing = tuple([(name, array.dtype, array.shape[1:]) for name, array in inputs.items()])
-    size_bytes = sum([array.nbytes for array in inputs.values()])
-    return Part((trailing, outputs), rows, size_bytes, _Request(inputs, outputs, rows))
+    None where the first axes of the inputs do not share their length, or it is 0.
+    """
+    rows, size_bytes, trailing = -1, 0, []
+    for name, array in inputs.items():
+        shape = array.shape
+        length = shape[0] if shape else 0
+        if rows not in (-1, length):
+            return None
+        rows = length
+        size_bytes += array.nbytes
+        trailing.append((name, array.dtype, shape[1:]))
+    return Part((tuple(trailing), outputs), rows, size_bytes, _Request(inputs, outputs, rows)) if rows > 0 else None
 
 
 def _check_batch_axis(spec: ModelSpec) -> None:

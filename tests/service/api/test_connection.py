@@ -94,6 +94,17 @@ def test_a_connection_is_kept_over_refusals(server: Server) -> None:
     assert received.count(b"HTTP/1.1 200 ") == 1
 
 
+def test_blanks_behind_a_headers_value_are_none_of_it(server: Server) -> None:
+    tensor = {"name": "input", "shape": [2, 2], "datatype": "FP32", "parameters": {"binary_data_size": 16}}
+    text = json.dumps({"inputs": [tensor], "parameters": {"normalized_shape": "2"}}).encode()
+    head = f"Inference-Header-Content-Length:\t{len(text)} \t\r\nContent-Length: {len(text) + 16} \r\n"
+    with _connected(server) as connection:
+        connection.sendall(b"POST /v2/models/normcore.layer_norm/infer HTTP/1.1\r\nHost: x\r\nConnection: close\r\n")
+        connection.sendall(head.encode() + b"\r\n" + text + bytes(16))
+        received = _rest(connection)
+    assert received.startswith(b"HTTP/1.1 200 OK"), received
+
+
 OFFER = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
 POST = "POST /v1/normalizations/layer_norm HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 BODY = '{"input": [[1, 3]], "outputs": ["mean"]}'

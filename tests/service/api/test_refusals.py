@@ -1,6 +1,7 @@
 """Every refusal over HTTP: the status, the code, a sentence that names what is wrong, and a service that goes on."""
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -119,6 +120,7 @@ DATA = np.array(ROWS, np.float32).tobytes()
     [
         pytest.param(_binary(_input(), DATA, "9999"), ("Inference-Header-Content-Length",), id="header-too-long"),
         pytest.param(_binary(_input(), DATA, "many"), ("Inference-Header-Content-Length",), id="header-no-number"),
+        pytest.param(_binary(_input(), DATA, "1 0"), ("Inference-Header-Content-Length",), id="header-two-numbers"),
         pytest.param(_binary(_input(), DATA, "-1"), ("Inference-Header-Content-Length",), id="header-negative"),
         pytest.param(_binary(_input(), DATA + b"\0"), ("body", "expected", "received"), id="trailing-bytes"),
         pytest.param(_binary(_input(), DATA[:-1]), ("24", "23"), id="missing-bytes"),
@@ -155,6 +157,45 @@ async def test_parameters_of_the_protocol_have_their_types(client: httpx.AsyncCl
     answer = await client.post(INFER, **_binary(_input() | {"parameters": {name: value, "training": True}}, DATA))
     assert answer.status_code == 400, answer.text
     assert name in answer.json()["error"]
+
+
+_LONG = "q" * 50_000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"inputs": [{"name": _LONG, "shape": [1], "datatype": "FP32", "data": [1]}]}, id="input"),
+        pytest.param({"outputs": [{"name": _LONG}]}, id="output"),
+        pytest.param({"parameters": {_LONG: 1}}, id="parameter"),
+        *[
+            pytest.param({"parameters": {name: _LONG}}, id=name)
+            for name in ("eps", "timeout", "priority", "sequence_start", "deterministic", "binary_data_output")
+        ],
+    ],
+)
+async def test_a_refusal_quotes_the_beginning_of_what_came(client: httpx.AsyncClient, changes: dict[str, Any]) -> None:
+    answer = await client.post(
+        INFER, json={"inputs": [_input()["inputs"][0] | {"data": [0] * 6, "parameters": {}}]} | changes
+    )
+    assert answer.status_code == 400, answer.text[:200]
+    assert "qqq" in answer.json()["error"]
+    assert len(answer.content) < 1500
+
+
+async def test_a_refusal_quotes_the_beginning_of_a_path_and_of_headers(client: httpx.AsyncClient) -> None:
+    for answer in (
+        await client.get(f"/v2/{_LONG}"),
+        await client.get(f"/v2/models/{_LONG}"),
+        await client.get(f"/v2/systemsharedmemory/{_LONG}"),
+        await client.get("/v2", headers={"origin": _LONG}),
+        await client.post("/v2/repository/index", json={"ready": _LONG}),
+        await client.post(INFER, content=b"", headers={"content-encoding": _LONG}),
+        await client.post(INFER, content=b"", headers={"inference-header-content-length": _LONG}),
+    ):
+        assert answer.status_code in (400, 403, 404, 415, 501)
+        assert "qqq" in answer.json()["error"]
+        assert len(answer.content) < 1500
 
 
 async def test_unknown_models_are_404(client: httpx.AsyncClient) -> None:
@@ -227,6 +268,37 @@ async def test_the_receive_budget_is_429(tmp_path: Path) -> None:
         assert (await first).status_code == 200
         answer = await client.post(BATCH_NORM, content=bytes(1001))
         refused(answer, 413, "payload_too_large", "NORMSERVE_RECEIVE_BUDGET_BYTES")
+
+
+async def test_bodies_of_unknown_length_count_as_they_come(tmp_path: Path) -> None:
+    """Many may be under way at once, whatever each might grow to; those that do grow are refused in the end."""
+    document = json.dumps({"input": ROWS, "training": True}).encode()
+    async with running_app(small_settings(tmp_path, body_timeout_s=5)) as app, http(app) as client:
+        release = asyncio.Event()
+
+        async def slow(content: bytes) -> AsyncIterator[bytes]:
+            yield content[:-1]
+            await release.wait()
+            yield content[-1:]
+
+        packed = {"content-encoding": "gzip"}
+        waiting = [asyncio.create_task(client.post(BATCH_NORM, content=slow(document))) for _ in range(5)]
+        waiting += [
+            asyncio.create_task(client.post(BATCH_NORM, content=slow(gzip.compress(document)), headers=packed))
+            for _ in range(5)
+        ]
+        await asyncio.sleep(0.1)
+        npy = {"content-type": "application/x-npy"}
+        large = [
+            asyncio.create_task(client.post(BATCH_NORM, content=slow(bytes(900_000)), headers=npy)) for _ in range(3)
+        ]
+        await asyncio.sleep(0.1)
+        release.set()
+        assert [(await task).status_code for task in waiting] == [200] * 10
+        answers = [await task for task in large]
+        assert sorted(answer.status_code for answer in answers) == [400, 400, 429]
+        text = (await client.get("/metrics")).text
+        assert "normserve_receive_budget_used_bytes 0" in text
 
 
 async def test_foreign_origins_are_403(client: httpx.AsyncClient) -> None:

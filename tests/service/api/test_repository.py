@@ -1,5 +1,6 @@
 """Loading with overrides: a configuration, files, and what is wrong with either."""
 
+import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
@@ -215,6 +216,26 @@ async def test_names_and_sizes_are_bounded(tmp_path: Path) -> None:
         document = {"parameters": {"config": "{}", "file:1/model.onnx": FILE}}
         refused(await client.post(builtin, json=document), 409, "conflict", "reserved")
         refused(await client.post(builtin, json={"parameters": {"config": "{}"}}), 409, "conflict", "built in")
+
+
+async def test_files_that_come_with_a_load_count_against_the_receive_budget(tmp_path: Path) -> None:
+    document = json.dumps({"parameters": {"config": "{}", "file:1/model.onnx": FILE}}).encode()
+    settings = small_settings(tmp_path, receive_budget_bytes=len(document) * 3 // 2, body_timeout_s=5)
+    async with running_app(settings) as app, http(app) as client:
+        release = asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield document[:-1]
+            await release.wait()
+            yield document[-1:]
+
+        first = asyncio.create_task(client.post(LOAD, content=slow()))
+        await asyncio.sleep(0.05)
+        refused(await client.post(LOAD, content=document), 429, "overloaded", "NORMSERVE_RECEIVE_BUDGET_BYTES")
+        release.set()
+        assert (await first).status_code == 200
+        assert "normserve_receive_budget_used_bytes 0" in (await client.get("/metrics")).text
+        assert (await client.post(LOAD, content=document)).status_code == 200
 
 
 async def test_an_uploaded_bomb_stays_in_the_sandbox(client: httpx.AsyncClient) -> None:
