@@ -94,8 +94,7 @@ def add_weighted(sums: Any, weight: Any, totals: Any, sizes: Any) -> None:
 def gradient_of_columns(x: Any, grad: Any, out: Any, terms: Any, parts: Any, start: int, stop: int) -> None:
     """The gradient dy * scale + (x - center) * slope + constant; `terms` are center, scale, ..., (4, P, W)."""
     blocks, size, elements = parts
-    # From the last on, which is what a sweep before this one has left in the cache.
-    for part in range(stop - 1, start - 1, -1):
+    for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
         at, length = np.uintp(own * elements + first), min(size, elements - first)
         _combine_rows(x, grad, out, at, length, terms[0, own], terms[1, own], terms[2, own], terms[3, own])

@@ -113,8 +113,7 @@ def sum_columns(
 def standardize_columns(x: Any, y: Any, terms: Any, parts: Any, start: int, stop: int) -> None:
     """The output (x - center) * scale + shift; `terms` are those, (3, P, W)."""
     blocks, size, elements = parts
-    # From the last on, which is what a sweep before this one has left in the cache.
-    for part in range(stop - 1, start - 1, -1):
+    for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
         at, length = np.uintp(own * elements + first), min(size, elements - first)
         _scale_rows(x, y, at, length, terms[0, own], terms[1, own], terms[2, own])

@@ -71,8 +71,7 @@ def gradient_of_cells(
 ) -> None:
     """The gradient of the input from given means, from row to row of the B * R."""
     _, rows, groups, channels, positions = sizes
-    # From the last on, which is what a sweep before this one has left in the cache.
-    for row in range(stop - 1, start - 1, -1):
+    for row in range(start, stop):
         for index in range(groups):
             group, affine = row // rows * groups + index, (row // per * groups + index) * channels
             own = _terms(x, by, group, means[0, group], means[1, group])

@@ -125,8 +125,7 @@ def repeat(row: Any, width: int) -> None:
 @compiled
 def standardize_cells(x: Any, y: Any, terms: Any, segment: int, positions: int, start: int, stop: int) -> None:
     """The output (x - center) * scale + shift, from row to row; `terms` are those of (3, segments, channels)."""
-    # From the last on, which is what a sweep before this one has left in the cache.
-    for row in range(stop - 1, start - 1, -1):
+    for row in range(start, stop):
         for channel in range(terms.shape[2]):
             standardize_channel(x, y, terms, row // segment, row, channel, positions)
 

@@ -167,4 +167,5 @@ def test_a_first_call_is_compiled_by_another_process(tmp_path: Path) -> None:
         lines = httpx.get(f"{server.url}/metrics").text.splitlines()
         assert {"normserve_kernels_kept 0", "normserve_kernels_compiled_total 0"} <= set(lines)
         assert server.stop() == 0
-    assert "WARNING" not in server.log.read_text().upper()
+    said = [json.loads(line) for line in server.log.read_text().splitlines()]
+    assert [line["level"] for line in said if line["logger"] == "service.engine.compiler"] == ["info"]
