@@ -1,5 +1,6 @@
 """Checkpoints of known classes: pairs and eps come from the traced class, and the fold is proven in it."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,15 @@ def test_real_mobilenet_with_denormal_variances(form: str, tmp_path: Path) -> No
         assert difference(other.eval(), model.double(), torch.randn(1, 3, 64, 64)) < 1e-5
     hashes = [{change.key: change.sha256 for change in report.manifest} for report in reports]
     assert hashes[0] == hashes[1]
+
+
+def test_without_torchvision_a_class_is_refused_and_the_file_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "network.safetensors"
+    safetensors.torch.save_file({"weight": torch.ones(1)}, path)
+    before = path.read_bytes()
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(FoldError, match="torchvision is not installed; install normserve with its extra"):
+        plan_state_dict(path, options=StateDictOptions(architecture="torchvision/resnet18"))
+    assert path.read_bytes() == before
