@@ -42,10 +42,9 @@ def gradient_of_samples(
         join_sums(found, joined, 1)
         settle_sums(joined, own_by, own, rows)
         means[:] = 0.0
-        for group in range(groups):
-            for column in range(group * channels, (group + 1) * channels):
-                means[0, group] += gamma[column] * joined[0, 0, column] if has_mean else 0.0
-                means[1, group] += gamma[column] * joined[1, 0, column]
+        add_weighted(joined, gamma, means, own)
+        if not has_mean:
+            means[0] = 0.0
         means /= rows * channels
         for row in range(2):
             for column in range(width):

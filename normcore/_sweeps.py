@@ -206,11 +206,6 @@ def _group_sums(x: Any, first: int, rows: int, groups: int, length: int, center:
     total, squares = 0.0, 0.0
     for row in range(rows):
         start = (first + row * groups) * length
-        if x.itemsize > 2:
-            sums = _block_sums(x, np.uintp(start), length, center)
-            total += sums[0]
-            squares += sums[1]
-            continue
         for block in range(0, length, _BLOCK):
             sums = _block_sums(x, np.uintp(start + block), min(_BLOCK, length - block), center)
             total += sums[0]
