@@ -15,7 +15,7 @@ from typing import Any
 from normcore import normalization, statistics
 from normcore._kept_code import KeptCode, compiled_elsewhere, folder, has_all, mark_all
 
-__all__ = ["compile_kernel", "compiled_elsewhere", "compiled_here", "has_folder", "is_all_kept", "keep_all"]
+__all__ = ["compile_kernel", "compiled_elsewhere", "compiled_here", "has_folder", "is_all_kept", "keep_all", "load_all"]
 
 
 def has_folder() -> bool:
@@ -36,16 +36,17 @@ def keep_all() -> bool:
         return False
     if not has_all(kept):
         with _alone(kept):
-            normalization.warm_up()
-            statistics.warm_up()
-            _warm_up_decimals()
+            load_all()
             return mark_all(kept)
     return True
 
 
-def _warm_up_decimals() -> None:
+def load_all() -> None:
+    """Have all kernels ready in this process: load what is kept, and compile the rest."""
     from normcore.decimals import read_decimals  # and numba with it, which takes its time
 
+    normalization.warm_up()
+    statistics.warm_up()
     read_decimals(b"0")
 
 

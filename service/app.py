@@ -21,8 +21,8 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from normcore.normalization import METHODS, warm_up
-from normcore.statistics import warm_up as warm_up_statistics
+from normcore.compilation import load_all
+from normcore.normalization import METHODS
 from service import __version__
 from service.api import (
     calibration,
@@ -240,8 +240,7 @@ async def _open(settings: Settings, health: Health, stack: AsyncExitStack) -> Se
 async def _restore(models: Models, health: Health, compiler: Compiler, *, warms_up: bool) -> None:
     if warms_up:
         await compiler.fill(is_urgent=True)
-        await asyncio.to_thread(warm_up)
-        await asyncio.to_thread(warm_up_statistics)
+        await asyncio.to_thread(load_all)
         await asyncio.to_thread(json_numbers.warm_up)
     await models.restore()
     if health.phase == "starting":
