@@ -94,6 +94,8 @@ def check_out(argument: str, out: Tensor, like: Tensor) -> None:
         raise ShapeError(argument, expected=expected, received=received)
     if out.requires_grad or (torch.is_grad_enabled() and like.requires_grad):
         raise ParameterError(argument, expected="no gradients to be recorded", received="a tensor that requires them")
+    if out.is_neg():
+        raise ParameterError(argument, expected="values as they stand in memory", received="a view that negates them")
     if out.untyped_storage().data_ptr() == like.untyped_storage().data_ptr():
         raise ParameterError(argument, expected="memory of its own", received="that of the input")
 

@@ -4,13 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from normcore._column_sweeps import join_sums, sum_columns
-from normcore._compiled import as_computed, as_read, compiled, fused, read, store
-from normcore._sweeps import CENTER, INVSTD, OFFSET, copy, repeat
+from normcore._column_sweeps import joined, sum_columns
+from normcore._compiled import as_computed, as_read, compiled, fused, parameters_at, read, store, values_at
+from normcore._sweeps import CENTER, INVSTD, OFFSET, copy, parameters_in, repeat, values_in
 
 
 @compiled
 def gradient_of_samples(
+    kind: Any,
     x: Any,
     grad: Any,
     out: Any,
@@ -26,10 +27,12 @@ def gradient_of_samples(
     """The whole backward of each sample; its sums of dy and dy * xh go into `sums` (2, B, G * K)."""
     _, rows, groups, channels, _ = sizes
     per, wide = steps
-    width = groups * channels
+    width, count = groups * channels, values_in(sizes)
+    x, grad, out = values_at(kind, x, count), values_at(kind, grad, count), values_at(kind, out, count)
+    weight = parameters_at(kind, weight, parameters_in(sizes, per))
     own, parts = (1, rows, groups, channels, 1), (1, rows * width, rows * width)
     center = np.full((1, wide), as_computed(x, 0.0))
-    found, joined, means = np.empty((1, 2, wide)), np.empty((2, 1, width)), np.empty((2, groups))
+    found = np.empty((1, 2, wide))
     terms = np.full((4, 1, wide), as_read(x, 0.0))
     own_by = np.empty((5, groups))
     for sample in range(start, stop):
@@ -38,19 +41,12 @@ def gradient_of_samples(
         gamma = weight[affine : affine + width]
         copy(by, sample * groups, own_by, 0, groups)
         fill_centers(own_by, center, own, rows)
-        sum_columns(x[first:last], grad[first:last], None, None, center, found, parts, 0, 1)
-        join_sums(found, joined, 1)
-        settle_sums(joined, own_by, own, rows)
-        means[:] = 0.0
-        add_weighted(joined, gamma, means, own)
-        if not has_mean:
-            means[0] = 0.0
-        means /= rows * channels
+        sum_columns(kind, x[first:last], grad[first:last], None, None, center, found, parts, 0, 1)
+        own_sums = fill_gradient_terms(kind, found, gamma, own_by, terms, own, rows, rows, has_mean)
         for row in range(2):
             for column in range(width):
-                sums[row, sample, column] = joined[row, 0, column]
-        fill_gradient_terms(gamma, own_by, means, terms, own, rows, rows)
-        gradient_of_columns(x[first:last], grad[first:last], out[first:last], terms, parts, 0, 1)
+                sums[row, sample, column] = own_sums[row, 0, column]
+        gradient_of_columns(kind, x[first:last], grad[first:last], out[first:last], terms, parts, 0, 1)
 
 
 @compiled
@@ -65,34 +61,45 @@ def fill_centers(by: Any, center: Any, sizes: Any, segment: int) -> None:
 
 
 @compiled
-def settle_sums(sums: Any, by: Any, sizes: Any, segment: int) -> None:
-    """Sums (2, P, columns) of dy and dy * (x - center) as those of dy and dy * xh."""
-    _, rows, groups, channels, _ = sizes
-    for own in range(sums.shape[1]):
+def standardized_sums(sums: Any, by: Any, sizes: Any, segment: int) -> Any:
+    """Sums (2, P, columns) of dy and dy * xh from those over parts of dy and dy * (x - center)."""
+    samples, rows, groups, channels, _ = sizes
+    found = joined(sums, samples * rows // segment, groups * channels)
+    for own in range(found.shape[1]):
         first = own * segment // rows * groups
         for group in range(groups):
             for column in range(group * channels, (group + 1) * channels):
-                sums[1, own, column] -= by[OFFSET, first + group] * sums[0, own, column]
-                sums[1, own, column] *= by[INVSTD, first + group]
+                found[1, own, column] -= by[OFFSET, first + group] * found[0, own, column]
+                found[1, own, column] *= by[INVSTD, first + group]
+    return found
 
 
 @compiled
-def add_weighted(sums: Any, weight: Any, totals: Any, sizes: Any) -> None:
-    """Add sums (2, rows, columns), each times its weight, over rows and channels to those of groups (2, B * G)."""
-    samples, _, groups, channels, _ = sizes
+def weighted_means(kind: Any, sums: Any, weight: Any, sizes: Any, per: int, has_mean: bool) -> Any:
+    """Means (2, B * G) of a and a * xh from sums (2, rows, columns) of dy and dy * xh; 0 for the first without mean."""
+    samples, every, groups, channels, positions = sizes
     _, count, width = sums.shape
+    parameters = parameters_in(sizes, per)
+    weight = parameters_at(kind, weight, parameters)
+    means = np.zeros((2, samples * groups))
     for row in range(count):
-        first, sample = row * weight.size // (count * width) * width, row * samples // count
+        first, sample = row * parameters // (count * width) * width, row * samples // count
         for group in range(groups):
             for column in range(group * channels, (group + 1) * channels):
-                totals[0, sample * groups + group] += weight[first + column] * sums[0, row, column]
-                totals[1, sample * groups + group] += weight[first + column] * sums[1, row, column]
+                means[0, sample * groups + group] += weight[first + column] * sums[0, row, column]
+                means[1, sample * groups + group] += weight[first + column] * sums[1, row, column]
+    for group in range(samples * groups):
+        means[0, group] = means[0, group] / (every * channels * positions) if has_mean else 0.0
+        means[1, group] /= every * channels * positions
+    return means
 
 
 @compiled
-def gradient_of_columns(x: Any, grad: Any, out: Any, terms: Any, parts: Any, start: int, stop: int) -> None:
+def gradient_of_columns(kind: Any, x: Any, grad: Any, out: Any, terms: Any, parts: Any, start: int, stop: int) -> None:
     """The gradient dy * scale + (x - center) * slope + constant; `terms` are center, scale, ..., (4, P, W)."""
     blocks, size, elements = parts
+    count = elements * terms.shape[1]
+    x, grad, out = values_at(kind, x, count), values_at(kind, grad, count), values_at(kind, out, count)
     for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
         at, length = np.uintp(own * elements + first), min(size, elements - first)
@@ -100,9 +107,21 @@ def gradient_of_columns(x: Any, grad: Any, out: Any, terms: Any, parts: Any, sta
 
 
 @compiled
-def fill_gradient_terms(weight: Any, by: Any, means: Any, terms: Any, sizes: Any, segment: int, per: int) -> None:
-    """Terms for `gradient_of_columns`, the columns repeated to its width."""
+def fill_gradient_terms(
+    kind: Any, sums: Any, weight: Any, by: Any, terms: Any, sizes: Any, segment: int, per: int, has_mean: bool
+) -> Any:
+    """Terms for `gradient_of_columns` from sums over parts, and the sums (2, P, columns) of dy and dy * xh."""
+    found = standardized_sums(sums, by, sizes, segment)
+    means = weighted_means(kind, found, weight, sizes, per, has_mean)
+    fill_terms_by(kind, weight, by, means, terms, sizes, segment, per)
+    return found
+
+
+@compiled
+def fill_terms_by(kind: Any, weight: Any, by: Any, means: Any, terms: Any, sizes: Any, segment: int, per: int) -> None:
+    """Terms for `gradient_of_columns` by means (2, B * G) of a and a * xh, the columns repeated to its width."""
     _, rows, groups, channels, _ = sizes
+    weight = parameters_at(kind, weight, parameters_in(sizes, per))
     width = groups * channels
     for own in range(terms.shape[1]):
         affine, first = own * segment // per * width, own * segment // rows * groups

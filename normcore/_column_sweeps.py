@@ -10,18 +10,32 @@ from typing import Any
 
 import numpy as np
 
-from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, inlined, load, read, store
-from normcore._sweeps import LEAST, MOST, copy, fill_terms, repeat, settle
+from normcore._compiled import (
+    as_computed,
+    as_read,
+    compiled,
+    compiled_sum,
+    fused,
+    inlined,
+    load,
+    parameters_at,
+    read,
+    store,
+    values_at,
+)
+from normcore._sweeps import LEAST, MOST, copy, fill_terms, parameters_in, repeat, settle, values_in
 
 _FEW = 16
 # Of a tensor of more bytes than this, a sweep that reads and one that writes take pages in turn: memory is read while
 # it is written. What is smaller stays in a cache, and there longer sweeps are faster.
 _FAR = 2**23
 _FAR_PAGE, _NEAR_PAGE = 2**12, 2**16
+FIRST, AGAIN, WIDE, SETTLED = range(4)
 
 
 @compiled
 def standardize_samples(
+    kind: Any,
     x: Any,
     y: Any,
     weight: Any,
@@ -41,33 +55,34 @@ def standardize_samples(
     """
     _, rows, groups, channels, _ = sizes
     per, wide = steps
+    x, y, count = values_at(kind, x, values_in(sizes)), values_at(kind, y, values_in(sizes)), parameters_in(sizes, per)
+    weight, bias = parameters_at(kind, weight, count), parameters_at(kind, bias, count)
     width = groups * channels
     size = rows * width
     own, parts = (1, rows, groups, channels, 1), (1, size, size)
     step = _step_of(x, wide) if x.size * x.itemsize > _FAR else size
     center = np.full((1, wide), as_computed(x, 0.0))
     wide_center = np.zeros((1, wide))
-    sums, joined = np.empty((1, 2, wide)), np.empty((2, 1, width))
+    sums = np.empty((1, 2, wide))
     found, terms = np.empty((5, groups)), np.full((3, 1, wide), as_read(x, 0.0))
     for sample in range(start, stop + 1):
         values = x[sample * size :][:size]
         affine = sample * rows // per * width
         if has_mean and sample < stop:
-            find_centers(values, center, width, rows)
+            find_centers(kind, values, center, width, rows)
         _sweep_in_turn(x, y, center, sums, terms, (sample, size, step), sample > start, sample < stop)
         if sample == stop:
             break
-        join_sums(sums, joined, 1)
-        if has_mean and correct_centers(values, center, joined, rows):
-            sum_columns(values, None, None, None, center, sums, parts, 0, 1)
-            join_sums(sums, joined, 1)
-        if not has_digits(values, joined[1], rows):
+        state = settle_columns(kind, values, found, center, sums, own, eps, has_mean, FIRST)
+        if state == AGAIN:
+            sum_columns(kind, values, None, None, None, center, sums, parts, 0, 1)
+            state = settle_columns(kind, values, found, center, sums, own, eps, has_mean, AGAIN)
+        if state == WIDE:
             copy(center, 0, wide_center, 0, wide)
-            sum_columns(values, None, None, None, wide_center, sums, parts, 0, 1)
-            join_sums(sums, joined, 1)
-        settle_columns(values, found, center, joined, own, eps, has_mean)
+            sum_columns(kind, values, None, None, None, wide_center, sums, parts, 0, 1)
+            settle_columns(kind, values, found, center, sums, own, eps, has_mean, WIDE)
         copy(found, 0, by, sample * groups, groups)
-        fill_terms(weight[affine : affine + width], bias[affine : affine + width], found, terms, own, rows, rows)
+        fill_terms(kind, weight[affine : affine + width], bias[affine : affine + width], found, terms, own, rows, rows)
 
 
 @inlined
@@ -87,7 +102,7 @@ def _sweep_in_turn(
 
 @compiled
 def sum_columns(
-    x: Any, grad: Any, out: Any, terms: Any, center: Any, sums: Any, parts: Any, start: int, stop: int
+    kind: Any, x: Any, grad: Any, out: Any, terms: Any, center: Any, sums: Any, parts: Any, start: int, stop: int
 ) -> None:
     """Sums of deviations from `center` (P, W) and of their squares, into `sums` (parts of all, 2, W).
 
@@ -95,7 +110,8 @@ def sum_columns(
     `grad` goes there, of few rows at a time.
     """
     blocks, size, elements = parts
-    width = center.shape[1]
+    width, count = center.shape[1], elements * len(center)
+    x, grad, target = values_at(kind, x, count), values_at(kind, grad, count), values_at(kind, out, count)
     step = size if out is None else _step_of(x, width)
     for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
@@ -105,14 +121,15 @@ def sum_columns(
             at, length = np.uintp(own * elements + first), min(step, last - first)
             _add_rows(x, grad, at, length, center[own], sums[part, 0], sums[part, 1])
             if out is not None:
-                _scale_rows(grad, out, at, length, terms[0, own], terms[1, own], terms[2, own])
+                _scale_rows(grad, target, at, length, terms[0, own], terms[1, own], terms[2, own])
             first += step
 
 
 @compiled
-def standardize_columns(x: Any, y: Any, terms: Any, parts: Any, start: int, stop: int) -> None:
+def standardize_columns(kind: Any, x: Any, y: Any, terms: Any, parts: Any, start: int, stop: int) -> None:
     """The output (x - center) * scale + shift; `terms` are those, (3, P, W)."""
     blocks, size, elements = parts
+    x, y = values_at(kind, x, elements * terms.shape[1]), values_at(kind, y, elements * terms.shape[1])
     for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
         at, length = np.uintp(own * elements + first), min(size, elements - first)
@@ -120,17 +137,18 @@ def standardize_columns(x: Any, y: Any, terms: Any, parts: Any, start: int, stop
 
 
 @compiled
-def join_sums(sums: Any, joined: Any, blocks: int) -> None:
-    """Sums (parts of all, 2, W) over parts and repeated columns, into (2, P, columns)."""
-    width = joined.shape[2]
-    joined[:] = 0.0
+def joined(sums: Any, segments: int, width: int) -> Any:
+    """Sums (parts of all, 2, W) over parts and repeated columns, as (2, P, columns)."""
+    blocks = len(sums) // segments
+    found = np.zeros((2, segments, width))
     for part in range(len(sums)):
         for index in range(2):
-            total = joined[index, part // blocks]
+            total = found[index, part // blocks]
             for first in range(0, sums.shape[2], width):
                 own = sums[part, index, first : first + width]
                 for column in range(np.uintp(width)):
                     total[column] += own[column]
+    return found
 
 
 @compiled
@@ -150,8 +168,9 @@ def join_rows(sums: Any, found: Any) -> None:
 
 
 @compiled
-def find_centers(x: Any, center: Any, width: int, rows: int) -> None:
+def find_centers(kind: Any, x: Any, center: Any, width: int, rows: int) -> None:
     """Means of the first values of columns, repeated in (B, W), exactly the value where they are equal."""
+    x = values_at(kind, x, len(center) * rows * width)
     few = min(rows, _FEW)
     total = np.empty(width)
     for sample in range(len(center)):
@@ -167,7 +186,27 @@ def find_centers(x: Any, center: Any, width: int, rows: int) -> None:
 
 
 @compiled
-def correct_centers(x: Any, center: Any, sums: Any, rows: int) -> bool:
+def settle_columns(
+    kind: Any, x: Any, by: Any, center: Any, sums: Any, sizes: Any, eps: float, has_mean: bool, state: int
+) -> int:
+    """Statistics of groups from sums over parts of columns around centers of their own, as `sum_columns` leaves them.
+
+    FIRST: where sums have to be made AGAIN, around centers that it has moved, or in float64 around centers that are
+    (WIDE), it says so; those are settled by a call that says in turn how they came about.
+    """
+    samples, rows, groups, channels, _ = sizes
+    x = values_at(kind, x, values_in(sizes))
+    found = joined(sums, samples, groups * channels)
+    if state == FIRST and has_mean and _correct_centers(x, center, found, rows):
+        return AGAIN
+    if state != WIDE and not _has_digits(x, found[1], rows):
+        return WIDE
+    _settle(x, by, center, found, sizes, eps, has_mean)
+    return SETTLED
+
+
+@inlined
+def _correct_centers(x: Any, center: Any, sums: Any, rows: int) -> bool:
     """Move the centers to the means for float64 values, and where one was further off than a deviation."""
     total, squares = sums
     samples, width = total.shape
@@ -184,21 +223,19 @@ def correct_centers(x: Any, center: Any, sums: Any, rows: int) -> bool:
     return bool(is_off)
 
 
-@compiled
-def has_digits(x: Any, squares: Any, count: int) -> bool:
+@inlined
+def _has_digits(x: Any, squares: Any, count: int) -> bool:
     """Whether sums of squares are of sizes that the datatype computed in holds; zeros may be of squares too small."""
-    if x.itemsize != 2:
-        return True
-    for row in squares:
-        for value in row:
-            if not LEAST * count < value < MOST * count:
-                return False
-    return True
+    has_digits = True
+    if x.itemsize == 2:
+        for row in range(squares.shape[0]):
+            for column in range(squares.shape[1]):
+                has_digits &= LEAST * count < squares[row, column] < MOST * count
+    return has_digits
 
 
-@compiled
-def settle_columns(x: Any, by: Any, center: Any, sums: Any, sizes: Any, eps: float, has_mean: bool) -> None:
-    """Statistics of groups from the sums of their columns, (2, B, columns), which are around centers of their own."""
+@inlined
+def _settle(x: Any, by: Any, center: Any, sums: Any, sizes: Any, eps: float, has_mean: bool) -> None:
     total, squares = sums
     samples, rows, groups, channels, _ = sizes
     for group in range(samples * groups):

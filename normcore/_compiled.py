@@ -1,10 +1,11 @@
 """What compiled kernels share: how they are compiled, read and write values, and divide their work among threads.
 
-Kernels see a tensor as a flat array in memory order. Half precision has no type there that numba knows, so its bits
-stand for it: float16 as int16, bfloat16 as uint16. `load` reads a value as what sums are made of, float32 for half
-precision and else float64; `as_computed` brings a parameter there. `read` reads it as what outputs are computed in,
-float32 for all but float64, which halves their cost. `store` rounds a result to nearest even. All of them turn into a
-few vector instructions within a loop.
+Kernels see a tensor as a flat array in memory order, which `flat` makes. That costs a microsecond: those that small
+tensors go through take the address of the first value instead, of which `values_at` makes the array. Half precision has
+no type there that numba knows, so its bits stand for it: float16 as int16, bfloat16 as uint16. `load` reads a value as
+what sums are made of, float32 for half precision and else float64; `as_computed` brings a parameter there. `read` reads
+it as what outputs are computed in, float32 for all but float64, which halves their cost. `store` rounds a result to
+nearest even. All of them turn into a few vector instructions within a loop.
 
 This module imports numba, which takes its time: import it, and modules of kernels, where a kernel is called.
 """
@@ -33,6 +34,13 @@ _LEAST_ELEMENTS = 2**17
 # Typed as a class, of which it makes none.
 _intrinsic: Any = intrinsic
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
+# A number of the datatype that kernels see the values in, which tells them.
+KINDS: dict[torch.dtype, Any] = {
+    torch.float16: np.int16(0),
+    torch.bfloat16: np.uint16(0),
+    torch.float32: np.float32(0),
+    torch.float64: np.float64(0),
+}
 # Without such instructions a conversion would call a function that is not there.
 _HAS_HALF = bool(binding.get_host_cpu_features().get("f16c"))
 # Sums in any order, so that they are made in vectors; NaN and infinity stay what they are.
@@ -58,6 +66,7 @@ def flat(tensor: Tensor) -> Any:
     """The values of a dense tensor as a flat array in memory order, which shares its memory."""
     bits = _BITS.get(tensor.dtype)
     values = tensor.detach() if tensor.requires_grad else tensor
+    values = values.resolve_neg() if values.is_neg() else values
     values = values if bits is None else values.view(bits)
     if values.is_contiguous():
         array = values.numpy()
@@ -108,6 +117,16 @@ def _compile(function: Function, *, fastmath: bool | set[str], forceinline: bool
     return kernel
 
 
+def values_at(kind: Any, place: Any, count: Any) -> Any:
+    """The values of a kind at an address, as an array; what is an array or nothing is itself. In compiled functions."""
+    raise NotImplementedError
+
+
+def parameters_at(kind: Any, place: Any, count: Any) -> Any:
+    """The same of weight or bias, which are of the datatype that `read` gives for such values."""
+    raise NotImplementedError
+
+
 def load(array: Any, index: Any) -> Any:
     """The element as float32 in half precision, else as float64; only in compiled functions."""
     raise NotImplementedError
@@ -131,6 +150,31 @@ def as_read(array: Any, value: Any) -> Any:
 def store(array: Any, index: Any, value: Any) -> None:
     """Round a number into an array; only in compiled functions."""
     raise NotImplementedError
+
+
+def _typed_pointer(_context: Any, address: Any, kind: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    pointer: Any = types.CPointer
+    return pointer(kind)(address, kind), generate
+
+
+_pointer, _array_of = _intrinsic(_typed_pointer), numba.carray  # type: ignore[attr-defined]  # numba has no types
+
+
+@overload(values_at, strict=False)
+def _values_at(kind: Any, place: Any, count: Any) -> Callable[[Any, Any, Any], Any]:
+    if isinstance(place, types.Integer):
+        return lambda kind, place, count: _array_of(_pointer(place, kind), (count,))
+    return lambda kind, place, count: place
+
+
+@overload(parameters_at, strict=False)
+def _parameters_at(kind: Any, place: Any, count: Any) -> Callable[[Any, Any, Any], Any]:
+    if kind == types.float64:
+        return lambda kind, place, count: values_at(kind, place, count)
+    return lambda kind, place, count: values_at(np.float32(0), place, count)
 
 
 @overload(load, strict=False)

@@ -9,14 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, inlined, load, read, store
-from normcore._sweeps import CENTER, INVSTD, OFFSET, standardize_channel
+from normcore._compiled import (
+    as_computed,
+    as_read,
+    compiled,
+    compiled_sum,
+    fused,
+    inlined,
+    load,
+    parameters_at,
+    read,
+    store,
+    values_at,
+)
+from normcore._sweeps import CENTER, INVSTD, OFFSET, parameters_in, standardize_channel, values_in
 
 _BLOCK = 1024
 
 
 @compiled
 def gradient_of_groups(
+    kind: Any,
     x: Any,
     grad: Any,
     out: Any,
@@ -31,6 +44,8 @@ def gradient_of_groups(
 ) -> None:
     """The whole backward of each group while it is in the cache; `sums` as `sum_cells` has them."""
     _, rows, groups, channels, positions = sizes
+    x, grad, out = _three_at(kind, x, grad, out, values_in(sizes))
+    weight = parameters_at(kind, weight, parameters_in(sizes, per))
     count = rows * channels * positions
     for group in range(start, stop):
         sample = group // groups
@@ -50,27 +65,50 @@ def gradient_of_groups(
 
 @compiled
 def sum_cells(
-    x: Any, grad: Any, out: Any, terms: Any, by: Any, sums: Any, sizes: Any, segment: int, start: int, stop: int
+    kind: Any,
+    x: Any,
+    grad: Any,
+    out: Any,
+    terms: Any,
+    by: Any,
+    sums: Any,
+    sizes: Any,
+    segment: int,
+    start: int,
+    stop: int,
 ) -> None:
     """Sums of dy and dy * xh over positions, into `sums` (2, B * R * G * K), from row to row of the B * R.
 
     With `out`, what `standardize_cells` makes of dy goes there, cell by cell, while it is in the cache.
     """
     _, rows, groups, channels, positions = sizes
+    x, grad, target = _three_at(kind, x, grad, out, values_in(sizes))
     for row in range(start, stop):
         for index in range(groups):
             _sum_cell(x, grad, by, sums, row // rows * groups + index, row * groups + index, channels, positions)
             if out is not None:
                 for channel in range(index * channels, (index + 1) * channels):
-                    standardize_channel(grad, out, terms, row // segment, row, channel, positions)
+                    standardize_channel(grad, target, terms, row // segment, row, channel, positions)
 
 
 @compiled
 def gradient_of_cells(
-    x: Any, grad: Any, out: Any, weight: Any, by: Any, means: Any, sizes: Any, per: int, start: int, stop: int
+    kind: Any,
+    x: Any,
+    grad: Any,
+    out: Any,
+    weight: Any,
+    by: Any,
+    means: Any,
+    sizes: Any,
+    per: int,
+    start: int,
+    stop: int,
 ) -> None:
     """The gradient of the input from given means, from row to row of the B * R."""
     _, rows, groups, channels, positions = sizes
+    x, grad, out = _three_at(kind, x, grad, out, values_in(sizes))
+    weight = parameters_at(kind, weight, parameters_in(sizes, per))
     for row in range(start, stop):
         for index in range(groups):
             group, affine = row // rows * groups + index, (row // per * groups + index) * channels
@@ -80,6 +118,7 @@ def gradient_of_cells(
 
 @compiled
 def gradient_of_vectors(
+    kind: Any,
     x: Any,
     grad: Any,
     out: Any,
@@ -92,15 +131,17 @@ def gradient_of_vectors(
     start: int,
     stop: int,
 ) -> None:
-    """The whole backward of groups of one position per channel, a slot of samples at a time.
+    """The whole backward of groups of one position per channel, a slot of samples at a time; no gradient without `out`.
 
-    `steps` is (samples per slot, rows of the B * R that share a weight, has_mean, has_gradient). Sums of dy and dy * xh
+    `steps` is (samples per slot, rows of the B * R that share a weight, has_mean). Sums of dy and dy * xh
     over the samples of a slot go into `sums` (2, slots, G * K), and the means that correct the gradient into `means`;
     where `sums` has no slots, `means` are given.
     """
     samples, _, groups, channels, _ = sizes
-    height, per, has_mean, has_gradient = steps
-    has_sums = sums.shape[1] > 0
+    height, per, has_mean = steps
+    has_sums, has_gradient = sums.shape[1] > 0, out != 0
+    x, grad, out = _three_at(kind, x, grad, out, values_in(sizes))
+    weight = parameters_at(kind, weight, parameters_in(sizes, per))
     # Converted once, not with every sample.
     wide = weight.astype(sums.dtype)
     for slot in range(start, stop):
@@ -122,6 +163,11 @@ def gradient_of_vectors(
                     invstd = as_read(x, by[INVSTD, group])
                     gamma = weight[own + first : own + last]
                     _combine_vector(x, grad, out, at, gamma, center, invstd, slope, constant)
+
+
+@inlined
+def _three_at(kind: Any, x: Any, grad: Any, out: Any, count: int) -> Any:
+    return values_at(kind, x, count), values_at(kind, grad, count), values_at(kind, out, count)
 
 
 @inlined

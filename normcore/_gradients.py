@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normcore._plan import Operand, column_sweeps, compiled, sweeps
+from normcore._plan import Operand, column_sweeps, sweeps
 
 # Slots of samples that sum gradients of weight and bias.
 _SLOTS = 32
@@ -16,7 +16,7 @@ _SLOTS = 32
 
 def gradients(
     values: Operand,
-    grad: Operand,
+    grad: Tensor,
     out: Tensor,
     weight: Tensor | None,
     by: Any,
@@ -25,25 +25,23 @@ def gradients(
     dtype: torch.dtype = torch.float64,
 ) -> Any:
     """Write the gradient of the input; returns the sums (2, Q, G * K) of dy and dy * xh, in float32 or float64."""
-    box = values.box
+    box, gamma = values.box, values.parameter(weight, 1.0)
     if box.has_vectors:
-        gamma, means = values.parameter(weight, 1.0), np.empty((2, box.groups))
-        sums = _vectors(values, grad, compiled().flat(out), gamma, by, means, has_mean=has_mean)
+        sums = _vectors(values, grad, out, gamma, by, np.empty((2, box.groups)), has_mean=has_mean)
     elif values.plan.is_cached:
-        gamma, target = values.parameter(weight, 1.0), compiled().flat(out)
-        sums = _cached(values, grad, target, gamma, by, has_mean=has_mean)
+        sums = _cached(values, grad, out, gamma, by, has_mean=has_mean)
+    elif box.has_columns:
+        sums = _columns(values, grad, out, gamma, by, has_mean=has_mean)
     else:
         sums = _sums(values, grad, by)
-        means = _totals(values, weight, sums) / box.count
-        if not has_mean:
-            means[0] = 0.0
-        input_gradient(values, grad, out, weight, by, means)
+        means = _means(values, gamma, sums, has_mean=has_mean)
+        _gradient_of_cells(values, grad, out, gamma, by, means)
     return _per_parameter(values, sums, dtype)
 
 
 def frozen_gradients(
     values: Operand,
-    grad: Operand,
+    grad: Tensor,
     out: Tensor,
     weight: Tensor | None,
     by: Any,
@@ -56,57 +54,73 @@ def frozen_gradients(
         return None
     gamma, terms = values.parameter(weight, 1.0), columns.terms(3)
     # Its shift is one that is not used.
-    if not sweeps().fill_terms(gamma, gamma, by, terms, box.sizes, columns.segment, box.per):
+    place = gamma.data_ptr()
+    if not sweeps().fill_terms(values.plan.kind, place, place, by, terms, box.sizes, columns.segment, box.per):
         return None
     # Nothing of the values is in the gradient.
     terms[::2] = 0.0
-    return _per_parameter(values, _sums(values, grad, by, compiled().flat(out), terms), dtype)
+    return _per_parameter(values, _sums(values, grad, by, out, terms), dtype)
 
 
-def gradient_sums(values: Operand, grad: Operand, weight: Tensor | None, by: Any) -> tuple[Any, Any]:
+def gradient_sums(values: Operand, grad: Tensor, weight: Tensor | None, by: Any) -> tuple[Any, Any]:
     """Sums (2, B * G) of a and a * xh, a = weight * dy, and (2, Q, G * K) of dy and dy * xh."""
-    box = values.box
+    box, gamma = values.box, values.parameter(weight, 1.0)
     if box.has_vectors:
         means = np.empty((2, box.groups))
-        sums = _vectors(values, grad, values.array[:0], values.parameter(weight, 1.0), by, means)
-        return means * box.count, _per_parameter(values, sums)
-    sums = _sums(values, grad, by)
-    return _totals(values, weight, sums), _per_parameter(values, sums)
+        sums = _vectors(values, grad, None, gamma, by, means)
+    else:
+        sums = _sums(values, grad, by)
+        means = _means(values, gamma, sums)
+    return means * box.count, _per_parameter(values, sums)
 
 
-def input_gradient(values: Operand, grad: Operand, out: Tensor, weight: Tensor | None, by: Any, means: Any) -> None:
+def input_gradient(values: Operand, grad: Tensor, out: Tensor, weight: Tensor | None, by: Any, means: Any) -> None:
     """Write the gradient of the input, corrected by means (2, B * G) of a and a * xh."""
-    gamma, target, box = values.parameter(weight, 1.0), compiled().flat(out), values.box
+    gamma, box = values.parameter(weight, 1.0), values.box
     if box.has_columns:
         columns = values.plan.columns
         terms = columns.terms(4)
-        _column_gradients().fill_gradient_terms(gamma, by, means, terms, box.sizes, columns.segment, box.per)
-        columns.apply(_column_gradients().gradient_of_columns, values, grad.array, target, terms)
+        arguments = values.plan.kind, gamma.data_ptr(), by, means, terms
+        _column_gradients().fill_terms_by(*arguments, box.sizes, columns.segment, box.per)
+        columns.apply(_column_gradients().gradient_of_columns, values, (grad, out), terms)
     elif box.has_vectors:
-        _vectors(values, grad, target, gamma, by, means, has_means=True)
+        _vectors(values, grad, out, gamma, by, means, has_means=True)
     else:
-        arguments = values.array, grad.array, target, gamma, by, means, box.sizes, box.per
-        values.divide(_sweeps().gradient_of_cells, box.rows, *arguments)
+        _gradient_of_cells(values, grad, out, gamma, by, means)
 
 
-def _cached(values: Operand, grad: Operand, out: Any, gamma: Any, by: Any, *, has_mean: bool) -> Any:
-    box, arguments = values.box, (values.array, grad.array, out, gamma, by)
+def _gradient_of_cells(values: Operand, grad: Tensor, out: Tensor, gamma: Tensor, by: Any, means: Any) -> None:
+    box, tensors = values.box, (values.tensor, grad, out, gamma)
+    values.divide(_sweeps().gradient_of_cells, box.rows, tensors, by, means, box.sizes, box.per)
+
+
+def _cached(values: Operand, grad: Tensor, out: Tensor, gamma: Tensor, by: Any, *, has_mean: bool) -> Any:
+    box, tensors = values.box, (values.tensor, grad, out, gamma)
     if box.has_columns:
         sums = np.empty((2, box.sizes[0], box.width))
         steps = box.per, values.plan.columns.width
         kernel = _column_gradients().gradient_of_samples
-        values.divide(kernel, box.sizes[0], *arguments, sums, box.sizes, steps, has_mean)
+        values.divide(kernel, box.sizes[0], tensors, by, sums, box.sizes, steps, has_mean)
     else:
         sums = np.empty((2, box.rows * box.width))
-        values.divide(_sweeps().gradient_of_groups, box.groups, *arguments, sums, box.sizes, box.per, has_mean)
+        values.divide(_sweeps().gradient_of_groups, box.groups, tensors, by, sums, box.sizes, box.per, has_mean)
     return sums
 
 
-def _totals(values: Operand, weight: Tensor | None, sums: Any) -> Any:
-    """Sums (2, B * G) of a and a * xh from those of dy and dy * xh."""
-    totals = np.zeros((2, values.box.groups))
-    _column_gradients().add_weighted(sums, values.parameter(weight, 1.0), totals, values.box.sizes)
-    return totals
+def _columns(values: Operand, grad: Tensor, out: Tensor, gamma: Tensor, by: Any, *, has_mean: bool) -> Any:
+    box, columns, kernels = values.box, values.plan.columns, _column_gradients()
+    terms = columns.terms(4)
+    arguments = gamma.data_ptr(), by, terms, box.sizes, columns.segment, box.per, has_mean
+    sums = kernels.fill_gradient_terms(values.plan.kind, _parts_of_sums(values, grad, by), *arguments)
+    columns.apply(kernels.gradient_of_columns, values, (grad, out), terms)
+    return sums
+
+
+def _means(values: Operand, gamma: Tensor, sums: Any, *, has_mean: bool = True) -> Any:
+    """Means (2, B * G) of a and a * xh from sums of dy and dy * xh."""
+    box = values.box
+    arguments = values.plan.kind, sums, gamma.data_ptr(), box.sizes, box.per, has_mean
+    return _column_gradients().weighted_means(*arguments)
 
 
 def _per_parameter(values: Operand, sums: Any, dtype: torch.dtype = torch.float64) -> Any:
@@ -117,26 +131,32 @@ def _per_parameter(values: Operand, sums: Any, dtype: torch.dtype = torch.float6
     return found
 
 
-def _sums(values: Operand, grad: Operand, by: Any, out: Any = None, terms: Any = None) -> Any:
+def _sums(values: Operand, grad: Tensor, by: Any, out: Tensor | None = None, terms: Any = None) -> Any:
     """Sums of dy and dy * xh, (2, rows, channels); with `out`, dy standardized by the terms goes there."""
     box, columns = values.box, values.plan.columns
     if box.has_columns:
-        center = np.empty((columns.count, columns.width), values.plan.sum_dtype)
-        _column_gradients().fill_centers(by, center, box.sizes, columns.segment)
-        sums = columns.sums(values, center, grad.array, out, terms)
-        _column_gradients().settle_sums(sums, by, box.sizes, columns.segment)
-        return sums
+        sums = _parts_of_sums(values, grad, by, out, terms)
+        return _column_gradients().standardized_sums(sums, by, box.sizes, columns.segment)
     sums = np.empty((2, box.rows * box.width))
-    arguments = values.array, grad.array, out, terms, by, sums, box.sizes, columns.segment
-    values.divide(_sweeps().sum_cells, box.rows, *arguments)
+    tensors = (values.tensor, grad) if out is None else (values.tensor, grad, out)
+    arguments = (None, None) if out is None else (terms,)
+    values.divide(_sweeps().sum_cells, box.rows, tensors, *arguments, by, sums, box.sizes, columns.segment)
     return sums.reshape(2, box.rows, box.width)
+
+
+def _parts_of_sums(values: Operand, grad: Tensor, by: Any, out: Tensor | None = None, terms: Any = None) -> Any:
+    """Sums of dy and dy * (x - center) over parts of columns."""
+    columns = values.plan.columns
+    center = np.empty((columns.count, columns.width), values.plan.sum_dtype)
+    _column_gradients().fill_centers(by, center, values.box.sizes, columns.segment)
+    return columns.sums(values, center, (grad,) if out is None else (grad, out), terms)
 
 
 def _vectors(
     values: Operand,
-    grad: Operand,
-    out: Any,
-    gamma: Any,
+    grad: Tensor,
+    out: Tensor | None,
+    gamma: Tensor,
     by: Any,
     means: Any,
     *,
@@ -145,12 +165,11 @@ def _vectors(
 ) -> Any:
     box = values.box
     samples = box.sizes[0]
-    height = box.per if gamma.size > box.width else -(-samples // _SLOTS)
+    height = box.per if box.parameters_count > box.width else -(-samples // _SLOTS)
     slots = -(-samples // height)
     sums = np.empty((2, 0 if has_means else slots, box.width), values.plan.sum_dtype)
-    steps = height, box.per, has_mean, out.size > 0
-    arguments = values.array, grad.array, out, gamma, by, means, sums, box.sizes, steps
-    values.divide(_sweeps().gradient_of_vectors, slots, *arguments)
+    tensors, steps = (values.tensor, grad, out, gamma), (height, box.per, has_mean)
+    values.divide(_sweeps().gradient_of_vectors, slots, tensors, by, means, sums, box.sizes, steps)
     return sums
 
 

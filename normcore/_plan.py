@@ -23,33 +23,37 @@ _NARROW_BYTES, _WIDE_BYTES = 256, 4096
 _PART = 2**16
 # Elements that stay in a core's cache from one sweep to the next.
 _CACHED = 2**18
+# Parameters that are kept where there are none.
+_SMALL = 2**12
 # Places of fewer bytes than this, apart from each other, are slower to read twice in turn than all of memory in order.
 _RUN_BYTES = 2**14
 
 
 class Operand(NamedTuple):
-    """A dense tensor, its flat array and its plan."""
+    """A dense tensor and its plan."""
 
     tensor: Tensor
-    array: Any
     plan: "Plan"
 
     @property
     def box(self) -> Box:
         return self.plan.box
 
-    def parameter(self, tensor: Tensor | None, value: float) -> Any:
+    def parameter(self, tensor: Tensor | None, value: float) -> Tensor:
         """Weight or bias as (Q * G * K,), in the datatype computed in; the value where there is none."""
         box, dtype = self.plan.box, self.plan.parameter_dtype
         if tensor is None:
-            return np.full(box.parameters_count, value, self.plan.dtype)
-        is_ready = tensor.dtype is dtype and box.is_affine_in_order and tensor.is_contiguous()
-        if not is_ready or tensor.numel() != box.parameters_count:
-            tensor = box.parameters(tensor).to(dtype).contiguous()
-        return compiled().flat(tensor)
+            make = _constant if box.parameters_count <= _SMALL else _constant.__wrapped__
+            return make(value, box.parameters_count, dtype)
+        if not (tensor.dtype is dtype and box.is_affine_in_order and tensor.numel() == box.parameters_count):
+            tensor = box.parameters(tensor.detach()).to(dtype)
+        return as_stored(tensor)
 
-    def divide(self, kernel: Any, units: int, *arguments: Any) -> None:
-        compiled().divide(kernel, units, self.array.size, *arguments)
+    def divide(self, kernel: Any, units: int, tensors: Sequence[Tensor | None], *arguments: Any) -> None:
+        """Call a kernel of the values' kind, the addresses of tensors (0 for none), others, and units of work."""
+        # The caller has the tensors meanwhile, and their memory stays.
+        places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        compiled().divide(kernel, units, self.tensor.numel(), self.plan.kind, *places, *arguments)
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,21 @@ class Plan:
     Attributes:
         box: how its values are seen.
         parameter_dtype: of weight and bias: what outputs are computed in.
-        itemsize: bytes of a value.
+        kind: what tells kernels the datatype.
+        strides: the tensor's.
+        reduced: axes that statistics are over.
     """
 
     box: Box
     parameter_dtype: torch.dtype
-    itemsize: int
+    kind: Any
+    strides: tuple[int, ...]
+    reduced: tuple[int, ...]
+
+    @cached_property
+    def itemsize(self) -> int:
+        """Bytes of a value."""
+        return int(self.kind.itemsize)
 
     @cached_property
     def dtype(self) -> Any:
@@ -137,42 +150,53 @@ class Columns:
         """Room for terms (count, segments, W), the columns repeated."""
         return np.empty((count, self.count, self.width), self.plan.dtype)
 
-    def sums(self, values: Operand, center: Any, grad: Any = None, out: Any = None, terms: Any = None) -> Any:
-        """Two sums (2, segments, columns) around centers (segments, W), made in their datatype.
+    def sums(self, values: Operand, center: Any, others: Sequence[Tensor] = (), terms: Any = None) -> Any:
+        """Two sums (parts of all, 2, W) around centers (segments, W), made in their datatype.
 
-        With `out`, what `standardize` by the terms makes of the gradient goes there.
+        `others` are a gradient, and where what `standardize` by the terms makes of it goes.
         """
         parts = self.parts
         found = np.empty((self.count * parts[0], 2, self.width))
-        arguments = values.array, grad, out, terms, center, found, parts
-        values.divide(column_sweeps().sum_columns, len(found), *arguments)
-        joined = np.empty((2, self.count, self.plan.box.width))
-        column_sweeps().join_sums(found, joined, parts[0])
-        return joined
+        arguments = (*(None,) * (2 - len(others)), terms, center, found, parts)
+        values.divide(column_sweeps().sum_columns, len(found), (values.tensor, *others), *arguments)
+        return found
 
-    def apply(self, kernel: Any, values: Operand, *arrays: Any) -> None:
-        """Call a kernel of the values, arrays like them, and terms."""
+    def apply(self, kernel: Any, values: Operand, others: Sequence[Tensor], terms: Any) -> None:
+        """Call a kernel of the values, tensors like them, and terms."""
         parts = self.parts
-        values.divide(kernel, self.count * parts[0], values.array, *arrays, parts)
+        values.divide(kernel, self.count * parts[0], (values.tensor, *others), terms, parts)
 
 
-def operand_of(input: Tensor, reduced: Sequence[int], *parameters: Tensor | tuple[int, ...] | None) -> Operand | None:
-    """The input for the compiled kernels, as a dense copy where it has gaps; None where they do not serve."""
+def operand_of(
+    input: Tensor, reduced: tuple[int, ...], first: Sequence[int] | None = None, second: Sequence[int] | None = None
+) -> Operand | None:
+    """The input for the compiled kernels, as a dense copy where it has gaps; None where they do not serve.
+
+    Statistics are over the `reduced` axes, and parameters of the shapes that follow.
+    """
     if not input.is_cpu or not input.numel():
         return None
-    plan = _plan_of(input, reduced, *parameters)
+    input = input.detach().resolve_neg() if input.is_neg() else input
+    plan = _cached(input.dtype, input.shape, input.stride(), reduced, first, second)
     if plan is None:
         dense = torch.empty_like(input)
-        plan = None if dense.stride() == input.stride() else _plan_of(dense, reduced, *parameters)
+        strides = dense.stride()
+        plan = None if strides == input.stride() else _cached(input.dtype, input.shape, strides, reduced, first, second)
         if plan is None:
             return None
         input = dense.copy_(input.detach())
-    return Operand(input, compiled().flat(input), plan)
+    return Operand(input, plan)
 
 
-def _plan_of(input: Tensor, reduced: Sequence[int], *parameters: Tensor | tuple[int, ...] | None) -> Plan | None:
-    shapes = [term if term is None or isinstance(term, tuple) else term.shape for term in parameters]
-    return _cached(input.dtype, input.shape, input.stride(), tuple(reduced), *shapes)
+def as_stored(tensor: Tensor) -> Tensor:
+    """The values in order, as they stand in memory: not as a view that shows them negated."""
+    if tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return tensor.detach().resolve_neg().contiguous()
+
+
+def shape_of(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
 
 
 @lru_cache(1024)
@@ -185,7 +209,12 @@ def _cached(
 ) -> Plan | None:
     box = box_of(shape, strides, reduced, *parameters)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    return None if box is None else Plan(box, wide, dtype.itemsize)
+    return None if box is None else Plan(box, wide, compiled().KINDS[dtype], strides, reduced)
+
+
+@lru_cache(64)
+def _constant(value: float, count: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((count,), value, dtype=dtype)
 
 
 @cache

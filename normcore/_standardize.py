@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from normcore._plan import Operand, column_sweeps, compiled, sweeps
+from normcore._plan import Operand, as_stored, column_sweeps, compiled, sweeps
 
 
 def given(values: Operand, mean: Tensor, var: Tensor, *, eps: float) -> Any:
@@ -17,22 +17,22 @@ def given(values: Operand, mean: Tensor, var: Tensor, *, eps: float) -> Any:
     box = values.box
     if not box.is_kept_in_order or not mean.numel() == var.numel() == box.groups:
         return None
-    rows = np.empty((5, box.groups))
-    sweeps().fill_given(*(compiled().flat(term.contiguous()) for term in (mean, var)), rows, eps)
+    if mean.dtype is not var.dtype:
+        mean, var = mean.double(), var.double()
+    rows, mean, var = np.empty((5, box.groups)), as_stored(mean), as_stored(var)
+    sweeps().fill_given(compiled().KINDS[mean.dtype], mean.data_ptr(), var.data_ptr(), rows, eps)
     return rows
 
 
 def measure(values: Operand, *, eps: float, has_mean: bool = True, mask: Tensor | None = None) -> tuple[Any, Any]:
     """Statistics (5, B * G) as `_sweeps` has them, and the count behind each."""
-    samples, _, groups, _, _ = values.box.sizes
-    by = np.empty((5, samples * groups))
+    by = np.empty((5, values.box.groups))
     if mask is not None:
-        return by, _measure_counted(values, by, compiled().flat(mask), eps=eps, has_mean=has_mean)
+        return by, _measure_counted(values, by, mask, eps=eps, has_mean=has_mean)
     if values.box.has_columns:
         _measure_columns(values, by, eps=eps, has_mean=has_mean)
     else:
-        nothing = np.empty(0, values.plan.dtype)
-        _measure_groups(values, values.array[:0], nothing, nothing, by, eps=eps, has_mean=has_mean)
+        _measure_groups(values, (values.tensor, None, None, None), by, eps=eps, has_mean=has_mean)
     return by, values.box.count
 
 
@@ -45,35 +45,36 @@ def standardize_own(
         by, count = measure(values, eps=eps, has_mean=has_mean)
         return by, count, standardize(values, out, weight, bias, by)
     by = np.empty((5, box.groups))
-    affine = values.parameter(weight, 1.0), values.parameter(bias, 0.0)
+    tensors = values.tensor, out, values.parameter(weight, 1.0), values.parameter(bias, 0.0)
     if box.has_columns:
         steps = box.per, values.plan.columns.width
-        arguments = values.array, compiled().flat(out), *affine, by, box.sizes, steps, eps, has_mean
-        values.divide(column_sweeps().standardize_samples, box.sizes[0], *arguments)
+        kernel = column_sweeps().standardize_samples
+        values.divide(kernel, box.sizes[0], tensors, by, box.sizes, steps, eps, has_mean)
     else:
-        _measure_groups(values, compiled().flat(out), *affine, by, eps=eps, has_mean=has_mean)
+        _measure_groups(values, tensors, by, eps=eps, has_mean=has_mean)
     return by, box.count, is_usual(values, by)
 
 
 def standardize(values: Operand, out: Tensor, weight: Tensor | None, bias: Tensor | None, by: Any) -> bool:
     """The output by statistics (5, B * G); false, and none, where the datatype computed in does not hold the terms."""
-    scale, shift, target = values.parameter(weight, 1.0), values.parameter(bias, 0.0), compiled().flat(out)
+    scale, shift = values.parameter(weight, 1.0), values.parameter(bias, 0.0)
     box = values.box
     if box.has_vectors:
         if not is_usual(values, by):
             return False
-        affine = scale, shift, by, box.sizes, box.per
-        values.divide(sweeps().standardize_vectors, box.rows, values.array, target, *affine)
+        tensors = values.tensor, out, scale, shift
+        values.divide(sweeps().standardize_vectors, box.rows, tensors, by, box.sizes, box.per)
         return True
     columns = values.plan.columns
     terms = columns.terms(3)
-    if not sweeps().fill_terms(scale, shift, by, terms, box.sizes, columns.segment, box.per):
+    affine = scale.data_ptr(), shift.data_ptr()
+    if not sweeps().fill_terms(values.plan.kind, *affine, by, terms, box.sizes, columns.segment, box.per):
         return False
     if box.has_columns:
-        columns.apply(column_sweeps().standardize_columns, values, target, terms)
+        columns.apply(column_sweeps().standardize_columns, values, (out,), terms)
     else:
-        kernel = sweeps().standardize_cells
-        values.divide(kernel, box.rows, values.array, target, terms, columns.segment, box.sizes[4])
+        arguments = terms, columns.segment, box.sizes[4]
+        values.divide(sweeps().standardize_cells, box.rows, (values.tensor, out), *arguments)
     return True
 
 
@@ -82,35 +83,36 @@ def is_usual(values: Operand, by: Any) -> bool:
     return values.plan.itemsize == 8 or bool(sweeps().are_usual(by))
 
 
-def _measure_groups(values: Operand, out: Any, weight: Any, bias: Any, by: Any, *, eps: float, has_mean: bool) -> None:
+def _measure_groups(
+    values: Operand, tensors: tuple[Tensor | None, ...], by: Any, *, eps: float, has_mean: bool
+) -> None:
     box = values.box
-    arguments = values.array, out, weight, bias, by, box.sizes, box.per, eps, has_mean
-    values.divide(sweeps().standardize_groups, box.groups, *arguments)
+    values.divide(sweeps().standardize_groups, box.groups, tensors, by, box.sizes, box.per, eps, has_mean)
 
 
 def _measure_columns(values: Operand, by: Any, *, eps: float, has_mean: bool) -> None:
-    samples, rows, _, _, _ = values.box.sizes
-    columns = values.plan.group_columns
-    center = np.zeros((samples, columns.width), values.plan.sum_dtype)
+    box, columns, kernels = values.box, values.plan.group_columns, column_sweeps()
+    kind, place = values.plan.kind, values.tensor.data_ptr()
+    center = np.zeros((box.sizes[0], columns.width), values.plan.sum_dtype)
     if has_mean:
-        column_sweeps().find_centers(values.array, center, values.box.width, rows)
-    sums = columns.sums(values, center)
-    if has_mean and column_sweeps().correct_centers(values.array, center, sums, rows):
-        sums = columns.sums(values, center)
-    if not column_sweeps().has_digits(values.array, sums[1], rows):
-        sums = columns.sums(values, center.astype(np.float64))
-    column_sweeps().settle_columns(values.array, by, center, sums, values.box.sizes, eps, has_mean)
+        kernels.find_centers(kind, place, center, box.width, box.sizes[1])
+    state = kernels.FIRST
+    while state != kernels.SETTLED:
+        near = center.astype(np.float64) if state == kernels.WIDE else center
+        sums = columns.sums(values, near)
+        state = kernels.settle_columns(kind, place, by, center, sums, box.sizes, eps, has_mean, state)
 
 
-def _measure_counted(values: Operand, by: Any, mask: Any, *, eps: float, has_mean: bool) -> Any:
-    samples = values.box.sizes[0]
+def _measure_counted(values: Operand, by: Any, mask: Tensor, *, eps: float, has_mean: bool) -> Any:
+    samples, array, counted = values.box.sizes[0], compiled().flat(values.tensor), compiled().flat(mask)
     center = np.full(by.shape[1], np.nan if has_mean else 0.0)
     sums = np.empty((3, by.shape[1]))
     for is_last in (False, True):
         sums[:] = 0.0
-        values.divide(sweeps().sum_counted, samples, values.array, mask, center, sums, values.box.sizes)
-        if is_last or not has_mean or values.array.itemsize < 8:
+        arguments = array, counted, center, sums, values.box.sizes
+        compiled().divide(sweeps().sum_counted, samples, array.size, *arguments)
+        if is_last or not has_mean or array.itemsize < 8:
             break
         center = center + sums[1] / sums[0]
-    sweeps().settle_counted(values.array, by, center, sums, eps, has_mean)
+    sweeps().settle_counted(array, by, center, sums, eps, has_mean)
     return sums[0]

@@ -8,13 +8,27 @@ of sums, and offset what that leaves. Outputs are computed around the center in 
 leaves is added with the bias. Sums are made around a value near the mean, in float64, or for half precision
 in float32 within a block and in float64 over blocks; so one sweep finds mean and variance. For float64 values, and
 where the value proves to have been far from the mean, a second one sums around the mean that the first has found.
+
+Kernels take a kind and addresses for values, weight and bias, as `_compiled.values_at` has them; 0 where there is none.
 """
 
 from typing import Any
 
 import numpy as np
 
-from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, inlined, load, read, store
+from normcore._compiled import (
+    as_computed,
+    as_read,
+    compiled,
+    compiled_sum,
+    fused,
+    inlined,
+    load,
+    parameters_at,
+    read,
+    store,
+    values_at,
+)
 
 _BLOCK = 1024
 _NEAR = 64
@@ -27,6 +41,7 @@ CENTER, OFFSET, MEAN, VAR, INVSTD = range(5)
 
 @compiled
 def standardize_groups(
+    kind: Any,
     x: Any,
     y: Any,
     weight: Any,
@@ -39,14 +54,18 @@ def standardize_groups(
     start: int,
     stop: int,
 ) -> None:
-    """Find the statistics of each group, and standardize it while it is in the cache; no output for an empty `y`."""
+    """Find the statistics of each group, and standardize it while it is in the cache, unless there is no `y`."""
     _, rows, groups, channels, positions = sizes
+    has_output = y != 0
+    x, y = values_at(kind, x, values_in(sizes)), values_at(kind, y, values_in(sizes))
+    count = parameters_in(sizes, per)
+    weight, bias = parameters_at(kind, weight, count), parameters_at(kind, bias, count)
     for group in range(start, stop):
         sample = group // groups
         index = group - sample * groups
         first = sample * rows * groups + index
         _measure(x, by, group, first, rows, groups, channels * positions, eps, has_mean)
-        if y.size:
+        if has_output:
             for row in range(sample * rows, (sample + 1) * rows):
                 affine = row // per * groups + index
                 _standardize_cell(x, y, weight, bias, by, group, row * groups + index, affine, sizes)
@@ -54,14 +73,31 @@ def standardize_groups(
 
 @compiled
 def standardize_vectors(
-    x: Any, y: Any, weight: Any, bias: Any, by: Any, sizes: Any, per: int, start: int, stop: int
+    kind: Any, x: Any, y: Any, weight: Any, bias: Any, by: Any, sizes: Any, per: int, start: int, stop: int
 ) -> None:
     """The same by given statistics, in memory order: from row to row of the B * R."""
     _, rows, groups, _, _ = sizes
+    x, y = values_at(kind, x, values_in(sizes)), values_at(kind, y, values_in(sizes))
+    count = parameters_in(sizes, per)
+    weight, bias = parameters_at(kind, weight, count), parameters_at(kind, bias, count)
     for row in range(start, stop):
         group, affine = row // rows * groups, row // per * groups
         for index in range(groups):
             _standardize_cell(x, y, weight, bias, by, group + index, row * groups + index, affine + index, sizes)
+
+
+@inlined
+def values_in(sizes: Any) -> int:
+    """Values of a box."""
+    samples, rows, groups, channels, positions = sizes
+    return int(samples * rows * groups * channels * positions)
+
+
+@inlined
+def parameters_in(sizes: Any, per: int) -> int:
+    """Values of a weight or bias, Q * G * K."""
+    samples, rows, groups, channels, _ = sizes
+    return int(samples * rows // per * groups * channels)
 
 
 @compiled
@@ -74,8 +110,9 @@ def are_usual(by: Any) -> bool:
 
 
 @compiled
-def fill_given(mean: Any, var: Any, by: Any, eps: float) -> None:
-    """Statistics of a mean and a variance of any datatype."""
+def fill_given(kind: Any, mean: Any, var: Any, by: Any, eps: float) -> None:
+    """Statistics of a mean and a variance of any one datatype."""
+    mean, var = values_at(kind, mean, by.shape[1]), values_at(kind, var, by.shape[1])
     for group in range(by.shape[1]):
         by[CENTER, group] = by[MEAN, group] = load(mean, group)
         by[OFFSET, group] = 0.0
@@ -84,13 +121,14 @@ def fill_given(mean: Any, var: Any, by: Any, eps: float) -> None:
 
 
 @compiled
-def fill_terms(weight: Any, bias: Any, by: Any, terms: Any, sizes: Any, segment: int, per: int) -> bool:
+def fill_terms(kind: Any, weight: Any, bias: Any, by: Any, terms: Any, sizes: Any, segment: int, per: int) -> bool:
     """Center, scale and shift, (3, P, W), of the channels of a segment of rows, repeated to the width W.
 
     Whether the datatype of the terms holds the scales in full.
     """
     _, rows, groups, channels, _ = sizes
-    width = groups * channels
+    width, count = groups * channels, parameters_in(sizes, per)
+    weight, bias = parameters_at(kind, weight, count), parameters_at(kind, bias, count)
     is_usual = True
     for own in range(terms.shape[1]):
         affine, first = own * segment // per * width, own * segment // rows * groups
@@ -123,8 +161,12 @@ def repeat(row: Any, width: int) -> None:
 
 
 @compiled
-def standardize_cells(x: Any, y: Any, terms: Any, segment: int, positions: int, start: int, stop: int) -> None:
+def standardize_cells(
+    kind: Any, x: Any, y: Any, terms: Any, segment: int, positions: int, start: int, stop: int
+) -> None:
     """The output (x - center) * scale + shift, from row to row; `terms` are those of (3, segments, channels)."""
+    count = segment * terms.shape[1] * terms.shape[2] * positions
+    x, y = values_at(kind, x, count), values_at(kind, y, count)
     for row in range(start, stop):
         for channel in range(terms.shape[2]):
             standardize_channel(x, y, terms, row // segment, row, channel, positions)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from normcore import _gradients, _standardize
 from normcore._box import Box
-from normcore._plan import Operand, compiled, operand_of
+from normcore._plan import Operand, operand_of, shape_of
 from normcore.normalization import closed_forms
 from normcore.normalization.closed_forms import Measured, Statistics
 
@@ -54,7 +54,7 @@ def standardize_own(
     out: Tensor | None = None,
 ) -> Standardized:
     """The output, in `out` where that is given, and the input's own statistics."""
-    values = None if mask is not None else operand_of(input, axes, weight, bias)
+    values = None if mask is not None else operand_of(input, axes, shape_of(weight), shape_of(bias))
     if values is None:
         by = own_statistics(input, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
         return Standardized(standardize(input, by, weight, bias, out=out), by)
@@ -77,7 +77,7 @@ def standardize_given(
     out: Tensor | None = None,
 ) -> Standardized:
     """The same by given statistics, constants that broadcast against the input."""
-    values = operand_of(input, _shared_axes(input.ndim, mean.shape), weight, bias)
+    values = operand_of(input, _shared_axes(input.ndim, mean.shape), shape_of(weight), shape_of(bias))
     # Ahead of small tensors, which would split the memory that the last output of its size has left.
     output = None if values is None else _target(values, out)
     rows = None if values is None else _standardize.given(values, mean, var, eps=eps)
@@ -94,7 +94,7 @@ def standardize(
     input: Tensor, by: Statistics, weight: Tensor | None, bias: Tensor | None, *, out: Tensor | None = None
 ) -> Tensor:
     """A new tensor, or `out`, of the input's shape, datatype and memory format, cast once."""
-    values = operand_of(input, _axes_of(input, by), weight, bias)
+    values = operand_of(input, _axes_of(input, by), shape_of(weight), shape_of(bias))
     if values is not None:
         output = _target(values, out)
         if _standardize.standardize(values, output, weight, bias, by.rows(values.box)):
@@ -209,11 +209,11 @@ def _pair(
     weight: Tensor | None,
     by: Statistics,
     affine_shape: tuple[int, ...] | None,
-) -> tuple[Operand, Operand, Any] | None:
+) -> tuple[Operand, Tensor, Any] | None:
     """Input and gradient of its output in the same layout, and the statistics; None where kernels do not serve."""
     if by.mask is not None:
         return None
-    values = operand_of(input, _axes_of(input, by), weight, affine_shape)
+    values = operand_of(input, _axes_of(input, by), shape_of(weight), affine_shape)
     if values is None:
         return None
     rows = by.rows(values.box)
@@ -224,8 +224,7 @@ def _pair(
         rows[0] = center
     if not _standardize.is_usual(values, rows):
         return None
-    grads = _laid_out_as(values.tensor, grad_output)
-    return values, Operand(grads, compiled().flat(grads), values.plan), rows
+    return values, _laid_out_as(values.tensor, grad_output), rows
 
 
 def _axes_of(input: Tensor, by: Statistics) -> tuple[int, ...]:
@@ -252,6 +251,6 @@ def _as_parameter(sums: Any, box: Box, shape: tuple[int, ...], dtype: torch.dtyp
 
 def _laid_out_as(input: Tensor, values: Tensor) -> Tensor:
     """The values, without gradient, in the datatype and memory format of the input."""
-    if values.stride() == input.stride() and values.dtype == input.dtype:
+    if values.stride() == input.stride() and values.dtype == input.dtype and not values.is_neg():
         return values
     return torch.empty_like(input).copy_(values.detach())

@@ -329,6 +329,25 @@ def test_inverse_takes_no_out() -> None:
         batch_norm(input, torch.zeros(4), torch.ones(4), inverse=True, out=torch.empty_like(input))
 
 
+def test_views_that_negate_what_is_in_memory_are_seen_as_they_show_it() -> None:
+    def negated(*shape: int) -> Tensor:
+        return torch._neg_view(torch.rand(*shape) - 0.1)
+
+    input, grad = negated(6, 3, 4), negated(6, 3, 4)
+    weight, bias, mean = negated(3), negated(3), negated(3)
+    for training in (False, True):
+        operands = input, mean, torch.ones(3), weight, bias
+        found = batch_norm(*operands, training=training, grad_output=grad)
+        expected = batch_norm(*(own.resolve_neg() for own in operands), training=training, grad_output=-(-grad))
+        assert torch.equal(found.output, expected.output)
+        assert found.gradients is not None
+        assert expected.gradients is not None
+        for own, plainly in zip(found.gradients, expected.gradients, strict=True):
+            assert torch.equal(own, plainly)
+    with pytest.raises(ParameterError, match="out: expected values as they stand in memory"):
+        layer_norm(torch.rand(6, 3, 4), out=input)
+
+
 @dtypes
 def test_strides_with_gaps_are_no_obstacle(dtype: torch.dtype) -> None:
     whole = torch.randn(4, 12, 10, generator=torch.Generator().manual_seed(6)).to(dtype)
