@@ -4,6 +4,7 @@ What leads to a kernel costs as much as the kernel itself on some thousand value
 out of the cache: a call looks its plan up, and does the rest.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
@@ -46,7 +47,9 @@ class Operand(NamedTuple):
             make = _constant if box.parameters_count <= _SMALL else _constant.__wrapped__
             return make(value, box.parameters_count, dtype)
         if not (tensor.dtype is dtype and box.is_affine_in_order and tensor.numel() == box.parameters_count):
-            tensor = box.parameters(tensor.detach()).to(dtype)
+            is_front = tensor.numel() == math.prod(self.plan.front)
+            seen = tensor.detach().reshape(self.plan.front) if is_front else tensor.detach()
+            tensor = box.parameters(seen).to(dtype)
         return as_stored(tensor)
 
     def divide(self, kernel: Any, units: int, tensors: Sequence[Tensor | None], *arguments: Any) -> None:
@@ -64,15 +67,13 @@ class Plan:
         box: how its values are seen.
         parameter_dtype: of weight and bias: what outputs are computed in.
         kind: what tells kernels the datatype.
-        strides: the tensor's.
-        reduced: axes that statistics are over.
+        front: shape in which parameters broadcast against what is seen.
     """
 
     box: Box
     parameter_dtype: torch.dtype
     kind: Any
-    strides: tuple[int, ...]
-    reduced: tuple[int, ...]
+    front: tuple[int, ...]
 
     @cached_property
     def itemsize(self) -> int:
@@ -168,20 +169,24 @@ class Columns:
 
 
 def operand_of(
-    input: Tensor, reduced: tuple[int, ...], first: Sequence[int] | None = None, second: Sequence[int] | None = None
+    input: Tensor,
+    view: tuple[int, ...] | None,
+    reduced: tuple[int, ...],
+    *fronts: tuple[int, ...] | None,
 ) -> Operand | None:
     """The input for the compiled kernels, as a dense copy where it has gaps; None where they do not serve.
 
-    Statistics are over the `reduced` axes, and parameters of the shapes that follow.
+    Statistics are over the `reduced` axes of the view, and parameters of the shapes that follow in front of it.
     """
     if not input.is_cpu or not input.numel():
         return None
     input = input.detach().resolve_neg() if input.is_neg() else input
-    plan = _cached(input.dtype, input.shape, input.stride(), reduced, first, second)
+    how = view, reduced, *fronts
+    plan = _cached(input.dtype, input.shape, input.stride(), *how)
     if plan is None:
         dense = torch.empty_like(input)
         strides = dense.stride()
-        plan = None if strides == input.stride() else _cached(input.dtype, input.shape, strides, reduced, first, second)
+        plan = None if strides == input.stride() else _cached(input.dtype, input.shape, strides, *how)
         if plan is None:
             return None
         input = dense.copy_(input.detach())
@@ -195,21 +200,25 @@ def as_stored(tensor: Tensor) -> Tensor:
     return tensor.detach().resolve_neg().contiguous()
 
 
-def shape_of(tensor: Tensor | None) -> torch.Size | None:
-    return None if tensor is None else tensor.shape
-
-
 @lru_cache(1024)
 def _cached(
     dtype: torch.dtype,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
+    view: tuple[int, ...] | None,
     reduced: tuple[int, ...],
     *parameters: tuple[int, ...] | None,
 ) -> Plan | None:
+    if view is not None and view != shape:
+        try:
+            strides = torch.empty_strided(shape, strides, device="meta").view(view).stride()
+        except RuntimeError:  # no such view
+            return None
+        shape = view
     box = box_of(shape, strides, reduced, *parameters)
+    front = next((own for own in parameters if own is not None), ())
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    return None if box is None else Plan(box, wide, compiled().KINDS[dtype], strides, reduced)
+    return None if box is None else Plan(box, wide, compiled().KINDS[dtype], front)
 
 
 @lru_cache(64)

@@ -1,5 +1,7 @@
 """Batch normalization: every channel standardized over all other axes."""
 
+from typing import Any
+
 from torch import Tensor
 
 from normcore._checks import check_out
@@ -116,17 +118,18 @@ def normalize_batch(
     out: Tensor | None = None,
 ) -> BatchNormResult:
     """Batch norm of operands that are checked, all but weight, bias, the number of values and the statistics."""
-    affine = view.affine(weight, bias)
+    seen = view.check_affine(weight, bias)
     count = view.counted(counted) if options.training else None
     if count == 0:
         return BatchNormResult.empty(view, weight, running=running, grad_output=grad_output)
     options.check_values(view.input, counted)
     updated = None
     if count is None:
-        mean, var = _given(view, running)
-        found = standardize_by(view.input, *affine, mean=mean, var=var, eps=options.eps, out=out)
+        mean, var = _given(running)
+        found = standardize_by(view.input, weight, bias, mean=mean, var=var, eps=options.eps, out=out, seen=seen)
     else:
-        found = standardize_over(view.input, *affine, axes=view.axes, eps=options.eps, mask=counted, out=out)
+        how: dict[str, Any] = {"axes": view.axes, "eps": options.eps, "mask": counted}
+        found = standardize_over(view.input, weight, bias, **how, out=out, seen=seen)
         if running is not None:
             updated = options.updated_by(running, found.statistics, count=count)
     gradients = None if grad_output is None else view.gradients(grad_output, weight, bias, found.statistics)
@@ -135,11 +138,11 @@ def normalize_batch(
     )
 
 
-def _given(view: BatchView, running: RunningStatistics | None) -> tuple[Tensor, Tensor]:
+def _given(running: RunningStatistics | None) -> tuple[Tensor, Tensor]:
     if running is None:
         expected = "running statistics in inference (training false)"
         raise StatisticsError("running_mean", expected=expected, received="none")
-    return view.in_front(running.mean), view.in_front(running.var)
+    return running.mean, running.var
 
 
 def _check_invertible(weight: Tensor | None, grad_output: Tensor | None, out: Tensor | None, *, training: bool) -> None:
@@ -155,7 +158,7 @@ def _check_invertible(weight: Tensor | None, grad_output: Tensor | None, out: Te
 def _inverse(
     view: BatchView, running: RunningStatistics | None, weight: Tensor | None, bias: Tensor | None, *, eps: float
 ) -> Tensor:
-    mean, var = _given(view, running)
+    mean, var = (view.in_front(own) for own in _given(running))
     scale = (var.double() + eps).sqrt()
     if weight is not None:
         scale = scale / weight.double()

@@ -107,7 +107,7 @@ def batch_renorm(
     check_fraction("momentum", momentum)
     options = BatchOptions(training, eps, nan_policy)
     view = BatchView.of(input, channel_axis=channel_axis)
-    view.affine(weight, bias)
+    view.check_affine(weight, bias)
     counted = view.mask(mask)
     view.check_grad_output(grad_output)
     running = view.running(running_mean, running_var, None)

@@ -18,7 +18,7 @@ from normcore._checks import (
 )
 from normcore._precision import accumulation_dtype
 from normcore.errors import ShapeError, StatisticsError
-from normcore.normalization.gradients import Gradients, Statistics, standardize_gradients
+from normcore.normalization.gradients import Gradients, Seen, Statistics, standardize_gradients
 from normcore.statistics.moments import Moments
 from normcore.statistics.running import RunningStatistics
 
@@ -55,7 +55,13 @@ class BatchView:
         return tensor.view(self._front(tensor.shape))
 
     def affine(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias, both (C,), (N, C) for one per sample, or of the input's shape, in front of the input.
+        """Weight and bias, checked, in front of the input."""
+        self.check_affine(weight, bias)
+        front = None if weight is None else self.in_front(weight)
+        return front, None if bias is None else self.in_front(bias)
+
+    def check_affine(self, weight: Tensor | None, bias: Tensor | None) -> Seen:
+        """Weight and bias are both (C,), (N, C) for one per sample, or of the input's shape; how they are seen.
 
         Raises:
             DtypeError: a tensor that is not floating.
@@ -74,8 +80,9 @@ class BatchView:
         if weight is not None and bias is not None and weight.shape != bias.shape:
             expected = f"the weight's shape {tuple(weight.shape)}"
             raise ShapeError("bias", expected=expected, received=f"shape {tuple(bias.shape)}")
-        front = None if weight is None else self.in_front(weight)
-        return front, None if bias is None else self.in_front(bias)
+        given = bias if weight is None else weight
+        front = self._front((self.num_features,))
+        return Seen(None, front if given is None or given.ndim == 1 else self._front(given.shape), front)
 
     def _front(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if shape == self.input.shape:
@@ -153,10 +160,9 @@ class BatchView:
         """Those of weight and bias in their own shape, (C,) where neither is given."""
         given = weight if weight is not None else bias
         own_shape = (self.num_features,) if given is None else tuple(given.shape)
-        shape = self._front(own_shape)
-        weight = None if weight is None else weight.view(shape)
-        found = standardize_gradients(grad_output, self.input, weight, statistics, affine_shape=shape)
-        return Gradients(found.input, found.weight.view(own_shape), found.bias.view(own_shape))
+        seen = Seen(None, self._front(own_shape))
+        terms = grad_output, self.input, weight, statistics
+        return standardize_gradients(*terms, affine_shape=own_shape, seen=seen)
 
     def empty_gradients(self, weight: Tensor | None) -> Gradients:
         """Those of an input without values."""

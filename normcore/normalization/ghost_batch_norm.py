@@ -109,7 +109,7 @@ def ghost_batch_norm(
     view = BatchView.of(input, channel_axis=channel_axis)
     sizes = _sizes(view, virtual_batch_size, training=training)
     options = BatchOptions(training, eps, nan_policy, momentum, convention)
-    view.affine(weight, bias)
+    view.check_affine(weight, bias)
     view.check_grad_output(grad_output)
     running = view.running(running_mean, running_var, num_batches_tracked)
     results = []

@@ -1,10 +1,11 @@
 """The standardize family with derivatives of every order.
 
-How a method uses it: view the input so that statistics are taken over whole `axes`, shape weight and bias so that they
-broadcast against that view ((C, 1, 1), (D,), (G, C // G, 1), ...), call `standardize_over` (the statistics are the
-input's own) or `standardize_by` (they are given). The output is differentiable to every order in input, weight and
-bias. What is standardized already, by other means, gets its derivatives from `differentiable`. Where there is no
-autograd, as under torch.inference_mode, `standardize_gradients` gives the same gradients.
+How a method uses it: see the input so that statistics are taken over whole `axes`, and weight and bias so that they
+broadcast against that view ((C, 1, 1), (D,), (G, C // G, 1), ...), as views or by naming the shapes (`seen`); call
+`standardize_over` (the statistics are the input's own) or `standardize_by` (they are given). The output is
+differentiable to every order in input, weight and bias. What is standardized already, by other means, gets its
+derivatives from `differentiable`. Where there is no autograd, as under torch.inference_mode, `standardize_gradients`
+gives the same gradients.
 
 Forward and backward run in the fast kernel; the double backward is a closed form in plain differentiable operations.
 """
@@ -16,10 +17,20 @@ from torch import Tensor
 
 from normcore._precision import accumulation_dtype
 from normcore.normalization.closed_forms import Statistics, as_functions, double_backward
-from normcore.normalization.kernel import Standardized, backward, standardize, standardize_given, standardize_own
+from normcore.normalization.kernel import (
+    AS_GIVEN,
+    Seen,
+    Standardized,
+    backward,
+    standardize,
+    standardize_given,
+    standardize_own,
+)
 
 __all__ = [
+    "AS_GIVEN",
     "Gradients",
+    "Seen",
     "Standardized",
     "Statistics",
     "differentiable",
@@ -48,6 +59,7 @@ def standardize_over(
     has_mean: bool = True,
     mask: Tensor | None = None,
     out: Tensor | None = None,
+    seen: Seen = AS_GIVEN,
 ) -> Standardized:
     """Standardize by the input's own statistics over `axes`; `has_mean` false is the RMS form.
 
@@ -60,9 +72,10 @@ def standardize_over(
         has_mean: whether the mean is subtracted.
         mask: bool, broadcasts against the input; true where a position is counted. At least one is, per statistic.
         out: takes the output; like the input, in memory of its own.
+        seen: the shapes in which axes, mask, weight and bias are meant, where those are others than their own.
     """
-    found = standardize_own(input, weight, bias, axes=axes, eps=eps, has_mean=has_mean, mask=mask, out=out)
-    return differentiable(found, input, weight, bias)
+    found = standardize_own(input, weight, bias, axes=axes, eps=eps, has_mean=has_mean, mask=mask, out=out, seen=seen)
+    return differentiable(found, input, weight, bias, seen=seen)
 
 
 def standardize_by(
@@ -74,10 +87,11 @@ def standardize_by(
     var: Tensor,
     eps: float,
     out: Tensor | None = None,
+    seen: Seen = AS_GIVEN,
 ) -> Standardized:
     """Standardize by given statistics, constants that broadcast against the input."""
-    found = standardize_given(input, weight, bias, mean=mean, var=var, eps=eps, out=out)
-    return differentiable(found, input, weight, bias)
+    found = standardize_given(input, weight, bias, mean=mean, var=var, eps=eps, out=out, seen=seen)
+    return differentiable(found, input, weight, bias, seen=seen)
 
 
 def standardize_with(
@@ -88,13 +102,18 @@ def standardize_with(
 
 
 def differentiable(
-    found: Standardized, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    found: Standardized,
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    seen: Seen = AS_GIVEN,
 ) -> Standardized:
     """The same with derivatives of the output, which was computed without, from these tensors."""
     if not is_recorded(input, weight, bias):
         return found
     # Function.apply has no types in torch.
-    output: Tensor = _Standardize.apply(input, weight, bias, found)  # type: ignore[no-untyped-call]
+    output: Tensor = _Standardize.apply(input, weight, bias, found, seen)  # type: ignore[no-untyped-call]
     return Standardized(output, found.statistics)
 
 
@@ -108,7 +127,13 @@ def is_recorded(*tensors: Tensor | None) -> bool:
 
 
 def standardize_gradients(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, statistics: Statistics, *, affine_shape: tuple[int, ...]
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    statistics: Statistics,
+    *,
+    affine_shape: tuple[int, ...],
+    seen: Seen = AS_GIVEN,
 ) -> Gradients:
     """The closed-form backward, without autograd.
 
@@ -117,32 +142,39 @@ def standardize_gradients(
         input: what was standardized.
         weight: that of the forward.
         statistics: of the forward's result.
-        affine_shape: shape of the gradients of weight and bias; broadcasts against the input, and is the weight's
-            where there is one.
+        affine_shape: shape of the gradients of weight and bias: the weight's where there is one; broadcasts against
+            the input, but for shapes that are seen as others.
+        seen: the shapes in which they are seen, where those are others than their own.
 
     Returns:
         The input's gradient in its datatype, the others in the datatype computed in.
     """
     dtype = accumulation_dtype(input.dtype)
-    return Gradients(*backward(grad_output, input, weight, statistics, affine_shape=affine_shape, dtype=dtype))
+    how: dict[str, Any] = {"affine_shape": affine_shape, "dtype": dtype, "seen": seen}
+    return Gradients(*backward(grad_output, input, weight, statistics, **how))
 
 
 class _Standardize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, found: Standardized) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, found: Standardized, seen: Seen
+    ) -> Tensor:
         ctx.save_for_backward(input, weight, bias)
-        ctx.statistics = found.statistics
+        ctx.statistics, ctx.seen = found.statistics, seen
         return found.output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias = ctx.saved_tensors
+        (input, weight, bias), seen = ctx.saved_tensors, ctx.seen
         if not is_recorded(grads[0], input, weight, bias):
-            return (*_gradients(grads[0], input, weight, bias, ctx.statistics), None)
-        gradients = _StandardizeBackward.apply(  # type: ignore[no-untyped-call]  # no types in torch
-            grads[0], input, weight, bias, ctx.statistics
+            return (*_gradients(grads[0], input, weight, bias, ctx.statistics, seen), None, None)
+        values = seen.values(grads[0]), seen.values(input), seen.parameter(weight), seen.parameter(bias)
+        gradients = _StandardizeBackward.apply(*values, ctx.statistics)  # type: ignore[no-untyped-call]  # torch has none
+        of_own = (
+            None if own is None else grad.reshape(own.shape)
+            for grad, own in zip(gradients, (input, weight, bias), strict=True)
         )
-        return (*gradients, None)
+        return (*of_own, None, None)
 
 
 class _StandardizeBackward(torch.autograd.Function):
@@ -152,7 +184,7 @@ class _StandardizeBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(grad_output, input, weight)
         ctx.statistics = statistics
-        return _gradients(grad_output, input, weight, bias, statistics)
+        return _gradients(grad_output, input, weight, bias, statistics, AS_GIVEN)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -165,14 +197,16 @@ class _StandardizeBackward(torch.autograd.Function):
 
 
 def _gradients(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics, seen: Seen
 ) -> tuple[Tensor | None, ...]:
     given = bias if weight is None else weight
-    affine = (1,) * input.ndim if given is None else tuple(given.shape)
+    affine = (seen.affine or (1,) * input.ndim) if given is None else tuple(given.shape)
     # Rounded once, in whichever datatype each parameter has.
-    is_float = all(own is None or own.dtype is torch.float32 for own in (weight, bias))
-    dtype = torch.float32 if is_float else torch.float64
-    of_input, of_weight, of_bias = backward(grad_output, input, weight, statistics, affine_shape=affine, dtype=dtype)
+    dtypes = {own.dtype for own in (weight, bias) if own is not None}
+    dtype = torch.float64 if dtypes - {torch.float32} else torch.float32
+    of_input, of_weight, of_bias = backward(
+        grad_output, input, weight, statistics, affine_shape=affine, dtype=dtype, seen=seen
+    )
     return of_input, _like(of_weight, weight), _like(of_bias, bias)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from normcore._checks import check_eps, check_floating, check_rank
 from normcore.errors import ParameterError
+from normcore.normalization.gradients import Seen
 from normcore.normalization.method import Method, Output, Parameter, TensorArgument
 from normcore.normalization.per_sample import (
     GRAD_INPUT,
@@ -83,7 +84,7 @@ def _groups(sizes: torch.Size, groups: int, affine_shape: tuple[int, ...]) -> Gr
     samples, size, positions = sizes[0], sizes[1] // groups, sizes[2:].numel()
     rank = len(affine_shape)
     affine = (samples if rank > 1 else 1, groups, size, positions if rank > 2 else 1)
-    return Groups((samples, groups, size, positions), (2, 3), affine, affine_shape, (samples, groups))
+    return Groups(Seen((samples, groups, size, positions), affine), (2, 3), affine_shape, (samples, groups))
 
 
 def _check_num_groups(num_groups: int, *, channels: int) -> None:

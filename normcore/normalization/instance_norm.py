@@ -10,6 +10,7 @@ from normcore._checks import check_eps, check_floating, check_fraction, check_pe
 from normcore._precision import accumulation_dtype
 from normcore.errors import StatisticsError
 from normcore.normalization.batch_findings import distance_to_running
+from normcore.normalization.gradients import Seen
 from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
 from normcore.normalization.per_sample import (
     GRAD_INPUT,
@@ -129,8 +130,7 @@ def instance_norm(
     groups = _groups(input.shape, affine_shape, is_own=is_own)
     operands = Operands.of(input, weight, bias, grad_output, mask, groups, out=out)
     if running is not None and not training:
-        mean, var = running.mean.view(channels, 1), running.var.view(channels, 1)
-        return operands.standardize_by(InstanceNormResult, mean, var, eps=eps)
+        return operands.standardize_by(InstanceNormResult, running.mean, running.var, eps=eps)
     _check_several_values(operands)
     found = operands.standardize(InstanceNormResult, eps=eps)
     return found if running is None else found.updating(running, momentum=momentum)
@@ -141,7 +141,7 @@ def _groups(sizes: torch.Size, affine_shape: tuple[int, ...], *, is_own: bool) -
     samples, channels, positions, rank = sizes[0], sizes[1], sizes[2:].numel(), len(affine_shape)
     affine = (samples if rank > 1 else 1, channels, positions if rank > 2 else 1)
     statistics_shape = (samples, channels) if is_own else (channels,)
-    return Groups((samples, channels, positions), (2,), affine, affine_shape, statistics_shape)
+    return Groups(Seen((samples, channels, positions), affine, (channels, 1)), (2,), affine_shape, statistics_shape)
 
 
 def _running_statistics(mean: Tensor | None, var: Tensor | None, *, num_features: int) -> RunningStatistics | None:
@@ -160,11 +160,11 @@ def _check_several_values(operands: Operands) -> None:
     input, mask = operands.input, operands.mask
     if input.numel() == 0:
         return
-    if operands.groups.view[2] == 1:
+    if operands.input.shape[2:].numel() == 1:
         expected = "more than 1 position per channel for statistics of its own"
         raise StatisticsError("input", expected=expected, received=f"shape {tuple(input.shape)}")
     if mask is not None:
-        fewest = int(mask.expand(input.shape).reshape(operands.groups.view).sum(-1).min())
+        fewest = int(operands.groups.seen.values(mask.expand(input.shape)).sum(-1).min())
         if fewest < 2:
             expected = "more than 1 position that counts in every channel"
             raise StatisticsError("mask", expected=expected, received=str(fewest))

@@ -14,13 +14,40 @@ from torch import Tensor
 
 from normcore import _gradients, _standardize
 from normcore._box import Box
-from normcore._plan import Operand, operand_of, shape_of
+from normcore._plan import Operand, operand_of
 from normcore.normalization import closed_forms
 from normcore.normalization.closed_forms import Measured, Statistics
 
 
+class Seen(NamedTuple):
+    """In which shapes operands are seen, where those are not their own; kernels need no such views made.
+
+    Attributes:
+        view: that of the input, and of all that is like it.
+        affine: that of weight and bias in front of the view.
+        kept: that of given statistics in front of the view.
+    """
+
+    view: tuple[int, ...] | None = None
+    affine: tuple[int, ...] | None = None
+    kept: tuple[int, ...] | None = None
+
+    def values(self, tensor: Tensor) -> Tensor:
+        return tensor if self.view is None else tensor.reshape(self.view)
+
+    def parameter(self, tensor: Tensor | None) -> Tensor | None:
+        return tensor if self.affine is None or tensor is None else tensor.reshape(self.affine)
+
+    def front(self, tensor: Tensor | None) -> tuple[int, ...] | None:
+        """The shape of weight or bias in front of the view, if there is one."""
+        return None if tensor is None else self.affine or tensor.shape
+
+
+AS_GIVEN = Seen()
+
+
 class Standardized(NamedTuple):
-    """An output of the input's shape and datatype, and the statistics."""
+    """An output of the input's shape and datatype, and the statistics, which broadcast against what is seen."""
 
     output: Tensor
     statistics: Statistics
@@ -30,7 +57,7 @@ def own_statistics(
     input: Tensor, *, axes: tuple[int, ...], eps: float, has_mean: bool = True, mask: Tensor | None = None
 ) -> Statistics:
     """Statistics of the input over `axes`, along which there are values."""
-    values = operand_of(input, axes)
+    values = operand_of(input, None, axes)
     if values is None:
         return closed_forms.own_statistics(input, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
     if mask is None:
@@ -52,18 +79,19 @@ def standardize_own(
     has_mean: bool = True,
     mask: Tensor | None = None,
     out: Tensor | None = None,
+    seen: Seen = AS_GIVEN,
 ) -> Standardized:
-    """The output, in `out` where that is given, and the input's own statistics."""
-    values = None if mask is not None else operand_of(input, axes, shape_of(weight), shape_of(bias))
+    """The output, in `out` where that is given, and the statistics of what is seen, over its `axes`."""
+    values = None
+    if mask is None:
+        values = operand_of(input, seen.view, axes, seen.front(weight), seen.front(bias))
     if values is None:
-        by = own_statistics(input, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
-        return Standardized(standardize(input, by, weight, bias, out=out), by)
+        by = own_statistics(seen.values(input), axes=axes, eps=eps, has_mean=has_mean, mask=mask)
+        return Standardized(_standardized(input, by, weight, bias, out, seen), by)
     output = _target(values, out)
     rows, count, is_done = _standardize.standardize_own(values, output, weight, bias, eps=eps, has_mean=has_mean)
     by = Statistics(Measured(rows, values.box), eps, axes, count, None, has_mean)
-    if not is_done:
-        output = _filled(out, closed_forms.standardize(input, by, weight, bias))
-    return Standardized(output, by)
+    return Standardized(output if is_done else _plainly(input, by, weight, bias, out, seen), by)
 
 
 def standardize_given(
@@ -75,31 +103,28 @@ def standardize_given(
     var: Tensor,
     eps: float,
     out: Tensor | None = None,
+    seen: Seen = AS_GIVEN,
 ) -> Standardized:
-    """The same by given statistics, constants that broadcast against the input."""
-    values = operand_of(input, _shared_axes(input.ndim, mean.shape), shape_of(weight), shape_of(bias))
+    """The same by given statistics, constants that broadcast against what is seen."""
+    kept = seen.kept or mean.shape
+    axes = _shared_axes(input.ndim if seen.view is None else len(seen.view), kept)
+    values = operand_of(input, seen.view, axes, seen.front(weight), seen.front(bias))
     # Ahead of small tensors, which would split the memory that the last output of its size has left.
     output = None if values is None else _target(values, out)
     rows = None if values is None else _standardize.given(values, mean, var, eps=eps)
     if values is None or output is None or rows is None:
-        by = closed_forms.given_statistics(mean, var, eps=eps)
-        return Standardized(standardize(input, by, weight, bias, out=out), by)
+        by = closed_forms.given_statistics(mean.reshape(kept), var.reshape(kept), eps=eps)
+        return Standardized(_standardized(input, by, weight, bias, out, seen), by)
     by = Statistics(Measured(rows, values.box), eps)
-    if not _standardize.standardize(values, output, weight, bias, rows):
-        output = _filled(out, closed_forms.standardize(input, by, weight, bias))
-    return Standardized(output, by)
+    is_done = _standardize.standardize(values, output, weight, bias, rows)
+    return Standardized(output if is_done else _plainly(input, by, weight, bias, out, seen), by)
 
 
 def standardize(
     input: Tensor, by: Statistics, weight: Tensor | None, bias: Tensor | None, *, out: Tensor | None = None
 ) -> Tensor:
     """A new tensor, or `out`, of the input's shape, datatype and memory format, cast once."""
-    values = operand_of(input, _axes_of(input, by), shape_of(weight), shape_of(bias))
-    if values is not None:
-        output = _target(values, out)
-        if _standardize.standardize(values, output, weight, bias, by.rows(values.box)):
-            return output
-    return _filled(out, closed_forms.standardize(input, by, weight, bias))
+    return _standardized(input, by, weight, bias, out, AS_GIVEN)
 
 
 def backward(
@@ -110,26 +135,31 @@ def backward(
     *,
     affine_shape: tuple[int, ...],
     dtype: torch.dtype = torch.float64,
+    seen: Seen = AS_GIVEN,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias; the last two of `affine_shape`, which broadcasts against the input.
-
-    They are of a datatype, float32 or float64.
-    """
-    pair, sums = _pair(grad_output, input, weight, by, affine_shape), None
+    """Gradients of input, weight and bias; the last two of `affine_shape`, float32 or float64."""
+    front = seen.affine or affine_shape
+    pair, sums = _pair(grad_output, input, by, seen.view, seen.front(weight), front), None
     if pair is not None:
         of_input = torch.empty_like(input)
         values, grads, rows = pair
-        kind = dtype if values.box.has_parameters_of(affine_shape) else torch.float64
+        is_own = values.box.has_parameters_of(front)
+        kind = dtype if is_own else torch.float64
         if by.axes:
             sums = _gradients.gradients(values, grads, of_input, weight, rows, has_mean=by.has_mean, dtype=kind)
         else:
             sums = _gradients.frozen_gradients(values, grads, of_input, weight, rows, dtype=kind)
+        if is_own and sums is not None:
+            of_bias, of_weight = sums.reshape(2, *affine_shape)
+            return of_input, torch.from_numpy(of_weight), torch.from_numpy(of_bias)
     if pair is None or sums is None:
-        found = gradient_sums(grad_output, input, weight, by, affine_shape=affine_shape)
-        of_input = input_gradient(grad_output, input, weight, by, found)
-        return of_input, found.weight.to(dtype), found.bias.to(dtype)
-    of_bias, of_weight = (_as_parameter(own, values.box, affine_shape, dtype) for own in sums)
-    return of_input, of_weight, of_bias
+        terms = seen.values(grad_output), seen.values(input), seen.parameter(weight), by
+        found = gradient_sums(*terms, affine_shape=front)
+        of_input = input_gradient(*terms, found).reshape(input.shape)
+        of_weight, of_bias = found.weight, found.bias
+    else:
+        of_bias, of_weight = (_as_parameter(own, values.box, front) for own in sums)
+    return of_input, of_weight.reshape(affine_shape).to(dtype), of_bias.reshape(affine_shape).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +183,7 @@ def gradient_sums(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, by: Statistics, *, affine_shape: tuple[int, ...]
 ) -> GradientSums:
     """The sums of a backward; `affine_shape` is that of weight and bias, and broadcasts against the input."""
-    pair = _pair(grad_output, input, weight, by, affine_shape)
+    pair = _pair(grad_output, input, by, None, AS_GIVEN.front(weight), affine_shape)
     if pair is None:
         return GradientSums(*closed_forms.gradient_sums(grad_output, input, weight, by, affine_shape=affine_shape))
     values, grads, rows = pair
@@ -170,7 +200,7 @@ def input_gradient(
     """The input's gradient dx = s * (a - mean(a) - xh * mean(a * xh)), in its datatype and memory format."""
     if not by.axes:
         return _frozen_gradient(grad_output, input, weight, by)
-    pair = _pair(grad_output, input, weight, by, None)
+    pair = _pair(grad_output, input, by, None, AS_GIVEN.front(weight))
     if pair is None:
         return closed_forms.input_gradient(grad_output, input, weight, by, total=sums.total, dot=sums.dot)
     values, grads, rows = pair
@@ -203,17 +233,39 @@ def _filled(out: Tensor | None, output: Tensor) -> Tensor:
     return output if out is None else out.copy_(output)
 
 
+def _standardized(
+    input: Tensor, by: Statistics, weight: Tensor | None, bias: Tensor | None, out: Tensor | None, seen: Seen
+) -> Tensor:
+    values = operand_of(input, seen.view, _axes_of(input, by, seen.view), seen.front(weight), seen.front(bias))
+    if values is None and seen.view is not None:
+        # There may be a box of the view where strides allow no such view of the input.
+        output = standardize(seen.values(input), by, seen.parameter(weight), seen.parameter(bias))
+        return _filled(out, output.reshape(input.shape))
+    if values is not None:
+        output = _target(values, out)
+        if _standardize.standardize(values, output, weight, bias, by.rows(values.box)):
+            return output
+    return _plainly(input, by, weight, bias, out, seen)
+
+
+def _plainly(
+    input: Tensor, by: Statistics, weight: Tensor | None, bias: Tensor | None, out: Tensor | None, seen: Seen
+) -> Tensor:
+    output = closed_forms.standardize(seen.values(input), by, seen.parameter(weight), seen.parameter(bias))
+    return _filled(out, output.reshape(input.shape))
+
+
 def _pair(
     grad_output: Tensor,
     input: Tensor,
-    weight: Tensor | None,
     by: Statistics,
-    affine_shape: tuple[int, ...] | None,
+    view: tuple[int, ...] | None,
+    *fronts: tuple[int, ...] | None,
 ) -> tuple[Operand, Tensor, Any] | None:
-    """Input and gradient of its output in the same layout, and the statistics; None where kernels do not serve."""
+    """The input, the gradient of its output in the same layout, and the statistics; None where kernels do not serve."""
     if by.mask is not None:
         return None
-    values = operand_of(input, _axes_of(input, by), shape_of(weight), affine_shape)
+    values = operand_of(input, view, _axes_of(input, by, view), *fronts)
     if values is None:
         return None
     rows = by.rows(values.box)
@@ -227,11 +279,13 @@ def _pair(
     return values, _laid_out_as(values.tensor, grad_output), rows
 
 
-def _axes_of(input: Tensor, by: Statistics) -> tuple[int, ...]:
-    """The axes along which values share their statistics."""
+def _axes_of(input: Tensor, by: Statistics, view: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The axes of what is seen along which values share their statistics."""
     if by.axes:
         return by.axes
-    return by.found.box.shared if isinstance(by.found, Measured) else _shared_axes(input.ndim, by.table.shape[1:])
+    if isinstance(by.found, Measured):
+        return by.found.box.shared
+    return _shared_axes(input.ndim if view is None else len(view), by.table.shape[1:])
 
 
 @lru_cache(1024)
@@ -241,12 +295,12 @@ def _shared_axes(rank: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axis for axis in range(rank) if axis < missing or shape[axis - missing] == 1)
 
 
-def _as_parameter(sums: Any, box: Box, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+def _as_parameter(sums: Any, box: Box, shape: tuple[int, ...]) -> Tensor:
     """A gradient of weight or bias in their shape; what varies within the box and not there is summed."""
     if box.has_parameters_of(shape):
         return torch.from_numpy(sums.reshape(shape))
     own = box.restore_parameters(torch.from_numpy(sums).view(-1))
-    return own.sum_to_size((1,) * (own.ndim - len(shape)) + shape).reshape(shape).to(dtype)
+    return own.sum_to_size((1,) * (own.ndim - len(shape)) + shape).reshape(shape)
 
 
 def _laid_out_as(input: Tensor, values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from normcore._checks import check_eps, check_floating, check_rank
 from normcore.errors import ShapeError
+from normcore.normalization.gradients import AS_GIVEN, Seen
 from normcore.normalization.method import Method, Output, Parameter, TensorArgument
 from normcore.normalization.per_sample import (
     GRAD_INPUT,
@@ -109,9 +110,9 @@ def _groups(sizes: torch.Size, count: int, affine_shape: tuple[int, ...]) -> Gro
     outer, shape = sizes[:rank], sizes[rank:]
     statistics_shape = (*outer, *[1] * count)
     if affine_shape != shape:
-        return Groups(tuple(sizes), tuple(range(rank, len(sizes))), affine_shape, affine_shape, statistics_shape)
+        return Groups(AS_GIVEN, tuple(range(rank, len(sizes))), affine_shape, statistics_shape)
     size = shape.numel()
-    return Groups((outer.numel(), size), (1,), (size,), affine_shape, statistics_shape)
+    return Groups(Seen((outer.numel(), size), (size,)), (1,), affine_shape, statistics_shape)
 
 
 def _affine_shape(

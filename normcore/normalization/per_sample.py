@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from normcore._precision import accumulation_dtype
 from normcore.errors import ShapeError, StatisticsError
 from normcore.normalization.gradients import (
     Gradients,
+    Seen,
     Standardized,
     differentiable,
     standardize_by,
@@ -84,16 +85,14 @@ class Groups(NamedTuple):
     """How the operands of a per-sample norm are seen.
 
     Attributes:
-        view: shape in which the input is seen.
+        seen: shapes in which input, weight and bias are seen.
         axes: those of the view that statistics are over.
-        affine: shape of weight and bias in front of the view.
-        affine_shape: their own shape.
+        affine_shape: own shape of weight and bias.
         statistics_shape: shape in which statistics are given.
     """
 
-    view: tuple[int, ...]
+    seen: Seen
     axes: tuple[int, ...]
-    affine: tuple[int, ...]
     affine_shape: tuple[int, ...]
     statistics_shape: tuple[int, ...]
 
@@ -136,56 +135,45 @@ class Operands(NamedTuple):
         """By the statistics of each group; `is_cast_first` rounds before the weight is multiplied by, and after."""
         if self.input.numel() == 0:
             return self._empty(kind)
-        values, weight, bias, out = self._views()
-        axes, mask = self.groups.axes, self._counted()
+        input, weight, bias, _, _, out, groups = self
+        how: dict[str, Any] = {"axes": groups.axes, "eps": eps, "has_mean": has_mean, "mask": self._counted()}
         if is_cast_first and weight is not None:
             with torch.no_grad():
-                found = standardize_over(values, axes=axes, eps=eps, has_mean=has_mean, mask=mask, out=out)
+                found = standardize_over(input, **how, out=out, seen=groups.seen)
                 found.output.mul_(weight)
-            found = differentiable(found, values, weight)
+            found = differentiable(found, input, weight, seen=groups.seen)
         else:
-            found = standardize_over(values, weight, bias, axes=axes, eps=eps, has_mean=has_mean, mask=mask, out=out)
-        return self._result(kind, found, values, weight)
+            found = standardize_over(input, weight, bias, **how, out=out, seen=groups.seen)
+        return self._result(kind, found)
 
     def standardize_by(self, kind: type[Result], mean: Tensor, var: Tensor, *, eps: float) -> Result:
         """By a given mean and variance, in front of the view."""
-        values, weight, bias, out = self._views()
-        found = standardize_by(values, weight, bias, mean=mean, var=var, eps=eps, out=out)
-        return self._result(kind, found, values, weight)
-
-    def _views(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        view, _, affine, _, _ = self.groups
-        weight = None if self.weight is None else _seen(self.weight, affine)
-        bias = None if self.bias is None else _seen(self.bias, affine)
-        return _seen(self.input, view), weight, bias, None if self.out is None else _seen(self.out, view)
+        input, weight, bias, _, _, out, groups = self
+        found = standardize_by(input, weight, bias, mean=mean, var=var, eps=eps, out=out, seen=groups.seen)
+        return self._result(kind, found)
 
     def _counted(self) -> Tensor | None:
         """The mask in the view's shape; every group counts a value."""
         if self.mask is None:
             return None
-        mask = self.mask.expand(self.input.shape).reshape(self.groups.view)
+        mask = self.groups.seen.values(self.mask.expand(self.input.shape))
         nothing = int((~mask.any(self.groups.axes)).sum())
         if nothing:
             expected = "at least one value that counts in every group"
             raise StatisticsError("mask", expected=expected, received=f"{nothing} groups without one")
         return mask
 
-    def _result(self, kind: type[Result], found: Standardized, values: Tensor, weight: Tensor | None) -> Result:
-        output, by = _seen(found.output, self.input.shape), found.statistics
-        if self.out is not None:
-            # A memory format that allows no such view has made a copy.
-            output = self.out if output.data_ptr() == self.out.data_ptr() else self.out.copy_(output)
-        gradients = None
+    def _result(self, kind: type[Result], found: Standardized) -> Result:
+        gradients, groups = None, self.groups
         if self.grad_output is not None:
-            view, _, affine, affine_shape, _ = self.groups
-            own = standardize_gradients(_seen(self.grad_output, view), values, weight, by, affine_shape=affine)
-            of_weight, of_bias = _seen(own.weight, affine_shape), _seen(own.bias, affine_shape)
-            gradients = Gradients(_seen(own.input, self.input.shape), of_weight, of_bias)
-        return kind(output, by, self.groups.statistics_shape, gradients, self.input)
+            terms = self.grad_output, self.input, self.weight, found.statistics
+            gradients = standardize_gradients(*terms, affine_shape=groups.affine_shape, seen=groups.seen)
+        return kind(found.output, found.statistics, groups.statistics_shape, gradients, self.input)
 
     def _empty(self, kind: type[Result]) -> Result:
         """Nothing to normalize: only shapes and gradients of zeros."""
-        values, weight, bias, _ = self._views()
+        seen = self.groups.seen
+        values, weight, bias = seen.values(self.input), seen.parameter(self.weight), seen.parameter(self.bias)
         output = values.clone() if weight is None else values * weight
         output = output if bias is None else output + bias
         output = output.to(values.dtype).reshape(self.input.shape)
@@ -194,11 +182,6 @@ class Operands(NamedTuple):
         dtype = accumulation_dtype(values.dtype)
         nothing = (torch.zeros(self.groups.affine_shape, dtype=dtype, device=values.device) for _ in range(2))
         return kind(output, gradients=Gradients(torch.zeros_like(self.input), *nothing))
-
-
-def _seen(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    # A view costs as much as all checks of a small tensor.
-    return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 
 def trailing_axes(input: Tensor, normalized_shape: str | int | Sequence[int] | None) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from normcore._checks import check_eps, check_floating, check_rank, check_shape
 from normcore.errors import StatisticsError
+from normcore.normalization.gradients import Seen
 from normcore.normalization.method import JSON, Method, Output, Parameter, TensorArgument
 from normcore.normalization.per_sample import Groups, Operands, PerSampleResult
 
@@ -70,7 +71,7 @@ def weight_standardization(
     if gain is not None:
         check_shape("gain", gain, (filters,), meaning="one value per filter")
     check_eps("eps", eps, is_zero_allowed=True)
-    groups = Groups((filters, fan_in), (1,), (filters, 1), (filters,), (filters,))
+    groups = Groups(Seen((filters, fan_in), (filters, 1)), (1,), (filters,), (filters,))
     operands = Operands.of(input, gain, None, grad_output, None, groups)
     return operands.standardize(WeightStandardizationResult, eps=eps)
 

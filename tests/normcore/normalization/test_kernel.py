@@ -338,7 +338,8 @@ def test_views_that_negate_what_is_in_memory_are_seen_as_they_show_it() -> None:
     for training in (False, True):
         operands = input, mean, torch.ones(3), weight, bias
         found = batch_norm(*operands, training=training, grad_output=grad)
-        expected = batch_norm(*(own.resolve_neg() for own in operands), training=training, grad_output=grad.resolve_neg())
+        plain = (own.resolve_neg() for own in operands)
+        expected = batch_norm(*plain, training=training, grad_output=grad.resolve_neg())
         assert torch.equal(found.output, expected.output)
         assert found.gradients is not None
         assert expected.gradients is not None
