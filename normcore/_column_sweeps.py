@@ -152,19 +152,21 @@ def joined(sums: Any, segments: int, width: int) -> Any:
 
 
 @compiled
-def join_rows(sums: Any, found: Any) -> None:
-    """Sums (2, rows, columns) over as many rows in turn as one of `found` (2, *, columns) stands for."""
-    every = sums.shape[1] // found.shape[1]
-    total = np.empty(found.shape[2])
-    for index in range(2):
-        for own in range(found.shape[1]):
-            total[:] = 0.0
-            for row in range(own * every, (own + 1) * every):
-                each = sums[index, row]
-                for column in range(np.uintp(total.size)):
+def join_rows(kind: Any, sums: Any, first: Any, second: Any, count: int) -> None:
+    """Write two sums (2, rows, columns) over as many rows in turn as one of `count` stands for, (count, columns)."""
+    every, width = sums.shape[1] // count, sums.shape[2]
+    first, second = values_at(kind, first, count * width), values_at(kind, second, count * width)
+    totals = np.empty((2, width))
+    for own in range(count):
+        totals[:] = 0.0
+        for row in range(own * every, (own + 1) * every):
+            for index in range(2):
+                total, each = totals[index], sums[index, row]
+                for column in range(np.uintp(width)):
                     total[column] += each[column]
-            for column in range(total.size):
-                found[index, own, column] = total[column]
+        for column in range(width):
+            store(first, own * width + column, totals[0, column])
+            store(second, own * width + column, totals[1, column])
 
 
 @compiled

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normcore._plan import Operand, column_sweeps, sweeps
+from normcore._plan import Operand, column_sweeps, compiled, sweeps
 
 # Slots of samples that sum gradients of weight and bias.
 _SLOTS = 32
@@ -22,9 +22,13 @@ def gradients(
     by: Any,
     *,
     has_mean: bool,
-    dtype: torch.dtype = torch.float64,
-) -> Any:
-    """Write the gradient of the input; returns the sums (2, Q, G * K) of dy and dy * xh, in float32 or float64."""
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of the input; returns the sums of dy and dy * xh as gradients of a bias and a weight.
+
+    They are of a shape of Q * G * K values, and of any datatype.
+    """
     box, gamma = values.box, values.parameter(weight, 1.0)
     if box.has_vectors:
         sums = _vectors(values, grad, out, gamma, by, np.empty((2, box.groups)), has_mean=has_mean)
@@ -36,7 +40,7 @@ def gradients(
         sums = _sums(values, grad, by)
         means = _means(values, gamma, sums, has_mean=has_mean)
         _gradient_of_cells(values, grad, out, gamma, by, means)
-    return _per_parameter(values, sums, dtype)
+    return _per_parameter(values, sums, shape, dtype)
 
 
 def frozen_gradients(
@@ -46,8 +50,9 @@ def frozen_gradients(
     weight: Tensor | None,
     by: Any,
     *,
-    dtype: torch.dtype = torch.float64,
-) -> Any:
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor] | None:
     """The same for statistics that are constants; None, and nothing written, where kernels do not serve."""
     box, columns = values.box, values.plan.columns
     if box.has_vectors:
@@ -59,11 +64,11 @@ def frozen_gradients(
         return None
     # Nothing of the values is in the gradient.
     terms[::2] = 0.0
-    return _per_parameter(values, _sums(values, grad, by, out, terms), dtype)
+    return _per_parameter(values, _sums(values, grad, by, out, terms), shape, dtype)
 
 
-def gradient_sums(values: Operand, grad: Tensor, weight: Tensor | None, by: Any) -> tuple[Any, Any]:
-    """Sums (2, B * G) of a and a * xh, a = weight * dy, and (2, Q, G * K) of dy and dy * xh."""
+def gradient_sums(values: Operand, grad: Tensor, weight: Tensor | None, by: Any) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """Sums (2, B * G) of a and a * xh, a = weight * dy, and those of dy and dy * xh, both (Q * G * K,)."""
     box, gamma = values.box, values.parameter(weight, 1.0)
     if box.has_vectors:
         means = np.empty((2, box.groups))
@@ -71,7 +76,7 @@ def gradient_sums(values: Operand, grad: Tensor, weight: Tensor | None, by: Any)
     else:
         sums = _sums(values, grad, by)
         means = _means(values, gamma, sums)
-    return means * box.count, _per_parameter(values, sums)
+    return means * box.count, _per_parameter(values, sums, (box.parameters_count,), torch.float64)
 
 
 def input_gradient(values: Operand, grad: Tensor, out: Tensor, weight: Tensor | None, by: Any, means: Any) -> None:
@@ -123,12 +128,12 @@ def _means(values: Operand, gamma: Tensor, sums: Any, *, has_mean: bool = True) 
     return _column_gradients().weighted_means(*arguments)
 
 
-def _per_parameter(values: Operand, sums: Any, dtype: torch.dtype = torch.float64) -> Any:
-    """Sums (2, *, G * K) of rows of channels as those of each weight (2, Q, G * K)."""
-    width, kind = values.box.width, np.float32 if dtype is torch.float32 else np.float64
-    found = np.empty((2, values.box.parameters_count // width, width), kind)
-    column_sweeps().join_rows(sums.reshape(2, -1, width), found)
-    return found
+def _per_parameter(values: Operand, sums: Any, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two sums (2, *, G * K) of rows of channels as those of each weight."""
+    width, first, second = values.box.width, torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    places = first.data_ptr(), second.data_ptr(), values.box.parameters_count // width
+    column_sweeps().join_rows(compiled().KINDS[dtype], sums.reshape(2, -1, width), *places)
+    return first, second
 
 
 def _sums(values: Operand, grad: Tensor, by: Any, out: Tensor | None = None, terms: Any = None) -> Any:

@@ -46,10 +46,12 @@ class Operand(NamedTuple):
         if tensor is None:
             make = _constant if box.parameters_count <= _SMALL else _constant.__wrapped__
             return make(value, box.parameters_count, dtype)
-        if not (tensor.dtype is dtype and box.is_affine_in_order and tensor.numel() == box.parameters_count):
+        if not (box.is_affine_in_order and tensor.numel() == box.parameters_count):
+            tensor = tensor.detach()
             is_front = tensor.numel() == math.prod(self.plan.front)
-            seen = tensor.detach().reshape(self.plan.front) if is_front else tensor.detach()
-            tensor = box.parameters(seen).to(dtype)
+            tensor = box.parameters(tensor.reshape(self.plan.front) if is_front else tensor)
+        if tensor.dtype is not dtype:
+            tensor = (tensor.detach() if tensor.requires_grad else tensor).to(dtype)
         return as_stored(tensor)
 
     def divide(self, kernel: Any, units: int, tensors: Sequence[Tensor | None], *arguments: Any) -> None:

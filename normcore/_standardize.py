@@ -83,6 +83,13 @@ def is_usual(values: Operand, by: Any) -> bool:
     return values.plan.itemsize == 8 or bool(sweeps().are_usual(by))
 
 
+def rounded(values: Operand, by: Any) -> Any:
+    """Statistics whose centers the datatype that sums are made of holds; None where they are not usual."""
+    if not is_usual(values, by):
+        return None
+    return sweeps().with_narrow_centers(by) if values.plan.itemsize == 2 else by
+
+
 def _measure_groups(
     values: Operand, tensors: tuple[Tensor | None, ...], by: Any, *, eps: float, has_mean: bool
 ) -> None:

@@ -202,8 +202,8 @@ def _gradients(
     given = bias if weight is None else weight
     affine = (seen.affine or (1,) * input.ndim) if given is None else tuple(given.shape)
     # Rounded once, in whichever datatype each parameter has.
-    dtypes = {own.dtype for own in (weight, bias) if own is not None}
-    dtype = torch.float64 if dtypes - {torch.float32} else torch.float32
+    is_one = given is None or bias is None or bias.dtype is given.dtype
+    dtype = given.dtype if is_one and given is not None else torch.float64
     of_input, of_weight, of_bias = backward(
         grad_output, input, weight, statistics, affine_shape=affine, dtype=dtype, seen=seen
     )

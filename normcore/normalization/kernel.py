@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,25 +136,25 @@ def backward(
     dtype: torch.dtype = torch.float64,
     seen: Seen = AS_GIVEN,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias; the last two of `affine_shape`, float32 or float64."""
+    """Gradients of input, weight and bias; the last two of `affine_shape` and a datatype."""
     front = seen.affine or affine_shape
     pair, sums = _pair(grad_output, input, by, seen.view, seen.front(weight), front), None
     if pair is not None:
         of_input = torch.empty_like(input)
         values, grads, rows = pair
         is_own = values.box.has_parameters_of(front)
-        kind = dtype if is_own else torch.float64
+        shape, kind = (affine_shape, dtype) if is_own else ((values.box.parameters_count,), torch.float64)
+        terms = values, grads, of_input, weight, rows
         if by.axes:
-            sums = _gradients.gradients(values, grads, of_input, weight, rows, has_mean=by.has_mean, dtype=kind)
+            sums = _gradients.gradients(*terms, has_mean=by.has_mean, shape=shape, dtype=kind)
         else:
-            sums = _gradients.frozen_gradients(values, grads, of_input, weight, rows, dtype=kind)
+            sums = _gradients.frozen_gradients(*terms, shape=shape, dtype=kind)
         if is_own and sums is not None:
-            of_bias, of_weight = sums.reshape(2, *affine_shape)
-            return of_input, torch.from_numpy(of_weight), torch.from_numpy(of_bias)
+            return of_input, sums[1], sums[0]
     if pair is None or sums is None:
-        terms = seen.values(grad_output), seen.values(input), seen.parameter(weight), by
-        found = gradient_sums(*terms, affine_shape=front)
-        of_input = input_gradient(*terms, found).reshape(input.shape)
+        viewed = seen.values(grad_output), seen.values(input), seen.parameter(weight), by
+        found = gradient_sums(*viewed, affine_shape=front)
+        of_input = input_gradient(*viewed, found).reshape(input.shape)
         of_weight, of_bias = found.weight, found.bias
     else:
         of_bias, of_weight = (_as_parameter(own, values.box, front) for own in sums)
@@ -268,15 +267,8 @@ def _pair(
     values = operand_of(input, view, _axes_of(input, by, view), *fronts)
     if values is None:
         return None
-    rows = by.rows(values.box)
-    if values.plan.itemsize == 2:
-        rows = rows.copy()
-        center = rows[0].astype(np.float32)
-        rows[1] += rows[0] - center
-        rows[0] = center
-    if not _standardize.is_usual(values, rows):
-        return None
-    return values, _laid_out_as(values.tensor, grad_output), rows
+    rows = _standardize.rounded(values, by.rows(values.box))
+    return None if rows is None else (values, _laid_out_as(values.tensor, grad_output), rows)
 
 
 def _axes_of(input: Tensor, by: Statistics, view: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -295,11 +287,11 @@ def _shared_axes(rank: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axis for axis in range(rank) if axis < missing or shape[axis - missing] == 1)
 
 
-def _as_parameter(sums: Any, box: Box, shape: tuple[int, ...]) -> Tensor:
+def _as_parameter(sums: Tensor, box: Box, shape: tuple[int, ...]) -> Tensor:
     """A gradient of weight or bias in their shape; what varies within the box and not there is summed."""
     if box.has_parameters_of(shape):
-        return torch.from_numpy(sums.reshape(shape))
-    own = box.restore_parameters(torch.from_numpy(sums).view(-1))
+        return sums.view(shape)
+    own = box.restore_parameters(sums)
     return own.sum_to_size((1,) * (own.ndim - len(shape)) + shape).reshape(shape)
 
 
