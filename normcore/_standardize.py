@@ -105,7 +105,7 @@ def _measure_columns(values: Operand, by: Any, *, eps: float, has_mean: bool) ->
 def _measure_counted(values: Operand, by: Any, mask: Any, *, eps: float, has_mean: bool) -> Any:
     samples = values.box.sizes[0]
     center = np.full(by.shape[1], np.nan if has_mean else 0.0)
-    sums = np.empty((3, by.shape[1]))
+    sums = np.empty((5, by.shape[1]))
     for is_last in (False, True):
         sums[:] = 0.0
         values.divide(sweeps().sum_counted, samples, values.array, mask, center, sums, values.box.sizes)
