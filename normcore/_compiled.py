@@ -10,6 +10,7 @@ This module imports numba, which takes its time: import it, and modules of kerne
 """
 
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -104,8 +105,19 @@ def _compile(function: Function, *, fastmath: bool | set[str], forceinline: bool
     options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath, "forceinline": forceinline}
     made: Any = compiler(**options)(function)
     made._cache = KeptCode(function)
+    made._compile_for_args = _unseen_by_torch(made._compile_for_args)
     kernel: Function = made
     return kernel
+
+
+def _unseen_by_torch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same within what torch.compile traces: its tracer fails on some of numba's own functions."""
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        tracer = sys.modules.get("torch._dynamo")
+        return (function if tracer is None else tracer.disable(function))(*arguments, **named)
+
+    return call
 
 
 def load(array: Any, index: Any) -> Any:
