@@ -192,6 +192,8 @@ def _frozen_gradient(grad_output: Tensor, input: Tensor, weight: Tensor | None, 
         table = by.table.clone()
         table[:3] = 0.0
         scales = Statistics(table, by.eps)
+    if not _holds(input.dtype, grad_output.dtype):
+        return torch.empty_like(input).copy_(standardize(grad_output, scales, weight, None))
     return standardize(_laid_out_as(input, grad_output), scales, weight, None)
 
 
@@ -211,7 +213,7 @@ def _pair(
     affine_shape: tuple[int, ...] | None,
 ) -> tuple[Operand, Operand, Any] | None:
     """Input and gradient of its output in the same layout, and the statistics; None where kernels do not serve."""
-    if by.mask is not None:
+    if by.mask is not None or not _holds(input.dtype, grad_output.dtype):
         return None
     values = operand_of(input, _axes_of(input, by), weight, affine_shape)
     if values is None:
@@ -219,8 +221,9 @@ def _pair(
     rows = by.rows(values.box)
     if values.plan.itemsize == 2:
         rows = rows.copy()
-        center = rows[0].astype(np.float32)
-        rows[1] += rows[0] - center
+        with np.errstate(over="ignore", invalid="ignore"):
+            center = rows[0].astype(np.float32)
+            rows[1] += rows[0] - center
         rows[0] = center
     if not _standardize.is_usual(values, rows):
         return None
@@ -248,6 +251,11 @@ def _as_parameter(sums: Any, box: Box, shape: tuple[int, ...], dtype: torch.dtyp
         return torch.from_numpy(sums.reshape(shape))
     own = box.restore_parameters(torch.from_numpy(sums).view(-1))
     return own.sum_to_size((1,) * (own.ndim - len(shape)) + shape).reshape(shape).to(dtype)
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a datatype has every number of another one: kernels take gradients in the input's."""
+    return dtype is other or torch.promote_types(dtype, other) is dtype
 
 
 def _laid_out_as(input: Tensor, values: Tensor) -> Tensor:
