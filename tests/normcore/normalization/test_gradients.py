@@ -6,8 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from normcore.normalization import batch_norm
+from normcore.errors import NotSupportedError
+from normcore.normalization import batch_norm, batch_renorm, layer_norm, lp_norm, weight_norm
 from normcore.normalization.gradients import standardize_by, standardize_gradients, standardize_over
 
 EPS = 1e-2
@@ -174,3 +176,27 @@ def test_gradients_of_half_values_by_a_mean_that_float32_has_not_come_without_a_
     assert result.grad_weight is not None
     assert result.grad_input[:, 1].tolist() == [1.0, 1.0]
     assert result.grad_weight.isfinite().tolist() == [False, True]
+
+
+# Of torch itself, where it makes the first dual tensor.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda dual: batch_norm(torch.ones(2, 4, dtype=torch.float64), dual, dual.exp(), weight=dual),
+        lambda dual: layer_norm(dual),
+        lambda dual: layer_norm(torch.ones(4), bias=dual),
+        lambda dual: batch_renorm(dual[:, None], torch.zeros(1), torch.ones(1), training=True),
+        lambda dual: lp_norm(dual),
+        lambda dual: weight_norm(torch.eye(4), dual),
+    ],
+    ids=["batch", "layer", "bias", "renorm", "lp", "g"],
+)
+def test_tangents_are_refused_rather_than_lost(function: Callable[[Tensor], object]) -> None:
+    values = torch.arange(4.0, dtype=torch.float64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(values, torch.ones_like(values))  # type: ignore[no-untyped-call]  # torch's has none
+        with pytest.raises(NotSupportedError, match="forward-mode derivatives"):
+            function(dual)
+    with forward_ad.dual_level():
+        function(values)
