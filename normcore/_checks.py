@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from normcore.errors import DtypeError, ParameterError, ShapeError, StatisticsError
+from normcore.errors import DtypeError, NotSupportedError, ParameterError, ShapeError, StatisticsError
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_EXACT = 2**53  # up to here float64 holds every whole number
@@ -144,6 +145,19 @@ def check_batch_count(argument: str, count: Tensor) -> None:
     value = float(count)
     if not (0 <= value < _LARGEST_COUNT and value.is_integer()):
         raise StatisticsError(argument, expected="a whole number >= 0 and below 2^62", received=f"{value:g}")
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Refuse dual tensors of forward-mode derivatives, which kernels would take for constants."""
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        dual = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]  # torch has no types
+        if dual.tangent is not None:
+            message = "forward-mode derivatives (jvp): not of compiled kernels; take torch.autograd.grad, of any order"
+            raise NotSupportedError(message)
 
 
 def shown(value: object) -> str:

@@ -11,6 +11,7 @@ This module imports numba, which takes its time: import it, and modules of kerne
 """
 
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -113,6 +114,7 @@ def _compile(function: Function, *, fastmath: bool | set[str], forceinline: bool
     options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath, "forceinline": forceinline}
     made: Any = compiler(**options)(function)
     made._cache = KeptCode(function)
+    made._compile_for_args = _unseen_by_torch(made._compile_for_args)
     kernel: Function = made
     return kernel
 
@@ -125,6 +127,16 @@ def values_at(kind: Any, place: Any, count: Any) -> Any:
 def parameters_at(kind: Any, place: Any, count: Any) -> Any:
     """The same of weight or bias, which are of the datatype that `read` gives for such values."""
     raise NotImplementedError
+
+
+def _unseen_by_torch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same within what torch.compile traces: its tracer fails on some of numba's own functions."""
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        tracer = sys.modules.get("torch._dynamo")
+        return (function if tracer is None else tracer.disable(function))(*arguments, **named)
+
+    return call
 
 
 def load(array: Any, index: Any) -> Any:

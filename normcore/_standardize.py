@@ -113,7 +113,7 @@ def _measure_columns(values: Operand, by: Any, *, eps: float, has_mean: bool) ->
 def _measure_counted(values: Operand, by: Any, mask: Tensor, *, eps: float, has_mean: bool) -> Any:
     samples, array, counted = values.box.sizes[0], compiled().flat(values.tensor), compiled().flat(mask)
     center = np.full(by.shape[1], np.nan if has_mean else 0.0)
-    sums = np.empty((3, by.shape[1]))
+    sums = np.empty((5, by.shape[1]))
     for is_last in (False, True):
         sums[:] = 0.0
         arguments = array, counted, center, sums, values.box.sizes

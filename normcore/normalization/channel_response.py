@@ -22,6 +22,8 @@ class Response:
 
     def divisor(self, values: Tensor) -> Tensor:
         """D = k + scale * sum over the window of x^2; values of shape (outer, channels, inner)."""
+        if self.scale == 0:
+            return torch.full_like(values, self.k)
         sums = window_sums(values.square(), before=self.before, after=self.after)
         return sums.mul_(self.scale).add_(self.k)
 
@@ -31,9 +33,13 @@ class Response:
     def gradient(self, values: Tensor, grad_output: Tensor, divisor: Tensor) -> Tensor:
         """The adjoint: a channel is reached by those that it reaches, so the window is mirrored."""
         power = self._power(divisor)
-        terms = grad_output * values * power / self._positive(divisor)
+        if self.scale == 0:
+            return grad_output * power
+        # Values over D, far from 1 where they are, would take the products of float64 out of its range.
+        unit = _units(values.detach()) if values.dtype == torch.float64 and values.numel() else 1.0
+        terms = self._without_zeros(values / self._positive(divisor), divisor) * unit * power * grad_output
         sums = window_sums(terms, before=self.after, after=self.before)
-        return grad_output * power - values * sums * (2 * self.scale * self.beta)
+        return grad_output * power - values / unit * sums * (2 * self.scale * self.beta)
 
     def gradient_without(self, ignored: Tensor, values: Tensor, grad_output: Tensor, divisor: Tensor) -> Tensor:
         """The same with some windows taken for windows of zeros, so that not even derivatives see their D."""
@@ -48,10 +54,20 @@ class Response:
             power = root * root.sqrt()
         else:
             power = positive.pow(-self.beta)
-        return power if self.k > 0 else power.masked_fill(divisor == 0, 0.0)
+        return self._without_zeros(power, divisor)
+
+    def _without_zeros(self, terms: Tensor, divisor: Tensor) -> Tensor:
+        return terms if self.k > 0 else terms.masked_fill(divisor == 0, 0.0)
 
     def _positive(self, divisor: Tensor) -> Tensor:
         return divisor if self.k > 0 else divisor.masked_fill(divisor == 0, 1.0)
+
+
+def _units(values: Tensor) -> Tensor:
+    """A power of two near the largest channel of every position, (outer, 1, inner); 1 for a peak of 0 or infinity."""
+    peak = values.abs().amax(1, keepdim=True)
+    power = torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent)
+    return torch.where((peak > 0) & power.isfinite(), power, 1.0)
 
 
 def window_sums(values: Tensor, *, before: int, after: int) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from normcore._checks import refuse_tangents
 from normcore._precision import accumulation_dtype
 from normcore.normalization.closed_forms import Statistics, as_functions, double_backward
 from normcore.normalization.kernel import (
@@ -119,6 +120,7 @@ def differentiable(
 
 def is_recorded(*tensors: Tensor | None) -> bool:
     """Whether autograd has to see what is done with the tensors."""
+    refuse_tangents(*tensors)
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:

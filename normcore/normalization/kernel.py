@@ -221,6 +221,8 @@ def _frozen_gradient(grad_output: Tensor, input: Tensor, weight: Tensor | None, 
         table = by.table.clone()
         table[:3] = 0.0
         scales = Statistics(table, by.eps)
+    if not _holds(input.dtype, grad_output.dtype):
+        return torch.empty_like(input).copy_(standardize(grad_output, scales, weight, None))
     return standardize(_laid_out_as(input, grad_output), scales, weight, None)
 
 
@@ -262,7 +264,7 @@ def _pair(
     *fronts: tuple[int, ...] | None,
 ) -> tuple[Operand, Tensor, Any] | None:
     """The input, the gradient of its output in the same layout, and the statistics; None where kernels do not serve."""
-    if by.mask is not None:
+    if by.mask is not None or not _holds(input.dtype, grad_output.dtype):
         return None
     values = operand_of(input, view, _axes_of(input, by, view), *fronts)
     if values is None:
@@ -293,6 +295,11 @@ def _as_parameter(sums: Tensor, box: Box, shape: tuple[int, ...]) -> Tensor:
         return sums.view(shape)
     own = box.restore_parameters(sums)
     return own.sum_to_size((1,) * (own.ndim - len(shape)) + shape).reshape(shape)
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a datatype has every number of another one: kernels take gradients in the input's."""
+    return dtype is other or torch.promote_types(dtype, other) is dtype
 
 
 def _laid_out_as(input: Tensor, values: Tensor) -> Tensor:

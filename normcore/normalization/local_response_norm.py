@@ -16,8 +16,8 @@ from normcore.normalization.channel_response import Response, window_sums
 from normcore.normalization.method import JSON, Method, Output, Parameter, ParameterValue, TensorArgument
 
 _WINDOWS = ("torch", "onnx", "symmetric-odd")
-# Below this k, float32 squares vanish where float32 values do not, and the division would see it.
-_LEAST_FLOAT32_K = 1e-20
+# Between this and its inverse, powers of D up to 1 + beta leave float32 room for their products.
+_FLOAT32_POWER = 1e30
 # Squares of values of this size, over it, are far from the ends of float64.
 _UNIT = 2.0**600
 _LEAST_DIVISOR = 1e-290
@@ -65,7 +65,7 @@ def local_response_norm(
     (onnx): the same for an odd size, mirrored for an even one, which symmetric-odd refuses. Beyond the first and the
     last channel there are zeros, and the sum is divided by the size there too.
 
-    Computed in float32 (float64 inputs, and float32 ones whose squares leave the datatype: float64; where squares leave
+    Computed in float32 (float64 inputs, and float32 ones whose powers leave the datatype: float64; where squares leave
     float64, values are scaled by a power of two), rounded once to the input's datatype. No argument is changed but
     out. The output is differentiable in the input, to every order.
 
@@ -75,7 +75,7 @@ def local_response_norm(
         size: channels in a window, >= 1; it may exceed their number.
         alpha: >= 0.
         beta: >= 0.
-        k: >= 0; with 0, a window of zeros gives 0, with gradient 0.
+        k: >= 0, and > 0 where alpha is 0; with 0, a window of zeros gives 0, with gradient 0.
         window: torch, onnx or symmetric-odd.
         alpha_scaled_by_size: whether alpha is divided by the size; TensorFlow and the AlexNet paper do not divide.
         out: takes the output; of the input's shape, datatype and memory format, in memory of its own, and without
@@ -87,7 +87,8 @@ def local_response_norm(
     Raises:
         DtypeError: a tensor that is not floating.
         ShapeError: an input of fewer than two dimensions, or a grad_output that is not of its shape.
-        ParameterError: size, alpha, beta, k or window out of bounds, or an even size with symmetric-odd.
+        ParameterError: size, alpha, beta, k or window out of bounds, alpha and k both 0, or an even size with
+            symmetric-odd.
 
     >>> input = torch.tensor([[3.0, 4.0, 0.0]])
     >>> local_response_norm(input, size=2, alpha=2.0, beta=0.5, k=0.0).output
@@ -104,6 +105,8 @@ def local_response_norm(
     before = size // 2 if window == "torch" else (size - 1) // 2
     reach = max(input.shape[1] - 1, 0)
     scale = alpha / size if alpha_scaled_by_size else alpha
+    if scale == k == 0:
+        raise ParameterError("k", expected="a number > 0 with alpha 0, which leaves nothing else", received=repr(k))
     response = Response(min(before, reach), min(size - 1 - before, reach), scale, beta, k)
     if out is None:
         output: Tensor = _LocalResponse.apply(input, response)  # type: ignore[no-untyped-call]  # torch's has no types
@@ -130,15 +133,12 @@ class _LocalResponse(torch.autograd.Function):
 
 
 def _response(input: Tensor, response: Response, out: Tensor | None = None) -> Tensor:
-    slab = Slab.of(input, channel_axis=1)
-    values = torch.empty_like(slab.values) if out is None else slab.seen_alike(out)
+    slab, output = Slab.of(input, channel_axis=1), torch.empty_like(input) if out is None else out
+    values = slab.seen_alike(output)
     for part, target in zip(blocks(slab.values), blocks(values), strict=True):
         target.copy_(_output(*_with_divisor(part, response), response))
-    output = slab.restore(values)
-    # An input with gaps is not seen as it lies, and the view of `out` was a copy.
-    if out is None:
-        return output
-    return out if output.data_ptr() == out.data_ptr() else out.copy_(output)
+    # An input with gaps is not seen as it lies, and the view of the output was a copy.
+    return output if values.data_ptr() == output.data_ptr() else output.copy_(slab.restore(values))
 
 
 def _gradient(input: Tensor, grad_output: Tensor, response: Response) -> Tensor:
@@ -206,11 +206,12 @@ def _differentiable_gradient(input: Tensor, grad_output: Tensor, response: Respo
 
 
 def _with_divisor(part: Tensor, response: Response) -> tuple[Tensor, Tensor]:
-    """The values and D, in float64 where squares do not fit float32."""
+    """The values and D, in float64 where their powers do not fit float32."""
     values = part.to(accumulation_dtype(part.dtype))
-    if response.k >= _LEAST_FLOAT32_K and values.numel():
+    most = _FLOAT32_POWER ** (1 / (1 + response.beta))
+    if values.dtype != torch.float64 and response.k * most >= 1 and values.numel():
         divisor = response.divisor(values)
-        if values.dtype == torch.float64 or bool(divisor.amax() < torch.inf):
+        if bool(divisor.amax() < most):
             return values, divisor
     values = values.double()
     return values, response.divisor(values)
@@ -229,7 +230,7 @@ LOCAL_RESPONSE_NORM = Method(
         Parameter("size", "int", 5, "Channels in a window.", minimum=1),
         Parameter("alpha", "float", 1e-4, "Weight of the window's mean square.", minimum=0.0),
         Parameter("beta", "float", 0.75, "Exponent.", minimum=0.0),
-        Parameter("k", "float", 1.0, "Added to the weighted mean square.", minimum=0.0),
+        Parameter("k", "float", 1.0, "Added to the weighted mean square; above 0 where alpha is 0.", minimum=0.0),
         Parameter(
             "window",
             "str",

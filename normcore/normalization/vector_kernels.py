@@ -112,7 +112,8 @@ def divide_gradients(
             elif order != 1:
                 peaks = _peaks(values, begin + column, length, inner, norm)
                 slopes[column] /= max(peaks, 1)
-        if inner == 1 and _LEAST < scales[0] < _LARGEST and abs(slopes[0]) < _LARGEST:
+        is_held = slopes[0] == 0.0 or _LEAST < abs(slopes[0]) < _LARGEST
+        if inner == 1 and is_held and _LEAST < scales[0] < _LARGEST:
             scale, slope = as_computed(values, scales[0]), as_computed(values, slopes[0])
             _subtract(grad_output, values, gradient, begin, length, order, own_norms[0], scale, slope)
         elif inner == 1:

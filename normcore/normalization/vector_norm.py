@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normcore._checks import refuse_tangents
 from normcore._precision import accumulation_dtype
 
 # Squares of float64 norms within these bounds stay clear of the datatype's own.
@@ -57,6 +58,7 @@ def _is_compiled(values: Tensor) -> bool:
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
     """Whether autograd has to see what is done with the tensors."""
+    refuse_tangents(*tensors)
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 

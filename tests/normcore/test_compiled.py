@@ -34,6 +34,12 @@ def _narrow(wide: Any, values: Any) -> None:
 
 
 @compiled
+def _double(values: Any) -> None:
+    for index in range(values.size):
+        values[index] *= 2.0
+
+
+@compiled
 def _soft_there_and_back(values: Any, wide: Any, output: Any) -> None:
     for index in range(values.size):
         wide[index] = _compiled._from_half(values[index])
@@ -180,3 +186,12 @@ def test_kept_machine_code_belongs_to_these_sources(tmp_path: Path) -> None:
 def test_the_library_is_imported_without_the_compiler() -> None:
     program = "import sys, normcore.normalization, normcore.statistics.moments; print('numba' in sys.modules)"
     assert _run(program).strip() == "False"
+
+
+def test_a_kernel_may_be_called_first_by_what_torch_compiles() -> None:
+    def function(values: Tensor) -> Tensor:
+        values = values + 1.0
+        _double(flat(values))
+        return values + 1.0
+
+    assert torch.compile(function, backend="eager")(torch.ones(3)).tolist() == [5.0, 5.0, 5.0]

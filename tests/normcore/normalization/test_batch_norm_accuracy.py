@@ -140,6 +140,22 @@ def test_training_on_data_with_an_outlying_first_block_is_accurate(limits: Calla
     assert (np.abs(oracle.exact(result.output) - expected.output) <= 3e-7 * np.maximum(1, expected.output)).all()
 
 
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+def test_counted_values_are_summed_without_losing_digits_to_their_number(memory_format: torch.memory_format) -> None:
+    """Squares of many small values, each rounded away in the same direction when added to a large sum."""
+    generator = torch.Generator().manual_seed(0)
+    input = (torch.rand(3, 1, 200, 500, generator=generator) < 1e-3).double().to(memory_format=memory_format)
+    mask = torch.rand(3, 200, 500, generator=generator) < 0.9
+    counted = mask.numpy()[:, None]
+    values = oracle.exact(input)[counted]
+    mean = values.mean()
+    var = ((values - mean) ** 2).mean()
+    expected = (oracle.exact(input) - mean) / np.sqrt(var + np.longdouble(1e-12))
+    output = batch_norm(input, mask=mask, training=True, eps=1e-12).output
+    # Values of up to 30 deviations.
+    assert (np.abs(oracle.exact(output) - expected) <= 1e-14 * np.maximum(1, np.abs(expected) / 6)).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [0.0, 7.0, 0.1, -1e-3, math.pi * 1e4])
 def test_constant_channel_gives_exactly_the_bias(value: float, dtype: torch.dtype) -> None:

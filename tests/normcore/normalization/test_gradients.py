@@ -1,11 +1,15 @@
 """The standardize family against its primitive form, which torch differentiates itself, to the fourth derivative."""
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from normcore.errors import NotSupportedError
+from normcore.normalization import batch_norm, batch_renorm, layer_norm, lp_norm, weight_norm
 from normcore.normalization.gradients import standardize_by, standardize_gradients, standardize_over
 
 EPS = 1e-2
@@ -144,3 +148,55 @@ def test_gradient_of_the_input_keeps_the_identities(has_mean: bool) -> None:
     along = (grad_output * weight * normalized).mean((0, 2), keepdim=True)
     expected = statistics.invstd**3 * along * EPS
     assert torch.allclose((gradient * normalized).mean((0, 2), keepdim=True), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["own statistics", "given statistics"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_gradient_wider_than_the_input_is_not_rounded_to_it(dtype: torch.dtype, training: bool) -> None:
+    """Nor does one that is beyond float16, as that of a scaled loss, become infinite."""
+    input, weight, _ = _tensors((4, 3, 2), (3,))
+    input, grad_output = input.detach().to(dtype), torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(2))
+    running = (torch.zeros(3), torch.ones(3), weight.detach())
+    expected = batch_norm(input.double(), *running, grad_output=grad_output, training=training)
+    found = batch_norm(input, *running, grad_output=grad_output, training=training)
+    scaled = batch_norm(input, *running, grad_output=grad_output * 2**20, training=training)
+    for name in ("grad_weight", "grad_bias"):
+        torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), rtol=1e-6, atol=1e-6)
+        assert getattr(scaled, name).equal(getattr(found, name) * 2**20)
+    assert found.grad_input is not None
+    assert expected.grad_input is not None
+    torch.testing.assert_close(found.grad_input, expected.grad_input.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("mean", [math.inf, math.nan, 1e300], ids=str)
+def test_gradients_of_half_values_by_a_mean_that_float32_has_not_come_without_a_warning(mean: float) -> None:
+    input, running_mean = torch.ones(2, 2, dtype=torch.float16), torch.tensor([mean, 0.0], dtype=torch.float64)
+    result = batch_norm(input, running_mean, torch.ones(2), grad_output=torch.ones_like(input), eps=0.0)
+    assert result.grad_input is not None
+    assert result.grad_weight is not None
+    assert result.grad_input[:, 1].tolist() == [1.0, 1.0]
+    assert result.grad_weight.isfinite().tolist() == [False, True]
+
+
+# Of torch itself, where it makes the first dual tensor.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda dual: batch_norm(torch.ones(2, 4, dtype=torch.float64), dual, dual.exp(), weight=dual),
+        lambda dual: layer_norm(dual),
+        lambda dual: layer_norm(torch.ones(4), bias=dual),
+        lambda dual: batch_renorm(dual[:, None], torch.zeros(1), torch.ones(1), training=True),
+        lambda dual: lp_norm(dual),
+        lambda dual: weight_norm(torch.eye(4), dual),
+    ],
+    ids=["batch", "layer", "bias", "renorm", "lp", "g"],
+)
+def test_tangents_are_refused_rather_than_lost(function: Callable[[Tensor], object]) -> None:
+    values = torch.arange(4.0, dtype=torch.float64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(values, torch.ones_like(values))  # type: ignore[no-untyped-call]  # torch's has none
+        with pytest.raises(NotSupportedError, match="forward-mode derivatives"):
+            function(dual)
+    with forward_ad.dual_level():
+        function(values)

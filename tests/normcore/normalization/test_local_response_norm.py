@@ -139,10 +139,14 @@ def test_half_values_whose_squares_overflow_which_torch_turns_to_zero() -> None:
     assert np.abs(exact(output) - expected).max() <= 2.0**-15
 
 
-@pytest.mark.parametrize(("scale", "k"), [(1e25, 1.0), (1e38, 2.0), (1e-25, 0.0), (1e-30, 1e-55), (1.0, 0.0)], ids=str)
-def test_float32_values_whose_squares_leave_float32(scale: float, k: float) -> None:
+@pytest.mark.parametrize(
+    ("scale", "k", "beta"),
+    [(1e25, 1.0, 0.5), (1e38, 2.0, 0.5), (1e-25, 0.0, 0.5), (1e-30, 1e-55, 0.5), (1.0, 0.0, 0.5), (1e18, 1.0, 0.75)],
+    ids=str,
+)
+def test_float32_values_whose_squares_leave_float32(scale: float, k: float, beta: float) -> None:
     input, grad_output = _randn(2, 6, 3).clamp(-3, 3) * scale, _randn(2, 6, 3, seed=1)
-    options = {"size": 5, "alpha": 0.5, "beta": 0.5, "k": k}
+    options = {"size": 5, "alpha": 0.5, "beta": beta, "k": k}
     result = local_response_norm(input, grad_output, **options)  # type: ignore[arg-type]  # size is whole
     expected = _oracle(input, window="torch", **options)  # type: ignore[arg-type]
     assert np.abs(exact(result.output) / expected - 1).max() < 1e-6
@@ -152,7 +156,8 @@ def test_float32_values_whose_squares_leave_float32(scale: float, k: float) -> N
 
 
 @pytest.mark.parametrize(
-    ("scale", "k"), [(1e155, 1.0), (1e300, 2.0), (1e160, 0.0), (1e-170, 0.0), (1e-290, 0.0), (1e-160, 1e-305)]
+    ("scale", "k"),
+    [(1e155, 1.0), (1e300, 2.0), (1e160, 0.0), (1e-170, 0.0), (1e-290, 0.0), (1e-160, 1e-305), (1e150, 1.0)],
 )
 @pytest.mark.parametrize("beta", [0.75, 0.4])
 def test_float64_values_whose_squares_leave_float64(beta: float, scale: float, k: float) -> None:
@@ -194,6 +199,22 @@ def test_derivatives_of_float64_values_whose_squares_leave_float64(exponent: int
         assert float((own[::2] - exact).abs().max()) <= 1e-13 * float(exact.abs().max())
         assert bool(own[1].isfinite().all())
         assert k or torch.equal(own[1], other[1])
+
+
+def test_without_alpha_values_are_divided_by_k_alone_however_large() -> None:
+    input = torch.tensor([[1e200, -3.0]], dtype=torch.float64)
+    result = local_response_norm(input, torch.ones_like(input), alpha=0.0, beta=0.5, k=4.0)
+    assert result.grad_input is not None
+    assert result.output.equal(input / 2)
+    assert result.grad_input.equal(torch.full_like(input, 0.5))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_an_output_that_is_recorded_may_be_changed_in_place(memory_format: torch.memory_format) -> None:
+    input = _randn(2, 3, 4, 4, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    (expected,) = torch.autograd.grad(local_response_norm(input, alpha=1.0).output.relu().sum(), input)
+    (found,) = torch.autograd.grad(local_response_norm(input, alpha=1.0).output.relu_().sum(), input)
+    assert found.equal(expected)
 
 
 def test_a_window_of_zeros_without_k_gives_zeros_with_gradient_zero() -> None:
@@ -321,6 +342,7 @@ _ONES = torch.ones(2, 3, 4)
         (lambda: local_response_norm(_ONES, beta=-0.5), ParameterError, "beta"),
         (lambda: local_response_norm(_ONES, beta=math.nan), ParameterError, "beta"),
         (lambda: local_response_norm(_ONES, k=-1.0), ParameterError, "k: expected a finite number >= 0"),
+        (lambda: local_response_norm(_ONES, alpha=0.0, k=0.0), ParameterError, "k: expected a number > 0 with alpha 0"),
         (lambda: local_response_norm(_ONES, window="keras"), ParameterError, "window: expected one of torch, onnx"),
         (
             lambda: local_response_norm(_ONES, size=4, window="symmetric-odd"),
@@ -344,6 +366,7 @@ _ONES = torch.ones(2, 3, 4)
         "beta",
         "beta nan",
         "k",
+        "nothing",
         "window",
         "even",
         "scaled",

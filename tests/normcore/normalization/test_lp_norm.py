@@ -149,6 +149,15 @@ def test_gradients_of_first_and_second_order(p: float, eps: float) -> None:
     assert torch.allclose(grad_input(input, grad_output), by_autograd, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.parametrize("scale", [1e24, 1e-24], ids=str)
+def test_gradient_of_bfloat16_at_extreme_scales_has_both_terms(scale: float) -> None:
+    """Along the vector itself nothing is left: the second term takes away all of the first."""
+    along = torch.tensor([[3.0, 4.0], [1.0, 0.0]], dtype=torch.bfloat16)
+    result = lp_norm(along * scale, along)
+    assert result.grad_input is not None
+    assert float(result.grad_input.double().abs().max()) < 1e-2 / scale
+
+
 @pytest.mark.parametrize("scale", [1e30, 1e-30], ids=str)
 def test_gradient_at_extreme_scales(scale: float) -> None:
     input, grad_output = _randn(2, 5), _randn(2, 5, seed=1)

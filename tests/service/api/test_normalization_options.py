@@ -88,3 +88,6 @@ async def test_local_response_norm_in_tensorflows_terms(client: httpx.AsyncClien
     own, protocol = await post(client, "local_response_norm", request | {"size": 4})
     assert (own.status_code, own.json()["code"], protocol.status_code) == (422, "parameter_invalid", 400)
     assert own.json()["error"].startswith("size: expected an odd integer with window symmetric-odd, received 4")
+    own, protocol = await post(client, "local_response_norm", request | {"alpha": 0, "k": 0})
+    assert (own.status_code, own.json()["code"], protocol.status_code) == (422, "parameter_invalid", 400)
+    assert own.json()["error"].startswith("k: expected a number > 0 with alpha 0")
