@@ -10,8 +10,8 @@ from torch import Tensor
 
 from normcore._plan import Operand, column_sweeps, compiled, sweeps
 
-# Slots of samples that sum gradients of weight and bias.
-_SLOTS = 32
+# Slots of samples that sum gradients of weight and bias: so many, or fewer of so many elements.
+_SLOTS, _SLOT_ELEMENTS = 32, 2**14
 
 
 def gradients(
@@ -170,7 +170,8 @@ def _vectors(
 ) -> Any:
     box = values.box
     samples = box.sizes[0]
-    height = box.per if box.parameters_count > box.width else -(-samples // _SLOTS)
+    height = max(-(-samples // _SLOTS), min(samples, -(-_SLOT_ELEMENTS // box.width)))
+    height = box.per if box.parameters_count > box.width else height
     slots = -(-samples // height)
     sums = np.empty((2, 0 if has_means else slots, box.width), values.plan.sum_dtype)
     tensors, steps = (values.tensor, grad, out, gamma), (height, box.per, has_mean)
