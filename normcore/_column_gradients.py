@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from normcore._column_loops import combine_rows
 from normcore._column_sweeps import joined, sum_columns
-from normcore._compiled import as_computed, as_read, compiled, fused, parameters_at, read, store, values_at
+from normcore._compiled import as_computed, as_read, compiled, parameters_at, values_at
 from normcore._sweeps import CENTER, INVSTD, OFFSET, copy, parameters_in, repeat, values_in
 
 
@@ -103,7 +104,7 @@ def gradient_of_columns(kind: Any, x: Any, grad: Any, out: Any, terms: Any, part
     for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
         at, length = np.uintp(own * elements + first), min(size, elements - first)
-        _combine_rows(x, grad, out, at, length, terms[0, own], terms[1, own], terms[2, own], terms[3, own])
+        combine_rows(x, grad, out, at, length, terms[0, own], terms[1, own], terms[2, own], terms[3, own])
 
 
 @compiled
@@ -136,26 +137,3 @@ def fill_terms_by(kind: Any, weight: Any, by: Any, means: Any, terms: Any, sizes
                 terms[3, own, column] = -invstd * means[0, group] - offset * slope
         for term in range(4):
             repeat(terms[term, own], width)
-
-
-@fused
-def _combine_rows(
-    x: Any, grad: Any, out: Any, start: Any, length: int, center: Any, scale: Any, slope: Any, constant: Any
-) -> None:
-    width = np.uintp(center.size)
-    for _ in range(length // center.size // 2):
-        for column in range(width):
-            first, second = start + column, start + column + width
-            a = (read(x, first) - center[column]) * slope[column] + constant[column]
-            b = (read(x, second) - center[column]) * slope[column] + constant[column]
-            store(out, first, read(grad, first) * scale[column] + a)
-            store(out, second, read(grad, second) * scale[column] + b)
-        start += width + width
-    rest = length % (2 * center.size)
-    while rest > 0:
-        for column in range(np.uintp(min(rest, center.size))):
-            index = start + column
-            correction = (read(x, index) - center[column]) * slope[column] + constant[column]
-            store(out, index, read(grad, index) * scale[column] + correction)
-        start += width
-        rest -= center.size

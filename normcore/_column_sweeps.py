@@ -10,19 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from normcore._compiled import (
-    as_computed,
-    as_read,
-    compiled,
-    compiled_sum,
-    fused,
-    inlined,
-    load,
-    parameters_at,
-    read,
-    store,
-    values_at,
-)
+from normcore._column_loops import add_rows, scale_rows
+from normcore._compiled import as_computed, as_read, compiled, inlined, load, parameters_at, store, values_at
 from normcore._sweeps import LEAST, MOST, copy, fill_terms, parameters_in, repeat, settle, values_in
 
 _FEW = 16
@@ -95,9 +84,9 @@ def _sweep_in_turn(
     for first in range(sample * size, (sample + 1) * size, step):
         length = min(step, (sample + 1) * size - first)
         if has_sums:
-            _add_rows(x, None, np.uintp(first), length, center[0], sums[0, 0], sums[0, 1])
+            add_rows(x, None, None, np.uintp(first), length, center[0], None, sums[0, 0], sums[0, 1])
         if has_output:
-            _scale_rows(x, y, np.uintp(first - size), length, terms[0, 0], terms[1, 0], terms[2, 0])
+            scale_rows(x, y, np.uintp(first - size), length, terms[0, 0], terms[1, 0], terms[2, 0])
 
 
 @compiled
@@ -106,23 +95,18 @@ def sum_columns(
 ) -> None:
     """Sums of deviations from `center` (P, W) and of their squares, into `sums` (parts of all, 2, W).
 
-    With `grad`, sums of it and of its products with the deviations. With `out`, what `standardize_columns` makes of
-    `grad` goes there, of few rows at a time.
+    With `grad`, sums of it and of its products with the deviations. With `out`, `grad` times the scales, which are the
+    second of the `terms`, goes there.
     """
     blocks, size, elements = parts
-    width, count = center.shape[1], elements * len(center)
+    count = elements * len(center)
     x, grad, target = values_at(kind, x, count), values_at(kind, grad, count), values_at(kind, out, count)
-    step = size if out is None else _step_of(x, width)
     for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
+        at, length = np.uintp(own * elements + first), min(size, elements - first)
+        scale = None if out is None else terms[1, own]
         sums[part] = 0.0
-        last = min(first + size, elements)
-        while first < last:
-            at, length = np.uintp(own * elements + first), min(step, last - first)
-            _add_rows(x, grad, at, length, center[own], sums[part, 0], sums[part, 1])
-            if out is not None:
-                _scale_rows(grad, target, at, length, terms[0, own], terms[1, own], terms[2, own])
-            first += step
+        add_rows(x, grad, target, at, length, center[own], scale, sums[part, 0], sums[part, 1])
 
 
 @compiled
@@ -133,7 +117,7 @@ def standardize_columns(kind: Any, x: Any, y: Any, terms: Any, parts: Any, start
     for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
         at, length = np.uintp(own * elements + first), min(size, elements - first)
-        _scale_rows(x, y, at, length, terms[0, own], terms[1, own], terms[2, own])
+        scale_rows(x, y, at, length, terms[0, own], terms[1, own], terms[2, own])
 
 
 @compiled
@@ -209,13 +193,17 @@ def settle_columns(
 
 @inlined
 def _correct_centers(x: Any, center: Any, sums: Any, rows: int) -> bool:
-    """Move the centers to the means for float64 values, and where one was further off than a deviation."""
+    """Move the centers to the means for float64 values, and where one was too far off.
+
+    Off by k deviations, the sums of squares are 1 + k * k times those around the mean, and so are their errors. With
+    float64 sums of float32 values k may be 10, which takes two of their sixteen digits.
+    """
     total, squares = sums
     samples, width = total.shape
-    is_off = x.itemsize == 8
+    is_off, most = x.itemsize == 8, 1.0 if x.itemsize == 2 else 100.0
     for sample in range(samples):
         for column in range(width):
-            is_off |= 2.0 * total[sample, column] ** 2 > squares[sample, column] * rows
+            is_off |= (1.0 + most) * total[sample, column] ** 2 > most * squares[sample, column] * rows
     if is_off:
         for sample in range(samples):
             for column in range(width):
@@ -261,51 +249,3 @@ def _step_of(x: Any, width: int) -> Any:
     """Elements of the whole rows in a page, in fours where loops take four together."""
     page = _FAR_PAGE if x.size * x.itemsize > _FAR else _NEAR_PAGE
     return max(1, page // (4 * width * x.itemsize)) * 4 * width
-
-
-# Loops below take rows together that share what they load of the columns.
-@compiled_sum
-def _add_rows(x: Any, grad: Any, start: Any, length: int, center: Any, total: Any, products: Any) -> None:
-    width = np.uintp(center.size)
-    for _ in range(length // center.size // 4):
-        for column in range(width):
-            first = start + column
-            second, third, fourth = first + width, first + width + width, first + width + width + width
-            near = center[column]
-            a, b, c, d = load(x, first) - near, load(x, second) - near, load(x, third) - near, load(x, fourth) - near
-            if grad is None:
-                total[column] += (a + b) + (c + d)
-                products[column] += (a * a + b * b) + (c * c + d * d)
-            else:
-                e, f, g, h = load(grad, first), load(grad, second), load(grad, third), load(grad, fourth)
-                total[column] += (e + f) + (g + h)
-                products[column] += (e * a + f * b) + (g * c + h * d)
-        start += width + width + width + width
-    rest = length % (4 * center.size)
-    while rest > 0:
-        for column in range(np.uintp(min(rest, center.size))):
-            a = load(x, start + column) - center[column]
-            e = a if grad is None else load(grad, start + column)
-            total[column] += e
-            products[column] += e * a
-        start += width
-        rest -= center.size
-
-
-@fused
-def _scale_rows(x: Any, y: Any, start: Any, length: int, center: Any, scale: Any, shift: Any) -> None:
-    width = np.uintp(center.size)
-    for _ in range(length // center.size // 2):
-        for column in range(width):
-            first = start + column
-            a = (read(x, first) - center[column]) * scale[column] + shift[column]
-            b = (read(x, first + width) - center[column]) * scale[column] + shift[column]
-            store(y, first, a)
-            store(y, first + width, b)
-        start += width + width
-    rest = length % (2 * center.size)
-    while rest > 0:
-        for column in range(np.uintp(min(rest, center.size))):
-            store(y, start + column, (read(x, start + column) - center[column]) * scale[column] + shift[column])
-        start += width
-        rest -= center.size

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from llvmlite import binding, ir
 from numba import types
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def inlined(function: Function) -> Function:
 
 def compiled_sum(function: Function) -> Function:
     """`inlined` for loops that add up: the compiler chooses the order, the same one for every call."""
-    return _compile(function, fastmath=set(ANY_ORDER), forceinline=True)
+    return _compile(function, fastmath=set(ANY_ORDER), forceinline=True, pipeline=_Apart)
 
 
 def flat(tensor: Tensor) -> Any:
@@ -106,13 +107,26 @@ def _pool(_process: int, threads: int) -> ThreadPoolExecutor:
 
 def fused(function: Function) -> Function:
     """`inlined` for loops of a * b + c, which become single instructions where the processor has them."""
-    return _compile(function, fastmath={"contract"}, forceinline=True)
+    return _compile(function, fastmath={"contract"}, forceinline=True, pipeline=_Apart)
 
 
-def _compile(function: Function, *, fastmath: bool | set[str], forceinline: bool = False) -> Function:
+class _Apart(Compiler):
+    """For loops whose arrays are apart, or the same value by value: to check it takes longer than some of them.
+
+    What has too many arrays for such checks would not become vectors.
+    """
+
+    def __init__(self, typing: Any, target: Any, library: Any, arguments: Any, returned: Any, flags: Any, own: Any):
+        flags.noalias = True
+        super().__init__(typing, target, library, arguments, returned, flags, own)  # type: ignore[no-untyped-call]
+
+
+def _compile(
+    function: Function, *, fastmath: bool | set[str], forceinline: bool = False, pipeline: Any = Compiler
+) -> Function:
     compiler: Any = numba.njit
     options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath, "forceinline": forceinline}
-    made: Any = compiler(**options)(function)
+    made: Any = compiler(**options, pipeline_class=pipeline)(function)
     made._cache = KeptCode(function)
     made._compile_for_args = _unseen_by_torch(made._compile_for_args)
     kernel: Function = made
@@ -245,12 +259,31 @@ def _instruction(source: Any, to: Any, generate: Callable[[Any, Any], Any]) -> A
     return _intrinsic(typed)
 
 
+def _fetch(is_to_store: bool) -> Any:
+    """A function of an array and an index that tells the processor to have a value, or room for it, in its cache."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), _BYTE.as_pointer())
+        typed = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _WORD, _WORD, _WORD])
+        call = builder.module.declare_intrinsic("llvm.prefetch.p0", (), typed)
+        builder.call(call, [place, _WORD(int(is_to_store)), _WORD(_SECOND_LEVEL), _WORD(1)])
+        return context.get_dummy_value()
+
+    def typed(_context: Any, array: Any, index: Any) -> Any:
+        return types.none(array, index), generate
+
+    return _intrinsic(typed)
+
+
+_SECOND_LEVEL = 2  # of the caches
 _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
 _BYTE, _SHORT, _WORD, _LONG = (ir.IntType(width) for width in (8, 16, 32, 64))
 # An array among the arguments of a step costs as much as a number of some digits, which is what these two are for.
 byte_at = _instruction(
     types.int64, types.uint8, lambda builder, address: builder.load(builder.inttoptr(address, _BYTE.as_pointer()))
 )
+fetch, fetch_to_store = _fetch(is_to_store=False), _fetch(is_to_store=True)
 bits_of = _instruction(types.float64, types.uint64, lambda builder, value: builder.bitcast(value, _LONG))
 _bits_of = _instruction(types.float32, types.uint32, lambda builder, value: builder.bitcast(value, _WORD))
 _float_of = _instruction(types.uint32, types.float32, lambda builder, value: builder.bitcast(value, _FLOAT))

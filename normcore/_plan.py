@@ -17,9 +17,8 @@ from torch import Tensor
 
 from normcore._box import Box, box_of
 
-# Few columns are repeated up to so many bytes of values, for loops that are worth their start. Rows that are worked on
-# together lie side by side then, or in pages of their own: what is read in turn within a page is not fetched ahead.
-_NARROW_BYTES, _WIDE_BYTES = 256, 4096
+# Fewer columns than this are repeated up to so many bytes of values, for loops that are worth their start.
+_FEW_COLUMNS, _NARROW_BYTES = 64, 256
 # Elements summed as one part.
 _PART = 2**16
 # Elements that stay in a core's cache from one sweep to the next.
@@ -115,8 +114,8 @@ class Plan:
     def columns_of(self, segment: int) -> "Columns":
         if not self.box.has_columns:
             return Columns(self, segment, 1)
-        size = self.itemsize * self.box.width
-        repeats = (_NARROW_BYTES if size <= _NARROW_BYTES else _WIDE_BYTES) // size
+        width = self.box.width
+        repeats = 1 if width >= _FEW_COLUMNS else _NARROW_BYTES // (self.itemsize * width)
         return Columns(self, segment, max(1, min(repeats, segment)))
 
 
