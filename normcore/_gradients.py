@@ -173,7 +173,7 @@ def _vectors(
     height = max(-(-samples // _SLOTS), min(samples, -(-_SLOT_ELEMENTS // box.width)))
     height = box.per if box.parameters_count > box.width else height
     slots = -(-samples // height)
-    sums = np.empty((2, 0 if has_means else slots, box.width), values.plan.sum_dtype)
+    sums = np.empty((2, 0 if has_means else slots, box.width))
     tensors, steps = (values.tensor, grad, out, gamma), (height, box.per, has_mean)
     values.divide(_sweeps().gradient_of_vectors, slots, tensors, by, means, sums, box.sizes, steps)
     return sums

@@ -26,12 +26,21 @@ def warm_up() -> None:
         for input in (images, images.to(memory_format=torch.channels_last)):
             batch_norm(input, torch.zeros(4), torch.ones(4), grad_output=input)
             batch_norm(input, torch.zeros(4), torch.ones(4), grad_output=input, training=True)
+            _by_autograd(input)
             group_norm(input, torch.ones(4), grad_output=input, num_groups=2)
             group_norm(input, mask=mask, num_groups=2)
             _in_two_steps(input)
         layer_norm(images, grad_output=images)
         lp_norm(images, grad_output=images, axis=1)
         weight_norm(images, torch.ones(2), images)
+
+
+def _by_autograd(input: Tensor) -> None:
+    """A backward with weights of each sample in the input's datatype, of groups that are not worked on at once."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        leaves = torch.zeros_like(input), torch.ones(2, 4, dtype=input.dtype)
+        output = batch_norm(leaves[0].requires_grad_(), weight=leaves[1].requires_grad_(), training=True).output
+        torch.autograd.grad(output, leaves, torch.ones_like(output))
 
 
 def _in_two_steps(input: Tensor) -> None:
