@@ -62,14 +62,14 @@ def standardize_samples(
         _sweep_in_turn(x, y, center, sums, terms, (sample, size, step), sample > start, sample < stop)
         if sample == stop:
             break
-        state = settle_columns(kind, values, found, center, sums, own, eps, has_mean, FIRST)
-        if state == AGAIN:
-            sum_columns(kind, values, None, None, None, center, sums, parts, 0, 1)
-            state = settle_columns(kind, values, found, center, sums, own, eps, has_mean, AGAIN)
-        if state == WIDE:
-            copy(center, 0, wide_center, 0, wide)
-            sum_columns(kind, values, None, None, None, wide_center, sums, parts, 0, 1)
-            settle_columns(kind, values, found, center, sums, own, eps, has_mean, WIDE)
+        state = FIRST
+        while state != SETTLED:
+            if state == AGAIN:
+                sum_columns(kind, values, None, None, None, center, sums, parts, 0, 1)
+            elif state == WIDE:
+                copy(center, 0, wide_center, 0, wide)
+                sum_columns(kind, values, None, None, None, wide_center, sums, parts, 0, 1)
+            state = settle_columns(kind, values, found, center, sums, own, eps, has_mean, state)
         copy(found, 0, by, sample * groups, groups)
         fill_terms(kind, weight[affine : affine + width], bias[affine : affine + width], found, terms, own, rows, rows)
 
