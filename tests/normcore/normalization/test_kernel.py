@@ -329,6 +329,29 @@ def test_inverse_takes_no_out() -> None:
         batch_norm(input, torch.zeros(4), torch.ones(4), inverse=True, out=torch.empty_like(input))
 
 
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (3, 0, 1, 2), (2, 3, 0, 1), (0, 2, 3, 1)], ids=str)
+@pytest.mark.parametrize("is_grouped", [False, True], ids=["instance", "group"])
+def test_any_order_of_axes_in_memory_gives_the_same(order: tuple[int, ...], is_grouped: bool) -> None:
+    def normalize(input: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+        if is_grouped:
+            return group_norm(input, weight, bias, num_groups=2, out=out).output
+        return instance_norm(input, weight=weight, bias=bias, out=out).output
+
+    plain = torch.randn(4, 6, 5, 3), torch.rand(6), torch.randn(6)
+    input = plain[0].permute(order).contiguous().permute(sorted(range(4), key=order.__getitem__))
+    assert not input.is_contiguous()
+    grad, found = torch.randn(4, 6, 5, 3), []
+    for own in (plain[0], input):
+        leaves = [leaf.detach().requires_grad_() for leaf in (own, *plain[1:])]
+        output = normalize(*leaves)
+        found.append((output.detach(), *torch.autograd.grad(output, leaves, grad)))
+    out = torch.empty_like(input)
+    assert normalize(input, *plain[1:], out=out) is out
+    _assert_close(out, found[0][0], DTYPES[torch.float32])
+    for expected, own in zip(*found, strict=True):
+        _assert_close(own, expected, DTYPES[torch.float32])
+
+
 def test_views_that_negate_what_is_in_memory_are_seen_as_they_show_it() -> None:
     def negated(*shape: int) -> Tensor:
         return torch._neg_view(torch.rand(*shape) - 0.1)
