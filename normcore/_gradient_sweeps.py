@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, inlined, load, read, store
+from normcore._far_output import arrive, piece, send, way_to
 from normcore._sweeps import CENTER, INVSTD, OFFSET, standardize_channel
 
 _BLOCK = 1024
@@ -36,6 +37,7 @@ def gradient_of_groups(
     """The whole backward of each group while it is in the cache; `sums` as `sum_cells` has them."""
     _, rows, groups, channels, positions = sizes
     count = rows * channels * positions
+    way = way_to(out, channels * positions)
     for group in range(start, stop):
         sample = group // groups
         index = group - sample * groups
@@ -49,7 +51,8 @@ def gradient_of_groups(
         own = _terms(x, by, group, total / count if has_mean else 0.0, dot / count)
         for row in range(sample * rows, (sample + 1) * rows):
             cell, affine = row * groups + index, (row // per * groups + index) * channels
-            _combine_cell(x, grad, out, weight, own, cell, affine, channels, positions)
+            _combine_cell(x, grad, out, way, weight, own, cell, affine, channels, positions)
+    arrive(way)
 
 
 @compiled
@@ -61,12 +64,16 @@ def sum_cells(
     With `out`, what `standardize_cells` makes of dy goes there, cell by cell, while it is in the cache.
     """
     _, rows, groups, channels, positions = sizes
+    if out is not None:
+        way = way_to(out, channels * positions)
     for row in range(start, stop):
         for index in range(groups):
             _sum_cell(x, grad, by, sums, row // rows * groups + index, row * groups + index, channels, positions)
             if out is not None:
                 for channel in range(index * channels, (index + 1) * channels):
-                    standardize_channel(grad, out, terms, row // segment, row, channel, positions)
+                    standardize_channel(grad, out, way, terms, row // segment, row, channel, positions)
+    if out is not None:
+        arrive(way)
 
 
 @compiled
@@ -75,11 +82,13 @@ def gradient_of_cells(
 ) -> None:
     """The gradient of the input from given means, from row to row of the B * R."""
     _, rows, groups, channels, positions = sizes
+    way = way_to(out, out.size)
     for row in range(start, stop):
         for index in range(groups):
             group, affine = row // rows * groups + index, (row // per * groups + index) * channels
             own = _terms(x, by, group, means[0, group], means[1, group])
-            _combine_cell(x, grad, out, weight, own, row * groups + index, affine, channels, positions)
+            _combine_cell(x, grad, out, way, weight, own, row * groups + index, affine, channels, positions)
+    arrive(way)
 
 
 @compiled
@@ -177,16 +186,32 @@ def _sum_cell(x: Any, grad: Any, by: Any, sums: Any, group: int, cell: int, chan
 
 @fused
 def _combine_cell(
-    x: Any, grad: Any, out: Any, weight: Any, terms: Any, cell: int, affine: int, channels: int, positions: int
+    x: Any,
+    grad: Any,
+    out: Any,
+    way: Any,
+    weight: Any,
+    terms: Any,
+    cell: int,
+    affine: int,
+    channels: int,
+    positions: int,
 ) -> None:
     center, slope, constant, invstd = terms
+    at = np.uintp(cell * channels * positions)
     for channel in range(channels):
-        first = np.uintp((cell * channels + channel) * positions)
+        end = at + np.uintp(positions)
         scale = as_read(x, invstd * weight[affine + channel])
-        for at in range(first, first + np.uintp(positions)):
-            store(out, at, read(grad, at) * scale + ((read(x, at) - center) * slope + constant))
+        while at < end:
+            length, place = piece(way, at, end)
+            for index in range(at, at + length):
+                correction = (read(x, index) - center) * slope + constant
+                store(way[0], place + (index - at), read(grad, index) * scale + correction)
+            send(way, out, at, length)
+            at += length
 
 
+# In float64: where dy is nearly constant, next to nothing is left of a sum of dy * xh.
 @compiled_sum
 def _block_sums(x: Any, grad: Any, start: Any, length: int, center: Any) -> Any:
     total, dot = center - center, center - center

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from normcore._compiled import as_computed, as_read, compiled, compiled_sum, fused, inlined, load, read, store
+from normcore._far_output import arrive, piece, send, way_to
 
 _BLOCK = 1024
 _NEAR = 64
@@ -41,6 +42,7 @@ def standardize_groups(
 ) -> None:
     """Find the statistics of each group, and standardize it while it is in the cache; no output for an empty `y`."""
     _, rows, groups, channels, positions = sizes
+    way = way_to(y, channels * positions)
     for group in range(start, stop):
         sample = group // groups
         index = group - sample * groups
@@ -49,7 +51,8 @@ def standardize_groups(
         if y.size:
             for row in range(sample * rows, (sample + 1) * rows):
                 affine = row // per * groups + index
-                _standardize_cell(x, y, weight, bias, by, group, row * groups + index, affine, sizes)
+                _standardize_cell(x, y, way, weight, bias, by, group, row * groups + index, affine, sizes)
+    arrive(way)
 
 
 @compiled
@@ -58,10 +61,12 @@ def standardize_vectors(
 ) -> None:
     """The same by given statistics, in memory order: from row to row of the B * R."""
     _, rows, groups, _, _ = sizes
+    way = way_to(y, y.size)
     for row in range(start, stop):
         group, affine = row // rows * groups, row // per * groups
         for index in range(groups):
-            _standardize_cell(x, y, weight, bias, by, group + index, row * groups + index, affine + index, sizes)
+            _standardize_cell(x, y, way, weight, bias, by, group + index, row * groups + index, affine + index, sizes)
+    arrive(way)
 
 
 @compiled
@@ -125,18 +130,25 @@ def repeat(row: Any, width: int) -> None:
 @compiled
 def standardize_cells(x: Any, y: Any, terms: Any, segment: int, positions: int, start: int, stop: int) -> None:
     """The output (x - center) * scale + shift, from row to row; `terms` are those of (3, segments, channels)."""
+    way = way_to(y, y.size)
     for row in range(start, stop):
         for channel in range(terms.shape[2]):
-            standardize_channel(x, y, terms, row // segment, row, channel, positions)
+            standardize_channel(x, y, way, terms, row // segment, row, channel, positions)
+    arrive(way)
 
 
 @fused
-def standardize_channel(x: Any, y: Any, terms: Any, own: int, row: int, channel: int, positions: int) -> None:
+def standardize_channel(x: Any, y: Any, way: Any, terms: Any, own: int, row: int, channel: int, positions: int) -> None:
     """The same for a channel of a row, by the terms of its own segment."""
     center, scale, shift = terms[0, own, channel], terms[1, own, channel], terms[2, own, channel]
-    first = np.uintp((row * terms.shape[2] + channel) * positions)
-    for index in range(first, first + np.uintp(positions)):
-        store(y, index, (read(x, index) - center) * scale + shift)
+    at = np.uintp((row * terms.shape[2] + channel) * positions)
+    end = at + np.uintp(positions)
+    while at < end:
+        length, place = piece(way, at, end)
+        for index in range(length):
+            store(way[0], place + index, (read(x, at + index) - center) * scale + shift)
+        send(way, y, at, length)
+        at += length
 
 
 @compiled
@@ -227,7 +239,7 @@ def _block_sums(x: Any, start: Any, length: int, center: Any) -> Any:
 
 @fused
 def _standardize_cell(
-    x: Any, y: Any, weight: Any, bias: Any, by: Any, group: int, cell: int, affine: int, sizes: Any
+    x: Any, y: Any, way: Any, weight: Any, bias: Any, by: Any, group: int, cell: int, affine: int, sizes: Any
 ) -> None:
     _, _, _, channels, positions = sizes
     affine *= channels
@@ -237,13 +249,23 @@ def _standardize_cell(
     if positions == 1:
         near, own, rest = as_read(x, center), as_read(x, invstd), as_read(x, -offset * invstd)
         first = np.uintp(affine)
-        for index in range(start, start + np.uintp(channels)):
-            value = (read(x, index) - near) * own + rest
-            store(y, index, value * weight[first + (index - start)] + bias[first + (index - start)])
+        end = start + np.uintp(channels)
+        while start < end:
+            length, place = piece(way, start, end)
+            for index in range(length):
+                value = (read(x, start + index) - near) * own + rest
+                store(way[0], place + index, value * weight[first + index] + bias[first + index])
+            send(way, y, start, length)
+            start += length
+            first += length
         return
     for channel in range(channels):
         scale = invstd * weight[affine + channel]
         near, own, shift = as_read(x, center), as_read(x, scale), as_read(x, bias[affine + channel] - offset * scale)
-        for index in range(start, start + np.uintp(positions)):
-            store(y, index, (read(x, index) - near) * own + shift)
-        start += np.uintp(positions)
+        end = start + np.uintp(positions)
+        while start < end:
+            length, place = piece(way, start, end)
+            for index in range(length):
+                store(way[0], place + index, (read(x, start + index) - near) * own + shift)
+            send(way, y, start, length)
+            start += length
