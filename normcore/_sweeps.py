@@ -29,6 +29,7 @@ from normcore._compiled import (
     store,
     values_at,
 )
+from normcore._far_output import arrive, piece, send, way_to
 
 _BLOCK = 1024
 _NEAR = 64
@@ -62,6 +63,7 @@ def standardize_groups(
     x, y = values_at(kind, x, values_in(sizes)), values_at(kind, y, values_in(sizes))
     count = parameters_in(sizes, per)
     weight, bias = parameters_at(kind, weight, count), parameters_at(kind, bias, count)
+    way = way_to(y, channels * positions)
     for group in range(start, stop):
         sample = group // groups
         index = group - sample * groups
@@ -70,7 +72,8 @@ def standardize_groups(
         if has_output:
             for row in range(sample * rows, (sample + 1) * rows):
                 affine = row // per * groups + index
-                _standardize_cell(x, y, weight, bias, by, group, row * groups + index, affine, sizes)
+                _standardize_cell(x, y, way, weight, bias, by, group, row * groups + index, affine, sizes)
+    arrive(way)
 
 
 @compiled
@@ -82,10 +85,12 @@ def standardize_vectors(
     x, y = values_at(kind, x, values_in(sizes)), values_at(kind, y, values_in(sizes))
     count = parameters_in(sizes, per)
     weight, bias = parameters_at(kind, weight, count), parameters_at(kind, bias, count)
+    way = way_to(y, y.size)
     for row in range(start, stop):
         group, affine = row // rows * groups, row // per * groups
         for index in range(groups):
-            _standardize_cell(x, y, weight, bias, by, group + index, row * groups + index, affine + index, sizes)
+            _standardize_cell(x, y, way, weight, bias, by, group + index, row * groups + index, affine + index, sizes)
+    arrive(way)
 
 
 @inlined
@@ -179,18 +184,25 @@ def standardize_cells(
     """The output (x - center) * scale + shift, from row to row; `terms` are those of (3, segments, channels)."""
     count = segment * terms.shape[1] * terms.shape[2] * positions
     x, y = values_at(kind, x, count), values_at(kind, y, count)
+    way = way_to(y, y.size)
     for row in range(start, stop):
         for channel in range(terms.shape[2]):
-            standardize_channel(x, y, terms, row // segment, row, channel, positions)
+            standardize_channel(x, y, way, terms, row // segment, row, channel, positions)
+    arrive(way)
 
 
 @fused
-def standardize_channel(x: Any, y: Any, terms: Any, own: int, row: int, channel: int, positions: int) -> None:
+def standardize_channel(x: Any, y: Any, way: Any, terms: Any, own: int, row: int, channel: int, positions: int) -> None:
     """The same for a channel of a row, by the terms of its own segment."""
     center, scale, shift = terms[0, own, channel], terms[1, own, channel], terms[2, own, channel]
-    first = np.uintp((row * terms.shape[2] + channel) * positions)
-    for index in range(first, first + np.uintp(positions)):
-        store(y, index, (read(x, index) - center) * scale + shift)
+    at = np.uintp((row * terms.shape[2] + channel) * positions)
+    end = at + np.uintp(positions)
+    while at < end:
+        length, place = piece(way, at, end)
+        for index in range(length):
+            store(way[0], place + index, (read(x, at + index) - center) * scale + shift)
+        send(way, y, at, length)
+        at += length
 
 
 @compiled
@@ -300,7 +312,7 @@ def _block_sums(x: Any, start: Any, length: int, center: Any) -> Any:
 
 @fused
 def _standardize_cell(
-    x: Any, y: Any, weight: Any, bias: Any, by: Any, group: int, cell: int, affine: int, sizes: Any
+    x: Any, y: Any, way: Any, weight: Any, bias: Any, by: Any, group: int, cell: int, affine: int, sizes: Any
 ) -> None:
     _, _, _, channels, positions = sizes
     affine *= channels
@@ -310,13 +322,23 @@ def _standardize_cell(
     if positions == 1:
         near, own, rest = as_read(x, center), as_read(x, invstd), as_read(x, -offset * invstd)
         first = np.uintp(affine)
-        for index in range(start, start + np.uintp(channels)):
-            value = (read(x, index) - near) * own + rest
-            store(y, index, value * weight[first + (index - start)] + bias[first + (index - start)])
+        end = start + np.uintp(channels)
+        while start < end:
+            length, place = piece(way, start, end)
+            for index in range(length):
+                value = (read(x, start + index) - near) * own + rest
+                store(way[0], place + index, value * weight[first + index] + bias[first + index])
+            send(way, y, start, length)
+            start += length
+            first += length
         return
     for channel in range(channels):
         scale = invstd * weight[affine + channel]
         near, own, shift = as_read(x, center), as_read(x, scale), as_read(x, bias[affine + channel] - offset * scale)
-        for index in range(start, start + np.uintp(positions)):
-            store(y, index, (read(x, index) - near) * own + shift)
-        start += np.uintp(positions)
+        end = start + np.uintp(positions)
+        while start < end:
+            length, place = piece(way, start, end)
+            for index in range(length):
+                store(way[0], place + index, (read(x, start + index) - near) * own + shift)
+            send(way, y, start, length)
+            start += length

@@ -229,3 +229,15 @@ def test_no_gradient_is_made_unasked() -> None:
 def test_grad_output_of_another_shape_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"grad_output: expected shape \(4, 3\), .* received shape \(4, 2\)"):
         batch_norm(_randn(4, 3), training=True, grad_output=_randn(4, 2))
+
+
+@formats
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e6])
+def test_gradient_of_weight_is_accurate_where_gradient_of_output_is_nearly_constant(
+    mean: float, memory_format: torch.memory_format
+) -> None:
+    input = (_randn(24, 16, 20, 20) + mean).float().to(memory_format=memory_format)
+    grad_output = (1 + 1e-3 * _randn(24, 16, 20, 20, seed=1)).float()
+    result = batch_norm(input, None, None, torch.ones(16), training=True, grad_output=grad_output)
+    expected = _exact(input, grad_output, torch.ones(16), eps=1e-5)[1]
+    assert np.abs(oracle.exact(_gradients(result)[1]) - expected).max() <= 3e-7 * np.abs(expected).max()
