@@ -39,7 +39,7 @@ def gradient_of_samples(
         gamma = weight[affine : affine + width]
         copy(by, sample * groups, own_by, 0, groups)
         fill_centers(own_by, center, own, rows)
-        sum_columns(x[first:last], grad[first:last], None, None, center, found, parts, 0, 1)
+        sum_columns(x[first:last], grad[first:last], out[first:last], None, center, found, parts, 0, 1)
         join_sums(found, joined, 1)
         settle_sums(joined, own_by, own, rows)
         means[:] = 0.0
