@@ -42,7 +42,7 @@ def gradient_of_samples(
         gamma = weight[affine : affine + width]
         copy(by, sample * groups, own_by, 0, groups)
         fill_centers(own_by, center, own, rows)
-        sum_columns(kind, x[first:last], grad[first:last], None, None, center, found, parts, 0, 1)
+        sum_columns(kind, x[first:last], grad[first:last], out[first:last], None, center, found, parts, 0, 1)
         own_sums = fill_gradient_terms(kind, found, gamma, own_by, terms, own, rows, rows, has_mean)
         for row in range(2):
             for column in range(width):

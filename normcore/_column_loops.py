@@ -19,8 +19,9 @@ def add_rows(
 ) -> None:
     """Four rows together share what is loaded and stored of their columns.
 
-    Several rows that are read in turn are not fetched from memory ahead of the loop: it asks for the next ones itself,
-    in their order, a few with each block of columns.
+    With `scale`, `grad` times it goes into `out`. Several rows that are read in turn are not fetched from memory ahead
+    of the loop: it asks for the next ones itself, in their order, a few with each block of columns; and for those of
+    `out`, even where something else is to be written there.
     """
     width = np.uintp(center.size)
     whole = width - width % _BLOCK
@@ -39,7 +40,7 @@ def add_rows(
             e = a if grad is None else load(grad, start + column)
             total[column] += e
             products[column] += e * a
-            if out is not None:
+            if scale is not None:
                 store(out, start + column, read(grad, start + column) * scale[column])
         start += width
         rest -= center.size
@@ -70,10 +71,11 @@ def combine_rows(
 
 @inlined
 def _fetch_rows(x: Any, grad: Any, out: Any, start: Any, columns: Any) -> None:
-    if grad is not None:
+    if grad is not None or out is not None:
         for index in range(start, start + columns + columns + columns + columns, np.uintp(_LINE // x.itemsize)):
             fetch(x, index)
-            fetch(grad, index)
+            if grad is not None:
+                fetch(grad, index)
             if out is not None:
                 fetch_to_store(out, index)
 
@@ -103,7 +105,7 @@ def _add_block(
             e, f, g, h = load(grad, first), load(grad, second), load(grad, third), load(grad, fourth)
             total[column] += (e + f) + (g + h)
             products[column] += (e * a + f * b) + (g * c + h * d)
-        if out is not None:
+        if scale is not None:
             store(out, first, read(grad, first) * scale[column])
             store(out, second, read(grad, second) * scale[column])
             store(out, third, read(grad, third) * scale[column])

@@ -80,13 +80,21 @@ def _sweep_in_turn(
 ) -> None:
     """Standardize the sample before one, and make the sums of that; `place` is (sample, elements of one, of a turn)."""
     sample, size, step = place
+    at = np.uintp(sample * size)
     sums[:] = 0.0
-    for first in range(sample * size, (sample + 1) * size, step):
-        length = min(step, (sample + 1) * size - first)
+    if step >= size:
         if has_sums:
-            add_rows(x, None, None, np.uintp(first), length, center[0], None, sums[0, 0], sums[0, 1])
+            add_rows(x, None, y, at, size, center[0], None, sums[0, 0], sums[0, 1])
         if has_output:
-            scale_rows(x, y, np.uintp(first - size), length, terms[0, 0], terms[1, 0], terms[2, 0])
+            scale_rows(x, y, at - np.uintp(size), size, terms[0, 0], terms[1, 0], terms[2, 0])
+        return
+    for first in range(0, size, step):
+        length = min(step, size - first)
+        if has_sums:
+            add_rows(x, None, None, at, length, center[0], None, sums[0, 0], sums[0, 1])
+        if has_output:
+            scale_rows(x, y, at - np.uintp(size), length, terms[0, 0], terms[1, 0], terms[2, 0])
+        at += np.uintp(step)
 
 
 @compiled
@@ -95,8 +103,8 @@ def sum_columns(
 ) -> None:
     """Sums of deviations from `center` (P, W) and of their squares, into `sums` (parts of all, 2, W).
 
-    With `grad`, sums of it and of its products with the deviations. With `out`, `grad` times the scales, which are the
-    second of the `terms`, goes there.
+    With `grad`, sums of it and of its products with the deviations. With `terms`, `grad` times the second of them, the
+    scales, goes into `out`; without, `out` is fetched into the cache.
     """
     blocks, size, elements = parts
     count = elements * len(center)
@@ -104,7 +112,7 @@ def sum_columns(
     for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
         at, length = np.uintp(own * elements + first), min(size, elements - first)
-        scale = None if out is None else terms[1, own]
+        scale = None if terms is None else terms[1, own]
         sums[part] = 0.0
         add_rows(x, grad, target, at, length, center[own], scale, sums[part, 0], sums[part, 1])
 
