@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normcore._checks import check_rank
+from normcore._checks import check_dense, check_rank
 from normcore._precision import accumulation_dtype
 from normcore.errors import DtypeError, ParameterError, ShapeError
 from normcore.normalization.batch_norm import BATCH_NORM, TRAINING_PARAMETERS, normalize_batch
@@ -196,8 +196,9 @@ def _check_shards(name: str, shards: Sequence[Tensor]) -> tuple[int, ...]:
     if not shards:
         raise ShapeError(name, expected="one shard or more", received="none")
     first = shards[0]
-    check_rank(f"{name}[0]", first, minimum=2)
     for index, shard in enumerate(shards):
+        check_dense(f"{name}[{index}]", shard)
+        check_rank(f"{name}[{index}]", shard, minimum=2)
         if shard.dtype != first.dtype:
             expected, received = (str(term.dtype).removeprefix("torch.") for term in (first, shard))
             raise DtypeError(f"{name}[{index}]", expected=f"{expected}, as the first", received=received)
@@ -250,6 +251,7 @@ def _of_joined(
 
 
 def _check_sizes(shard_sizes: Tensor, *, samples: int) -> list[int]:
+    check_dense("shard_sizes", shard_sizes)
     if shard_sizes.dtype != torch.int64:
         received = str(shard_sizes.dtype).removeprefix("torch.")
         raise DtypeError("shard_sizes", expected="int64", received=received)
