@@ -20,13 +20,26 @@ _INTEGERS = re.compile(r"\s*[+-]?[0-9]{1,18}\s*(,\s*[+-]?[0-9]{1,18}\s*)*")
 
 
 def check_floating(argument: str, tensor: Tensor) -> None:
-    """Refuse everything but float16, bfloat16, float32 and float64."""
-    if tensor.dtype not in _FLOATING:
+    """Refuse everything but tensors of float16, bfloat16, float32 and float64."""
+    if getattr(tensor, "dtype", None) not in _FLOATING:
+        check_dense(argument, tensor)
         expected = "float16, bfloat16, float32 or float64"
         raise DtypeError(argument, expected=expected, received=_dtype_name(tensor))
 
 
+def check_dense(argument: str, tensor: Tensor) -> None:
+    """Refuse what is no tensor, and a tensor of another layout than strides."""
+    if not isinstance(tensor, Tensor):
+        raise DtypeError(argument, expected="a tensor", received=shown(type(tensor).__name__))
+    if tensor.layout is not torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        raise DtypeError(argument, expected="a dense tensor", received=f"one of layout {layout}")
+
+
 def check_rank(argument: str, tensor: Tensor, *, minimum: int) -> None:
+    """Refuse too few dimensions, and tensors that are not dense."""
+    if tensor.layout is not torch.strided:
+        check_dense(argument, tensor)
     if tensor.ndim < minimum:
         expected = f"at least {minimum} dimensions"
         raise ShapeError(argument, expected=expected, received=f"shape {tuple(tensor.shape)}")
@@ -76,6 +89,7 @@ def check_shape(argument: str, tensor: Tensor, shape: Sequence[int], *, meaning:
 
 def check_mask(argument: str, mask: Tensor, shape: Sequence[int], *, meaning: str) -> None:
     """Refuse what is not bool, or does not broadcast to a shape, whose meaning the message gives."""
+    check_dense(argument, mask)
     if mask.dtype != torch.bool:
         raise DtypeError(argument, expected="bool", received=_dtype_name(mask))
     sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
@@ -84,8 +98,9 @@ def check_mask(argument: str, mask: Tensor, shape: Sequence[int], *, meaning: st
         raise ShapeError(argument, expected=expected, received=f"shape {tuple(mask.shape)}")
 
 
-def check_out(argument: str, out: Tensor, like: Tensor) -> None:
+def check_out(argument: str, out: Tensor, like: Tensor, *others: Tensor | None) -> None:
     """Refuse a tensor that cannot take the output for an input: another kind of one, or one of the same memory."""
+    check_dense(argument, out)
     if out.dtype != like.dtype or out.device != like.device:
         expected, received = f"{_dtype_name(like)} on {like.device}", f"{_dtype_name(out)} on {out.device}"
         raise DtypeError(argument, expected=expected, received=received)
@@ -93,12 +108,16 @@ def check_out(argument: str, out: Tensor, like: Tensor) -> None:
         expected = f"shape {tuple(like.shape)} in the memory format of the input"
         received = f"shape {tuple(out.shape)} with strides {out.stride()}"
         raise ShapeError(argument, expected=expected, received=received)
-    if out.requires_grad or (torch.is_grad_enabled() and like.requires_grad):
+    operands = [like, *(other for other in others if other is not None)]
+    if out.requires_grad or (torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)):
         raise ParameterError(argument, expected="no gradients to be recorded", received="a tensor that requires them")
     if out.is_neg():
         raise ParameterError(argument, expected="values as they stand in memory", received="a view that negates them")
-    if out.untyped_storage().data_ptr() == like.untyped_storage().data_ptr():
-        raise ParameterError(argument, expected="memory of its own", received="that of the input")
+    place = out.untyped_storage().data_ptr()
+    shared = [0 != place == operand.untyped_storage().data_ptr() for operand in operands]
+    if any(shared):
+        received = "that of the input" if shared[0] else "that of another argument"
+        raise ParameterError(argument, expected="memory of its own", received=received)
 
 
 def check_per_channel(argument: str, tensor: Tensor, *, num_features: int) -> None:
@@ -138,6 +157,7 @@ def check_counts(argument: str, counts: Tensor) -> None:
 
 def check_batch_count(argument: str, count: Tensor) -> None:
     """Refuse what is not a single whole number >= 0; a whole number held in a floating tensor is taken."""
+    check_dense(argument, count)
     if count.dtype == torch.bool or count.is_complex():
         raise DtypeError(argument, expected="an integer", received=_dtype_name(count))
     if count.numel() != 1:

@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor
 
 from normcore._checks import check_out
-from normcore._precision import accumulation_dtype
 from normcore.errors import ParameterError, StatisticsError
 from normcore.normalization.batch_options import NAN_POLICIES, BatchOptions
 from normcore.normalization.batch_result import BatchNormResult
@@ -98,9 +97,10 @@ def batch_norm(
     view.check_grad_output(grad_output)
     running = view.running(running_mean, running_var, num_batches_tracked, allow_negative_var=allow_negative_var)
     if out is not None:
-        check_out("out", out, input)
+        check_out("out", out, input, weight, bias, grad_output)
     if inverse:
         _check_invertible(weight, grad_output, out, training=training)
+        options.check_values(input, None)
         return BatchNormResult(_inverse(view, running, *view.affine(weight, bias), eps=eps))
     counted = view.mask(mask)
     return normalize_batch(view, weight, bias, running, options, grad_output=grad_output, counted=counted, out=out)
@@ -162,12 +162,10 @@ def _inverse(
     scale = (var.double() + eps).sqrt()
     if weight is not None:
         scale = scale / weight.double()
-    # Without the mean between, as in the way forth: what is added last is rounded once.
-    dtype = accumulation_dtype(view.input.dtype)
-    values = view.input.to(dtype)
+    values = view.input.double()
     if bias is not None:
-        values = values - bias.to(dtype)
-    return (values * scale.to(dtype) + mean.to(dtype)).to(view.input.dtype)
+        values = values - bias
+    return (values * scale + mean).to(view.input.dtype)
 
 
 BATCH_NORM = Method(

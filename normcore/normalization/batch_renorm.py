@@ -112,7 +112,7 @@ def batch_renorm(
     view.check_grad_output(grad_output)
     running = view.running(running_mean, running_var, None)
     if out is not None:
-        check_out("out", out, input)
+        check_out("out", out, input, weight, bias, grad_output)
     if running is None:
         raise StatisticsError("running_mean", expected="running statistics", received="none")
     if not training or view.counted(counted) == 0:

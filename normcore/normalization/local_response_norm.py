@@ -111,7 +111,7 @@ def local_response_norm(
     if out is None:
         output: Tensor = _LocalResponse.apply(input, response)  # type: ignore[no-untyped-call]  # torch's has no types
     else:
-        check_out("out", out, input)
+        check_out("out", out, input, grad_output)
         output = _response(input, response, out)
     if grad_output is None:
         return LocalResponseNormResult(output)

@@ -88,7 +88,7 @@ def lp_norm(
     norm = Norm(_order(p), (check_axis("axis", axis, rank=input.ndim),), eps)
     _check_bound(eps, input)
     if out is not None:
-        check_out("out", out, input)
+        check_out("out", out, input, grad_output)
     output, norms = norm.divide(input, out=out)
     if grad_output is None:
         return LpNormResult(output, norms, None, eps)

@@ -105,7 +105,7 @@ def mean_variance_norm(
     if grad_output is not None:
         check_shape("grad_output", grad_output, input.shape, meaning="that of the input")
     if out is not None:
-        check_out("out", out, input)
+        check_out("out", out, input, grad_output)
     if input.numel() == 0:
         return MeanVarianceNormResult(input.clone(), grad_input=None if grad_output is None else grad_output.clone())
     by = _statistics(input, reduced, eps=eps)

@@ -126,7 +126,7 @@ class Operands(NamedTuple):
         if mask is not None:
             check_mask("mask", mask, input.shape, meaning="the input's")
         if out is not None:
-            check_out("out", out, input)
+            check_out("out", out, input, weight, bias, grad_output)
         return cls(input, weight, bias, grad_output, mask, out, groups)
 
     def standardize(

@@ -139,7 +139,9 @@ def _power_of_two(values: Tensor) -> float:
 def _largest(
     matrix: Tensor, u: Tensor | None, v: Tensor | None, *, iterations: int, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _decomposed(matrix) if exact else _iterated(matrix, u, v, iterations=iterations)
+    # Products in half precision would end the iteration three digits early.
+    with torch.autocast(matrix.device.type, enabled=False):
+        return _decomposed(matrix) if exact else _iterated(matrix, u, v, iterations=iterations)
 
 
 def _checked_state(

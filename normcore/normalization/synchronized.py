@@ -29,11 +29,12 @@ from normcore.normalization.kernel import (
 from normcore.statistics.moments import Moments
 
 
-def shard_statistics(shard: Tensor, *, channel_axis: int = 1) -> Moments:
+def shard_statistics(shard: Tensor, mask: Tensor | None = None, *, channel_axis: int = 1) -> Moments:
     """Moments of one shard: what a worker sends to all others in the forward.
 
     Args:
         shard: (n, C, *), floating; it may be empty.
+        mask: bool, true where a position counts; broadcasts to the shard's shape without the channel axis.
         channel_axis: axis of the channels, from the back where negative.
 
     Returns:
@@ -44,10 +45,11 @@ def shard_statistics(shard: Tensor, *, channel_axis: int = 1) -> Moments:
     tensor([2.], dtype=torch.float64)
     """
     view = BatchView.of(shard, channel_axis=channel_axis)
-    if shard.numel() == 0:
-        return Moments.of(shard, channel_axis=channel_axis)
+    counted = view.mask(mask)
+    if shard.numel() == 0 or (counted is not None and not bool(counted.any())):
+        return Moments.none(view.num_features, device=shard.device)
     # Moments know no eps; any will do.
-    return view.moments(own_statistics(shard, axes=view.axes, eps=1.0))
+    return view.moments(own_statistics(shard, axes=view.axes, eps=1.0, mask=counted))
 
 
 def standardize_shard(
@@ -89,6 +91,7 @@ def shard_gradient_sums(
     shard: Tensor,
     batch: Moments,
     weight: Tensor | None = None,
+    mask: Tensor | None = None,
     *,
     eps: float = 1e-5,
     channel_axis: int = 1,
@@ -102,6 +105,7 @@ def shard_gradient_sums(
         shard: (n, C, *).
         batch: moments of all shards, merged.
         weight: (C,), or (n, C) or the shard's shape for those of each sample or value.
+        mask: that of the forward.
         eps: that of the forward.
         channel_axis: that of the forward.
 
@@ -115,7 +119,7 @@ def shard_gradient_sums(
     """
     view = BatchView.of(shard, channel_axis=channel_axis)
     view.check_grad_output(grad_output)
-    by = merged_statistics(view, batch, eps=eps)
+    by = merged_statistics(view, batch, eps=eps, mask=mask)
     front, _ = view.affine(weight, None)
     affine_shape = tuple(by.center.shape if front is None else front.shape)
     sums = gradient_sums(grad_output, shard, front, by, affine_shape=affine_shape)
@@ -129,6 +133,7 @@ def shard_gradient(
     shard: Tensor,
     batch: Moments,
     weight: Tensor | None = None,
+    mask: Tensor | None = None,
     *,
     total: Tensor,
     dot: Tensor,
@@ -144,6 +149,7 @@ def shard_gradient(
         shard: (n, C, *).
         batch: moments of all shards, merged.
         weight: (C,), or (n, C) or the shard's shape for those of each sample or value.
+        mask: that of the forward.
         total: (C,), that of `shard_gradient_sums` summed over all shards.
         dot: (C,), the same.
         eps: that of the forward.
@@ -163,10 +169,10 @@ def shard_gradient(
     view.check_grad_output(grad_output)
     front, _ = view.affine(weight, None)
     sums = GradientSums(view.in_front(total), view.in_front(dot), total, total)
-    return input_gradient(grad_output, shard, front, merged_statistics(view, batch, eps=eps), sums)
+    return input_gradient(grad_output, shard, front, merged_statistics(view, batch, eps=eps, mask=mask), sums)
 
 
-def merged_statistics(view: BatchView, batch: Moments, *, eps: float) -> Statistics:
+def merged_statistics(view: BatchView, batch: Moments, *, eps: float, mask: Tensor | None = None) -> Statistics:
     """What a shard is standardized with, by the moments of the whole batch."""
     check_eps("eps", eps, is_zero_allowed=False)
     if batch.count.shape != (view.num_features,):
@@ -177,4 +183,4 @@ def merged_statistics(view: BatchView, batch: Moments, *, eps: float) -> Statist
         raise StatisticsError("batch", expected=expected, received=f"{int(batch.count.min())}")
     mean, var, count = (view.in_front(term) for term in (batch.mean, batch.var(), batch.count))
     table = Statistics.table_of(mean, torch.zeros_like(mean), var, invstd_of(var, eps=eps))
-    return Statistics(table, eps, view.axes, count)
+    return Statistics(table, eps, view.axes, count, view.mask(mask))

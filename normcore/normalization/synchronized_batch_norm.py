@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normcore._checks import check_rank
+from normcore._checks import check_dense, check_rank
 from normcore._precision import accumulation_dtype
 from normcore.errors import DtypeError, ParameterError, ShapeError
 from normcore.normalization.batch_norm import BATCH_NORM, TRAINING_PARAMETERS, normalize_batch
@@ -56,6 +56,7 @@ def synchronized_batch_norm(
     bias: Tensor | None = None,
     *,
     grad_outputs: Sequence[Tensor] | None = None,
+    masks: Sequence[Tensor] | None = None,
     num_batches_tracked: Tensor | None = None,
     training: bool = False,
     momentum: Momentum = "default",
@@ -79,6 +80,8 @@ def synchronized_batch_norm(
         weight: (C,), or (N, C) for weights of each sample of all shards.
         bias: the weight's shape.
         grad_outputs: gradient of each shard's output.
+        masks: bool for each shard, true where a position counts in the statistics; broadcasts to the shard's shape
+            without the channel axis.
         num_batches_tracked: batches so far, a single value.
         training: whether the statistics are the batch's own.
         momentum: as in `batch_norm`.
@@ -112,15 +115,18 @@ def synchronized_batch_norm(
         raise ParameterError("channel_axis", expected="another axis than that of the samples, 0", received="0")
     options = BatchOptions(training, eps, nan_policy, momentum, convention)
     running = joined.running(running_mean, running_var, num_batches_tracked)
-    if not training or joined.counted(None) == 0:
+    own_masks = _check_masks(masks, shards, channel_axis=joined.channel_axis)
+    mask = None if masks is None else torch.cat([own for own in own_masks if own is not None])
+    counted = joined.mask(mask)
+    if not training or joined.counted(counted) == 0:
         grad_output = None if grad_outputs is None else torch.cat(list(grad_outputs))
         joined.check_grad_output(grad_output)
-        whole = normalize_batch(joined, weight, bias, running, options, grad_output=grad_output, counted=None)
+        whole = normalize_batch(joined, weight, bias, running, options, grad_output=grad_output, counted=counted)
         return SynchronizedBatchNormResult.extending(whole, shard_sizes=sizes)
-    options.check_values(joined.input, None)
+    options.check_values(joined.input, counted)
     affine = joined.affine(weight, bias)
-    sharded = _Sharded.of(shards, weight, bias, eps=eps, channel_axis=joined.channel_axis)
-    found = Standardized(sharded.output(), merged_statistics(joined, sharded.batch, eps=eps))
+    sharded = _Sharded.of(shards, weight, bias, own_masks, eps=eps, channel_axis=joined.channel_axis)
+    found = Standardized(sharded.output(), merged_statistics(joined, sharded.batch, eps=eps, mask=mask))
     batch, updated = sharded.batch, None
     if running is not None:
         updated = options.updated(running, mean=batch.mean, m2=batch.m2, count=batch.count)
@@ -137,24 +143,34 @@ def synchronized_batch_norm(
 
 @dataclass(frozen=True, slots=True)
 class _Sharded:
-    """What the workers of all shards have in common, and the weight and bias of each."""
+    """What the workers of all shards have in common, and the weight, bias and mask of each."""
 
     shards: Sequence[Tensor]
     weights: Sequence[Tensor | None]
     biases: Sequence[Tensor | None]
+    masks: Sequence[Tensor | None]
     batch: Moments
     eps: float
     channel_axis: int
 
     @classmethod
     def of(
-        cls, shards: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, *, eps: float, channel_axis: int
+        cls,
+        shards: Sequence[Tensor],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        masks: Sequence[Tensor | None],
+        *,
+        eps: float,
+        channel_axis: int,
     ) -> "_Sharded":
         if weight is None and bias is not None and bias.ndim > 1:
             weight = torch.ones_like(bias)  # its gradient has the bias's shape
         weights, biases = (_of_each(term, shards) for term in (weight, bias))
-        first, *others = (shard_statistics(shard, channel_axis=channel_axis) for shard in shards)
-        return cls(shards, weights, biases, first.merge(*others), eps, channel_axis)
+        first, *others = (
+            shard_statistics(shard, mask, channel_axis=channel_axis) for shard, mask in zip(shards, masks, strict=True)
+        )
+        return cls(shards, weights, biases, masks, first.merge(*others), eps, channel_axis)
 
     def output(self) -> Tensor:
         outputs = (
@@ -166,12 +182,15 @@ class _Sharded:
     def gradients(self, grad_outputs: Sequence[Tensor]) -> Gradients:
         """Sums of every shard, and from those of all the gradient of each."""
         options: dict[str, Any] = {"eps": self.eps, "channel_axis": self.channel_axis}
-        operands = list(zip(grad_outputs, self.shards, self.weights, strict=True))
-        sums = [shard_gradient_sums(grad, shard, self.batch, weight, **options) for grad, shard, weight in operands]
+        operands = list(zip(grad_outputs, self.shards, self.weights, self.masks, strict=True))
+        sums = [
+            shard_gradient_sums(grad, shard, self.batch, weight, mask, **options)
+            for grad, shard, weight, mask in operands
+        ]
         total, dot = _sum(own.total for own in sums), _sum(own.dot for own in sums)
         of_inputs = [
-            shard_gradient(grad, shard, self.batch, weight, total=total, dot=dot, **options)
-            for grad, shard, weight in operands
+            shard_gradient(grad, shard, self.batch, weight, mask, total=total, dot=dot, **options)
+            for grad, shard, weight, mask in operands
         ]
         dtype = accumulation_dtype(self.shards[0].dtype)
         is_per_sample = self.weights[0] is not None and self.weights[0].ndim > 1
@@ -196,8 +215,9 @@ def _check_shards(name: str, shards: Sequence[Tensor]) -> tuple[int, ...]:
     if not shards:
         raise ShapeError(name, expected="one shard or more", received="none")
     first = shards[0]
-    check_rank(f"{name}[0]", first, minimum=2)
     for index, shard in enumerate(shards):
+        check_dense(f"{name}[{index}]", shard)
+        check_rank(f"{name}[{index}]", shard, minimum=2)
         if shard.dtype != first.dtype:
             expected, received = (str(term.dtype).removeprefix("torch.") for term in (first, shard))
             raise DtypeError(f"{name}[{index}]", expected=f"{expected}, as the first", received=received)
@@ -207,49 +227,48 @@ def _check_shards(name: str, shards: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(len(shard) for shard in shards)
 
 
+def _check_masks(
+    masks: Sequence[Tensor] | None, shards: Sequence[Tensor], *, channel_axis: int
+) -> Sequence[Tensor | None]:
+    """The mask of each shard in the shard's shape without the channel axis."""
+    if masks is None:
+        return [None] * len(shards)
+    if len(masks) != len(shards):
+        raise ShapeError("masks", expected=f"{len(shards)}, one of each shard", received=f"{len(masks)}")
+    views = [BatchView(shard, channel_axis) for shard in shards]
+    own = (view.mask(mask) for view, mask in zip(views, masks, strict=True))
+    return [None if mask is None else mask.squeeze(channel_axis) for mask in own]
+
+
 def _split(tensor: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     return torch.split(tensor, list(sizes))
 
 
 def _of_joined(
     input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
     *,
     shard_sizes: Tensor,
     grad_output: Tensor | None = None,
-    num_batches_tracked: Tensor | None = None,
-    training: bool = False,
-    momentum: Momentum = "default",
-    eps: float = 1e-5,
-    convention: str = "torch",
+    mask: Tensor | None = None,
     channel_axis: int = 1,
-    nan_policy: str = "propagate",
+    **others: Any,
 ) -> SynchronizedBatchNormResult:
     """The method: one tensor, and the sizes to split its axis 0 into."""
     view = BatchView.of(input, channel_axis=channel_axis)
     view.check_grad_output(grad_output)
     sizes = _check_sizes(shard_sizes, samples=len(input))
+    counted = view.mask(mask)
     return synchronized_batch_norm(
         _split(input, sizes),
-        running_mean,
-        running_var,
-        weight,
-        bias,
         grad_outputs=None if grad_output is None else _split(grad_output, sizes),
-        num_batches_tracked=num_batches_tracked,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        convention=convention,
+        masks=None if counted is None else _split(counted.squeeze(view.channel_axis), sizes),
         channel_axis=channel_axis,
-        nan_policy=nan_policy,
+        **others,
     )
 
 
 def _check_sizes(shard_sizes: Tensor, *, samples: int) -> list[int]:
+    check_dense("shard_sizes", shard_sizes)
     if shard_sizes.dtype != torch.int64:
         received = str(shard_sizes.dtype).removeprefix("torch.")
         raise DtypeError("shard_sizes", expected="int64", received=received)
@@ -265,14 +284,13 @@ def _check_sizes(shard_sizes: Tensor, *, samples: int) -> list[int]:
 
 
 _SHARD_SIZES = TensorArgument("shard_sizes", "INT64, samples of each shard; 0 is one", "(S,)", is_required=True)
-_TENSORS = [tensor for tensor in BATCH_NORM.tensors if tensor.name != "mask"]
 
 SYNCHRONIZED_BATCH_NORM = Method(
     name="synchronized_batch_norm",
     summary="Batch norm of shards by the merged statistics of all, as distributed workers compute it.",
     formula="y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var merged from count, mean and m2 of shards",
     source="Chan, Golub and LeVeque 1979 for the merge; torch.nn.SyncBatchNorm",
-    tensors=(*_TENSORS, _SHARD_SIZES),
+    tensors=(*BATCH_NORM.tensors, _SHARD_SIZES),
     parameters=TRAINING_PARAMETERS,
     outputs=BATCH_NORM.outputs,
     function=_of_joined,

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from normcore import _checks as checks
 from normcore.errors import ArgumentError, DtypeError, ParameterError, ShapeError, StatisticsError
+from normcore.normalization import synchronized_batch_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -65,6 +67,36 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[ArgumentError], str]] = {
         lambda: checks.check_shape("grad_output", torch.zeros(3), (2, 3), meaning="that of the output"),
         ShapeError,
         r"grad_output: expected shape \(2, 3\), that of the output, received shape \(3,\)",
+    ),
+    "an array for a tensor": (
+        lambda: checks.check_floating("input", np.zeros(1, np.float32)),  # type: ignore[arg-type]  # what callers try
+        DtypeError,
+        "input: expected a tensor, received 'ndarray'",
+    ),
+    "a number for a mask": (
+        lambda: checks.check_mask("mask", True, (2,), meaning="the input's"),  # type: ignore[arg-type]  # the same
+        DtypeError,
+        "mask: expected a tensor, received 'bool'",
+    ),
+    "a number for a count": (
+        lambda: checks.check_batch_count("num_batches_tracked", 3),  # type: ignore[arg-type]  # the same
+        DtypeError,
+        "num_batches_tracked: expected a tensor, received 'int'",
+    ),
+    "a list for an output": (
+        lambda: checks.check_out("out", [0.0], torch.zeros(1)),  # type: ignore[arg-type]  # the same
+        DtypeError,
+        "out: expected a tensor, received 'list'",
+    ),
+    "sparse": (
+        lambda: checks.check_rank("input", torch.eye(2).to_sparse(), minimum=2),
+        DtypeError,
+        "input: expected a dense tensor, received one of layout sparse_coo",
+    ),
+    "shards that are none": (
+        lambda: synchronized_batch_norm([[1.0]]),  # type: ignore[list-item]  # the same
+        DtypeError,
+        r"shards\[0\]: expected a tensor, received 'list'",
     ),
     "integer input": (
         lambda: checks.check_floating("input", torch.zeros(1, dtype=torch.int32)),

@@ -44,7 +44,7 @@ VALID: dict[str, dict[str, Any]] = {
     | {
         "grad_output": ramp(4, 3),
         "shard_sizes": of([1, 3], datatype="INT64"),
-        "num_batches_tracked": COUNTED["num_batches_tracked"],
+        **COUNTED,
     },
     "layer_norm": {
         "input": ramp(2, 4, 3),

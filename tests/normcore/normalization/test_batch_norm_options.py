@@ -1,5 +1,6 @@
 """Batch norm's options: masks, policies for what is not finite, parameters per sample, the inverse, findings."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -154,6 +155,21 @@ def test_inverse_is_the_way_back(dtype: torch.dtype, bound: float, memory_format
         assert back.output.is_contiguous(memory_format=memory_format)
         assert float((back.output - input).abs().max()) <= bound
         assert back.mean is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_inverse_is_rounded_once_however_much_cancels(dtype: torch.dtype) -> None:
+    mean, var = torch.tensor([0.5, -100.0, 2e3]), torch.tensor([0.1, 9000.0, 4e6])
+    weight, bias = torch.tensor([0.5, -2.0, 1.5]), torch.tensor([1.0, 0.1, -1.0])
+    output = _randn(400, 3).to(dtype)
+    exact = (output.double() - bias) / weight * (var.double() + 1e-5).sqrt() + mean
+    found = batch_norm(output, mean, var, weight, bias, inverse=True).output
+    assert found.equal(exact.to(dtype))
+
+
+def test_inverse_heeds_the_policy_for_what_is_not_finite() -> None:
+    with pytest.raises(StatisticsError, match=r"input: expected finite values \(nan_policy raise\), received 1 that"):
+        batch_norm(torch.tensor([[1.0, math.nan]]), ZERO[:2], ONE[:2], inverse=True, nan_policy="raise")
 
 
 def test_inverse_is_differentiable() -> None:

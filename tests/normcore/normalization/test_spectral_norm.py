@@ -288,3 +288,12 @@ _EYE = torch.eye(2, 3)
 def test_refusals(call: Callable[[], object], error: type[ArgumentError], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_autocast_rounds_no_product() -> None:
+    weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    expected = spectral_norm(weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = spectral_norm(weight)
+    assert found.output.equal(expected.output)
+    assert found.u.equal(expected.u)

@@ -64,6 +64,37 @@ def test_shards_give_what_their_concatenation_does(
 
 
 @sharded
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_masks_weigh_each_shard_by_what_counts(channel_axis: int, sizes: list[int]) -> None:
+    """The first five samples do not count at all: shards of theirs alone have no statistics of their own."""
+    input, grad_output, weight = _randn(12, 3, 3), _randn(12, 3, 3, seed=1), _randn(3, seed=2)
+    mask = torch.rand(12, 3, generator=torch.Generator().manual_seed(3)) < 0.6
+    mask[:5] = False
+    input[1] = torch.nan
+    options: dict[str, Any] = {"training": True, "channel_axis": channel_axis}
+    expected = batch_norm(input, ZERO, ONE, weight, mask=mask, grad_output=grad_output, **options)
+    parts: dict[str, Any] = {"grad_outputs": torch.split(grad_output, sizes), "masks": torch.split(mask, sizes)}
+    result = synchronized_batch_norm(torch.split(input, sizes), ZERO, ONE, weight, **parts, **options)
+    tensors = {"input": input, "weight": weight, "mask": mask, "shard_sizes": torch.tensor(sizes)}
+    joined = METHODS["synchronized_batch_norm"](tensors, options).outputs["output"]
+    torch.testing.assert_close(joined, result.output, equal_nan=True)
+    for name in NAMES:
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name), equal_nan=True)
+
+
+def test_derivatives_with_masks_are_those_of_the_concatenation() -> None:
+    leaf, mask = _randn(6, 3).requires_grad_(), torch.tensor([True, False, True, True, True, False])
+
+    def function(leaf: Tensor) -> Tensor:
+        masks = torch.split(mask, [1, 5])
+        return synchronized_batch_norm(torch.split(leaf, [1, 5]), training=True, masks=masks).output
+
+    torch.testing.assert_close(function(leaf), batch_norm(leaf, training=True, mask=mask).output)
+    assert torch.autograd.gradcheck(function, leaf)
+    assert torch.autograd.gradgradcheck(function, leaf)
+
+
+@sharded
 @pytest.mark.parametrize("has_weight", [True, False], ids=["weight", "bias alone"])
 @pytest.mark.parametrize("channel_axis", [1, 2])
 def test_parameters_of_each_sample_go_with_their_shard(channel_axis: int, has_weight: bool, sizes: list[int]) -> None:
@@ -216,6 +247,21 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[ArgumentError], str]] = {
         lambda: synchronized_batch_norm(SHARDS, training=True, grad_outputs=[_randn(2, 4), _randn(3, 4)]),
         ShapeError,
         "grad_output",
+    ),
+    "masks of other shards": (
+        lambda: synchronized_batch_norm(SHARDS, training=True, masks=[torch.tensor([True, True])]),
+        ShapeError,
+        "masks: expected 2, one of each shard, received 1",
+    ),
+    "a mask of another shape": (
+        lambda: synchronized_batch_norm(SHARDS, masks=[torch.ones(2, dtype=torch.bool)] * 2),
+        ShapeError,
+        r"mask: expected a shape that broadcasts to \(3,\)",
+    ),
+    "masks that leave one value": (
+        lambda: synchronized_batch_norm(SHARDS, training=True, masks=[torch.tensor([True, False]), torch.zeros(3) > 0]),
+        StatisticsError,
+        "mask: expected more than 1 counted value per channel when training, received 1",
     ),
     "channels along the samples": (
         lambda: synchronized_batch_norm(SHARDS, training=True, channel_axis=0),

@@ -63,7 +63,7 @@ OF_RUNNING = [
 ]
 ALONE: dict[str, dict[str, Any]] = {
     **{method: {"mask": None, "grad_output": None} for method in BATCH_KIN},
-    "synchronized_batch_norm": {"shard_sizes": of([0, 1], datatype="INT64"), "grad_output": None},
+    "synchronized_batch_norm": {"shard_sizes": of([0, 1], datatype="INT64"), "mask": None, "grad_output": None},
 }
 OF_ONE_VALUE = [
     bad(
@@ -74,6 +74,7 @@ OF_ONE_VALUE = [
 OF_MASKS = [
     bad("batch_norm", "mask-of-nothing", STATISTICS, "mask", "more than 1", "0", mask=NONE_COUNT),
     bad("batch_renorm", "mask-of-nothing", STATISTICS, "mask", "more than 1", "0", mask=NONE_COUNT),
+    bad("synchronized_batch_norm", "mask-of-nothing", STATISTICS, "mask", "more than 1", "0", mask=NONE_COUNT),
     bad("ghost_batch_norm", "mask-of-nothing", STATISTICS, "mask", "more than 1", "0", mask=NONE_COUNT),
     bad(
         "ghost_batch_norm",
