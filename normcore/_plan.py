@@ -68,13 +68,21 @@ class Plan:
         box: how its values are seen.
         parameter_dtype: of weight and bias: what outputs are computed in.
         kind: what tells kernels the datatype.
-        front: shape in which parameters broadcast against what is seen.
+        front: shape in which parameters broadcast against what is seen; of those that have one, the first.
+        made_for: what it follows from: datatype, shape, strides, view, and the shapes of parameters.
     """
 
     box: Box
     parameter_dtype: torch.dtype
     kind: Any
     front: tuple[int, ...]
+    made_for: tuple[Any, ...]
+
+    def serves(self, input: Tensor, view: tuple[int, ...] | None, fronts: tuple[tuple[int, ...] | None, ...]) -> bool:
+        """Whether it is the plan for a tensor and parameters, for the axes that it was made for."""
+        dtype, shape, strides, own_view, own_fronts = self.made_for
+        is_same = own_view == view and own_fronts == fronts and dtype is input.dtype
+        return is_same and strides == input.stride() and shape == input.shape and not input.is_neg()
 
     @cached_property
     def itemsize(self) -> int:
@@ -210,6 +218,7 @@ def _cached(
     reduced: tuple[int, ...],
     *parameters: tuple[int, ...] | None,
 ) -> Plan | None:
+    made_for = dtype, shape, strides, view, parameters
     if view is not None and view != shape:
         try:
             strides = torch.empty_strided(shape, strides, device="meta").view(view).stride()
@@ -219,7 +228,7 @@ def _cached(
     box = box_of(shape, strides, reduced, *parameters)
     front = next((own for own in parameters if own is not None), ())
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    return None if box is None else Plan(box, wide, compiled().KINDS[dtype], front)
+    return None if box is None else Plan(box, wide, compiled().KINDS[dtype], front, made_for)
 
 
 @lru_cache(64)

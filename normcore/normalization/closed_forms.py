@@ -22,13 +22,18 @@ import torch
 from torch import Tensor
 
 from normcore._box import Box
+from normcore._plan import Plan
 
 
 class Measured(NamedTuple):
-    """Statistics as compiled kernels have them: float64 rows (5, B * G) of a box."""
+    """Statistics as compiled kernels have them: float64 rows (5, B * G), and the plan of what they are of."""
 
     rows: Any
-    box: Box
+    plan: Plan
+
+    @property
+    def box(self) -> Box:
+        return self.plan.box
 
 
 @dataclass(frozen=True)

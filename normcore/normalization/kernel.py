@@ -61,11 +61,11 @@ def own_statistics(
         return closed_forms.own_statistics(input, axes=axes, eps=eps, has_mean=has_mean, mask=mask)
     if mask is None:
         rows, count = _standardize.measure(values, eps=eps, has_mean=has_mean)
-        return Statistics(Measured(rows, values.box), eps, axes, count, None, has_mean)
+        return Statistics(Measured(rows, values.plan), eps, axes, count, None, has_mean)
     counted = torch.empty_like(values.tensor, dtype=torch.bool).copy_(mask.expand(input.shape))
     rows, counts = _standardize.measure(values, eps=eps, has_mean=has_mean, mask=counted)
     count = values.box.restore_statistics(torch.from_numpy(counts))
-    return Statistics(Measured(rows, values.box), eps, axes, count, mask, has_mean)
+    return Statistics(Measured(rows, values.plan), eps, axes, count, mask, has_mean)
 
 
 def standardize_own(
@@ -89,7 +89,7 @@ def standardize_own(
         return Standardized(_standardized(input, by, weight, bias, out, seen), by)
     output = _target(values, out)
     rows, count, is_done = _standardize.standardize_own(values, output, weight, bias, eps=eps, has_mean=has_mean)
-    by = Statistics(Measured(rows, values.box), eps, axes, count, None, has_mean)
+    by = Statistics(Measured(rows, values.plan), eps, axes, count, None, has_mean)
     return Standardized(output if is_done else _plainly(input, by, weight, bias, out, seen), by)
 
 
@@ -114,8 +114,8 @@ def standardize_given(
     if values is None or output is None or rows is None:
         by = closed_forms.given_statistics(mean.reshape(kept), var.reshape(kept), eps=eps)
         return Standardized(_standardized(input, by, weight, bias, out, seen), by)
-    by = Statistics(Measured(rows, values.box), eps)
     is_done = _standardize.standardize(values, output, weight, bias, rows)
+    by = Statistics(Measured(rows, values.plan), eps)
     return Standardized(output if is_done else _plainly(input, by, weight, bias, out, seen), by)
 
 
@@ -138,7 +138,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; the last two of `affine_shape` and a datatype."""
     front = seen.affine or affine_shape
-    pair, sums = _pair(grad_output, input, by, seen.view, seen.front(weight), front), None
+    pair, sums = _pair(grad_output, input, by, seen.view, front if weight is not None else None, front), None
     if pair is not None:
         of_input = torch.empty_like(input)
         values, grads, rows = pair
@@ -216,7 +216,7 @@ def _frozen_gradient(grad_output: Tensor, input: Tensor, weight: Tensor | None, 
     if isinstance(by.found, Measured):
         rows = by.found.rows.copy()
         rows[:3] = 0.0
-        scales = Statistics(Measured(rows, by.found.box), by.eps)
+        scales = Statistics(Measured(rows, by.found.plan), by.eps)
     else:
         table = by.table.clone()
         table[:3] = 0.0
@@ -266,7 +266,11 @@ def _pair(
     """The input, the gradient of its output in the same layout, and the statistics; None where kernels do not serve."""
     if by.mask is not None or not _holds(input.dtype, grad_output.dtype):
         return None
-    values = operand_of(input, view, _axes_of(input, by, view), *fronts)
+    found = by.found
+    if isinstance(found, Measured) and found.plan.serves(input, view, fronts):
+        values: Operand | None = Operand(input, found.plan)
+    else:
+        values = operand_of(input, view, _axes_of(input, by, view), *fronts)
     if values is None:
         return None
     rows = _standardize.rounded(values, by.rows(values.box))
