@@ -201,8 +201,23 @@ def _add_vector(
     for block in range(0, channels, _BLOCK):
         near, length = np.uintp(block), np.uintp(min(_BLOCK, channels - block))
         found = _add_block(x, grad, at + near, weight, affine + near, few, np.uintp(first) + near, length, terms)
-        total += np.float64(found[0])
-        dot += np.float64(found[1])
+        own_total, own_dot = np.float64(found[0]), np.float64(found[1])
+        if not np.isfinite(own_total + own_dot):
+            own_total, own_dot = _wide_sums(x, grad, at + near, weight, affine + near, length, terms)
+        total += own_total
+        dot += own_dot
+    return total, dot
+
+
+@inlined
+def _wide_sums(x: Any, grad: Any, start: Any, weight: Any, affine: Any, length: Any, terms: Any) -> Any:
+    """The sums of a block where float32 does not hold them."""
+    center, invstd, shift = terms
+    total, dot = 0.0, 0.0
+    for column in range(length):
+        weighted = np.float64(read(grad, start + column)) * weight[affine + column]
+        total += weighted
+        dot += weighted * ((read(x, start + column) - center) * invstd + shift)
     return total, dot
 
 

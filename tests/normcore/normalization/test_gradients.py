@@ -200,3 +200,14 @@ def test_tangents_are_refused_rather_than_lost(function: Callable[[Tensor], obje
             function(dual)
     with forward_ad.dual_level():
         function(values)
+
+
+def test_gradients_of_vectors_whose_sums_are_beyond_float32_are_finite() -> None:
+    generator = torch.Generator().manual_seed(7)
+    input = torch.randn(3, 1024, generator=generator)
+    grad_output = torch.full_like(input, 1e36) * torch.rand(3, 1024, generator=generator)
+    found = layer_norm(input, grad_output=grad_output).grad_input
+    expected = layer_norm(input.double(), grad_output=grad_output.double()).grad_input
+    assert found is not None
+    assert expected is not None
+    assert float((found.double() - expected).abs().max()) <= 2e-6 * float(expected.abs().max())
