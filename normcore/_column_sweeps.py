@@ -17,8 +17,7 @@ from normcore._sweeps import LEAST, MOST, copy, fill_terms, repeat, settle
 _FEW = 16
 # Of a tensor of more bytes than this, a sweep that reads and one that writes take pages in turn: memory is read while
 # it is written. What is smaller stays in a cache, and there longer sweeps are faster.
-_FAR = 2**23
-_FAR_PAGE, _NEAR_PAGE = 2**12, 2**16
+_FAR, _PAGE = 2**23, 2**12
 
 
 @compiled
@@ -45,7 +44,8 @@ def standardize_samples(
     width = groups * channels
     size = rows * width
     own, parts = (1, rows, groups, channels, 1), (1, size, size)
-    step = _step_of(x, wide) if x.size * x.itemsize > _FAR else size
+    # The whole rows in a page, in fours as loops take them together.
+    step = max(1, _PAGE // (4 * wide * x.itemsize)) * 4 * wide if x.size * x.itemsize > _FAR else size
     center = np.full((1, wide), as_computed(x, 0.0))
     wide_center = np.zeros((1, wide))
     sums, joined = np.empty((1, 2, wide)), np.empty((2, 1, width))
@@ -223,10 +223,3 @@ def settle_columns(x: Any, by: Any, center: Any, sums: Any, sizes: Any, eps: flo
             if has_mean:
                 m2 += rows * (distance * distance - own * own)
         settle(x, by, group, origin, mean, m2 / (rows * channels), eps)
-
-
-@inlined
-def _step_of(x: Any, width: int) -> Any:
-    """Elements of the whole rows in a page, in fours where loops take four together."""
-    page = _FAR_PAGE if x.size * x.itemsize > _FAR else _NEAR_PAGE
-    return max(1, page // (4 * width * x.itemsize)) * 4 * width
