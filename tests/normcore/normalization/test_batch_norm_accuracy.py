@@ -156,6 +156,24 @@ def test_counted_values_are_summed_without_losing_digits_to_their_number(memory_
     assert (np.abs(oracle.exact(output) - expected) <= 1e-14 * np.maximum(1, np.abs(expected) / 6)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("deviations", [1.4, 2.0, 9.5, 12.0, 1e3])
+@pytest.mark.parametrize("mean", [0.0, 200.0])
+def test_training_is_accurate_around_first_values_that_are_off(
+    mean: float, deviations: float, dtype: torch.dtype
+) -> None:
+    input = torch.randn(20000, 5, generator=torch.Generator().manual_seed(1)) * 4 + mean
+    input[:16] += 4 * deviations
+    input = input.to(dtype)
+    expected = oracle.batch_norm(input, eps=EPS)
+    result = batch_norm(input, training=True, eps=EPS)
+    assert result.mean is not None
+    assert result.var is not None
+    far = np.maximum(np.abs(expected.mean), np.sqrt(expected.var))
+    assert (np.abs(oracle.exact(result.mean) - expected.mean) <= 1e-7 * far).all()
+    assert np.abs(oracle.exact(result.var) / expected.var - 1).max() <= (1e-7 if dtype == torch.float32 else 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [0.0, 7.0, 0.1, -1e-3, math.pi * 1e4])
 def test_constant_channel_gives_exactly_the_bias(value: float, dtype: torch.dtype) -> None:
