@@ -99,11 +99,8 @@ def check_mask(argument: str, mask: Tensor, shape: Sequence[int], *, meaning: st
 
 
 def check_out(argument: str, out: Tensor, like: Tensor, *others: Tensor | None) -> None:
-    """Refuse a tensor that cannot take the output for an input: another kind of one, or one of an argument's memory."""
+    """Refuse a tensor that cannot take the output for an input: another kind of one, or one of the same memory."""
     check_dense(argument, out)
-    for other in others:
-        if other is not None:
-            _check_apart(argument, out, other)
     if out.dtype != like.dtype or out.device != like.device:
         expected, received = f"{_dtype_name(like)} on {like.device}", f"{_dtype_name(out)} on {out.device}"
         raise DtypeError(argument, expected=expected, received=received)
@@ -111,21 +108,14 @@ def check_out(argument: str, out: Tensor, like: Tensor, *others: Tensor | None) 
         expected = f"shape {tuple(like.shape)} in the memory format of the input"
         received = f"shape {tuple(out.shape)} with strides {out.stride()}"
         raise ShapeError(argument, expected=expected, received=received)
-    if not out.numel():
-        return
-    if out.requires_grad or (torch.is_grad_enabled() and like.requires_grad):
+    operands = [like, *(other for other in others if other is not None)]
+    if out.requires_grad or (torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)):
         raise ParameterError(argument, expected="no gradients to be recorded", received="a tensor that requires them")
-    if out.untyped_storage().data_ptr() == like.untyped_storage().data_ptr():
-        raise ParameterError(argument, expected="memory of its own", received="that of the input")
-
-
-def _check_apart(argument: str, out: Tensor, other: Tensor) -> None:
-    if torch.is_grad_enabled() and other.requires_grad:
-        raise ParameterError(
-            argument, expected="no gradients to be recorded", received="an argument that requires them"
-        )
-    if out.numel() and out.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
-        raise ParameterError(argument, expected="memory of its own", received="that of another argument")
+    place = out.untyped_storage().data_ptr()
+    shared = [0 != place == operand.untyped_storage().data_ptr() for operand in operands]
+    if any(shared):
+        received = "that of the input" if shared[0] else "that of another argument"
+        raise ParameterError(argument, expected="memory of its own", received=received)
 
 
 def check_per_channel(argument: str, tensor: Tensor, *, num_features: int) -> None:

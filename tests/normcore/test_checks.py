@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from normcore import _checks as checks
 from normcore.errors import ArgumentError, DtypeError, ParameterError, ShapeError, StatisticsError
-from normcore.normalization import batch_norm, group_norm, layer_norm, rms_norm, synchronized_batch_norm
+from normcore.normalization import synchronized_batch_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -213,21 +212,3 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[ArgumentError], str]] = {
 def test_check_refuses(call: Callable[[], object], error: type[ArgumentError], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
-
-
-@pytest.mark.parametrize(
-    ("function", "options"),
-    [(batch_norm, {"training": True}), (layer_norm, {}), (rms_norm, {}), (group_norm, {"num_groups": 2})],
-    ids=["batch", "layer", "rms", "group"],
-)
-def test_out_takes_no_part_in_gradients_and_in_no_other_argument(
-    function: Callable[..., Any], options: dict[str, Any]
-) -> None:
-    input, weight = torch.randn(4, 4), torch.ones(4, requires_grad=True)
-    with pytest.raises(ParameterError, match="out: expected no gradients"):
-        function(input, weight=weight, out=torch.empty_like(input), **options)
-    grad_output = torch.randn(4, 4)
-    with pytest.raises(ParameterError, match="out: expected memory of its own, received that of another argument"):
-        function(input, grad_output=grad_output, out=grad_output, **options)
-    empty = torch.empty(0, 4)
-    assert function(empty, out=torch.empty_like(empty), **options).output.shape == (0, 4)

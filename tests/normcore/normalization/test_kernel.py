@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -321,6 +322,24 @@ def test_out_in_the_memory_of_the_input_is_refused(function: Callable[[Tensor, T
         function(input, input)
     with pytest.raises(ParameterError, match="out: expected no gradients"):
         function(input.clone().requires_grad_(), torch.empty_like(input))
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [(batch_norm, {"training": True}), (layer_norm, {}), (rms_norm, {}), (group_norm, {"num_groups": 2})],
+    ids=["batch", "layer", "rms", "group"],
+)
+def test_out_takes_no_part_in_gradients_and_in_no_other_argument(
+    function: Callable[..., Any], options: dict[str, Any]
+) -> None:
+    input, weight = torch.randn(4, 4), torch.ones(4, requires_grad=True)
+    with pytest.raises(ParameterError, match="out: expected no gradients"):
+        function(input, weight=weight, out=torch.empty_like(input), **options)
+    grad_output = torch.randn(4, 4)
+    with pytest.raises(ParameterError, match="out: expected memory of its own, received that of another argument"):
+        function(input, grad_output=grad_output, out=grad_output, **options)
+    empty = torch.empty(0, 4)
+    assert function(empty, out=torch.empty_like(empty), **options).output.shape == (0, 4)
 
 
 def test_inverse_takes_no_out() -> None:
