@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from normcore._untraced import untraced
 from normcore.normalization.batch_norm import BATCH_NORM, batch_norm
 from normcore.normalization.batch_renorm import BATCH_RENORM, BatchRenormResult, batch_renorm
 from normcore.normalization.batch_result import BatchNormResult
@@ -70,6 +71,22 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         )
     }
 )
+
+batch_norm = untraced(batch_norm)
+batch_renorm = untraced(batch_renorm)
+ghost_batch_norm = untraced(ghost_batch_norm)
+group_norm = untraced(group_norm)
+instance_norm = untraced(instance_norm)
+layer_norm = untraced(layer_norm)
+local_response_norm = untraced(local_response_norm)
+lp_norm = untraced(lp_norm)
+mean_variance_norm = untraced(mean_variance_norm)
+rms_norm = untraced(rms_norm)
+spectral_norm = untraced(spectral_norm)
+synchronized_batch_norm = untraced(synchronized_batch_norm)
+weight_norm = untraced(weight_norm)
+weight_standardization = untraced(weight_standardization)
+whitening = untraced(whitening)
 
 __all__ = [
     "JSON",

@@ -222,7 +222,8 @@ def _frozen_gradient(grad_output: Tensor, input: Tensor, weight: Tensor | None, 
         table[:3] = 0.0
         scales = Statistics(table, by.eps)
     if not _holds(input.dtype, grad_output.dtype):
-        return torch.empty_like(input).copy_(standardize(grad_output, scales, weight, None))
+        wide = grad_output.to(torch.promote_types(input.dtype, grad_output.dtype))
+        return torch.empty_like(input).copy_(standardize(wide, scales, weight, None))
     return standardize(_laid_out_as(input, grad_output), scales, weight, None)
 
 

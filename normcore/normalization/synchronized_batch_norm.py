@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normcore._checks import check_dense, check_rank
 from normcore._precision import accumulation_dtype
-from normcore.errors import DtypeError, ParameterError, ShapeError
+from normcore.errors import ParameterError, ShapeError
 from normcore.normalization.batch_norm import BATCH_NORM, TRAINING_PARAMETERS, normalize_batch
 from normcore.normalization.batch_options import BatchOptions
 from normcore.normalization.batch_result import BatchNormResult
-from normcore.normalization.batch_view import MAX_PARTS, BatchView
+from normcore.normalization.batch_view import BatchView
 from normcore.normalization.gradients import Gradients, Standardized, differentiable
 from normcore.normalization.method import Method, TensorArgument
+from normcore.normalization.shards import check_masks, check_shards, check_sizes
 from normcore.normalization.synchronized import (
     merged_statistics,
     shard_gradient,
@@ -106,8 +106,8 @@ def synchronized_batch_norm(
     >>> result.outputs[0], result.var
     (tensor([[-1.2247]]), tensor([0.6667]))
     """
-    sizes = _check_shards("shards", shards)
-    if grad_outputs is not None and _check_shards("grad_outputs", grad_outputs) != sizes:
+    sizes = check_shards("shards", shards)
+    if grad_outputs is not None and check_shards("grad_outputs", grad_outputs) != sizes:
         received = ", ".join(str(len(grad)) for grad in grad_outputs)
         raise ShapeError("grad_outputs", expected=f"the samples of the shards, {sizes}", received=received)
     joined = BatchView.of(torch.cat(list(shards)), channel_axis=channel_axis)
@@ -115,7 +115,7 @@ def synchronized_batch_norm(
         raise ParameterError("channel_axis", expected="another axis than that of the samples, 0", received="0")
     options = BatchOptions(training, eps, nan_policy, momentum, convention)
     running = joined.running(running_mean, running_var, num_batches_tracked)
-    own_masks = _check_masks(masks, shards, channel_axis=joined.channel_axis)
+    own_masks = check_masks(masks, shards, channel_axis=joined.channel_axis)
     mask = None if masks is None else torch.cat([own for own in own_masks if own is not None])
     counted = joined.mask(mask)
     if not training or joined.counted(counted) == 0:
@@ -210,77 +210,49 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(terms)).sum(0)
 
 
-def _check_shards(name: str, shards: Sequence[Tensor]) -> tuple[int, ...]:
-    """The numbers of samples of tensors that are alike in all else."""
-    if not shards:
-        raise ShapeError(name, expected="one shard or more", received="none")
-    first = shards[0]
-    for index, shard in enumerate(shards):
-        check_dense(f"{name}[{index}]", shard)
-        check_rank(f"{name}[{index}]", shard, minimum=2)
-        if shard.dtype != first.dtype:
-            expected, received = (str(term.dtype).removeprefix("torch.") for term in (first, shard))
-            raise DtypeError(f"{name}[{index}]", expected=f"{expected}, as the first", received=received)
-        if shard.shape[1:] != first.shape[1:]:
-            expected = f"shape (n, {', '.join(map(str, first.shape[1:]))}), as the first"
-            raise ShapeError(f"{name}[{index}]", expected=expected, received=f"shape {tuple(shard.shape)}")
-    return tuple(len(shard) for shard in shards)
-
-
-def _check_masks(
-    masks: Sequence[Tensor] | None, shards: Sequence[Tensor], *, channel_axis: int
-) -> Sequence[Tensor | None]:
-    """The mask of each shard in the shard's shape without the channel axis."""
-    if masks is None:
-        return [None] * len(shards)
-    if len(masks) != len(shards):
-        raise ShapeError("masks", expected=f"{len(shards)}, one of each shard", received=f"{len(masks)}")
-    views = [BatchView(shard, channel_axis) for shard in shards]
-    own = (view.mask(mask) for view, mask in zip(views, masks, strict=True))
-    return [None if mask is None else mask.squeeze(channel_axis) for mask in own]
-
-
 def _split(tensor: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     return torch.split(tensor, list(sizes))
 
 
 def _of_joined(
     input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     shard_sizes: Tensor,
     grad_output: Tensor | None = None,
     mask: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    training: bool = False,
+    momentum: Momentum = "default",
+    eps: float = 1e-5,
+    convention: str = "torch",
     channel_axis: int = 1,
-    **others: Any,
+    nan_policy: str = "propagate",
 ) -> SynchronizedBatchNormResult:
     """The method: one tensor, and the sizes to split its axis 0 into."""
     view = BatchView.of(input, channel_axis=channel_axis)
     view.check_grad_output(grad_output)
-    sizes = _check_sizes(shard_sizes, samples=len(input))
+    sizes = check_sizes(shard_sizes, samples=len(input))
     counted = view.mask(mask)
     return synchronized_batch_norm(
         _split(input, sizes),
+        running_mean,
+        running_var,
+        weight,
+        bias,
         grad_outputs=None if grad_output is None else _split(grad_output, sizes),
         masks=None if counted is None else _split(counted.squeeze(view.channel_axis), sizes),
+        num_batches_tracked=num_batches_tracked,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        convention=convention,
         channel_axis=channel_axis,
-        **others,
+        nan_policy=nan_policy,
     )
-
-
-def _check_sizes(shard_sizes: Tensor, *, samples: int) -> list[int]:
-    check_dense("shard_sizes", shard_sizes)
-    if shard_sizes.dtype != torch.int64:
-        received = str(shard_sizes.dtype).removeprefix("torch.")
-        raise DtypeError("shard_sizes", expected="int64", received=received)
-    if shard_sizes.ndim != 1 or not len(shard_sizes):
-        expected = "shape (S,) of one shard or more"
-        raise ShapeError("shard_sizes", expected=expected, received=f"shape {tuple(shard_sizes.shape)}")
-    if len(shard_sizes) > MAX_PARTS:
-        raise ShapeError("shard_sizes", expected=f"at most {MAX_PARTS} shards", received=f"{len(shard_sizes)}")
-    sizes = [int(size) for size in shard_sizes]
-    if min(sizes) < 0 or sum(sizes) != samples:
-        raise ParameterError("shard_sizes", expected=f"sizes that sum to {samples} samples", received=f"{sizes}")
-    return sizes
 
 
 _SHARD_SIZES = TensorArgument("shard_sizes", "INT64, samples of each shard; 0 is one", "(S,)", is_required=True)

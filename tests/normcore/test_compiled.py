@@ -17,6 +17,7 @@ from torch import Tensor
 import normcore
 from normcore import _compiled
 from normcore._compiled import compiled, divide, flat, load, store
+from normcore.normalization import batch_norm
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
@@ -195,3 +196,13 @@ def test_a_kernel_may_be_called_first_by_what_torch_compiles() -> None:
         return values + 1.0
 
     assert torch.compile(function, backend="eager")(torch.ones(3)).tolist() == [5.0, 5.0, 5.0]
+
+
+def test_what_torch_compiles_keeps_memory_that_kernels_have_addresses_of() -> None:
+    running = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+
+    def function(values: Tensor) -> Tensor:
+        return batch_norm(values + 1.0, *running).output * 2.0
+
+    values = torch.randn(6, 4, 5, dtype=torch.float64)
+    assert torch.compile(function, backend="eager")(values).equal(function(values))

@@ -168,6 +168,18 @@ def test_a_gradient_wider_than_the_input_is_not_rounded_to_it(dtype: torch.dtype
     torch.testing.assert_close(found.grad_input, expected.grad_input.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["own statistics", "given statistics"])
+def test_a_gradient_of_the_other_half_precision_is_rounded_once(training: bool) -> None:
+    input = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).half()
+    grad_output = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)).bfloat16()
+    running = torch.zeros(3), torch.full((3,), 0.7)
+    found = batch_norm(input, *running, grad_output=grad_output, training=training).grad_input
+    expected = batch_norm(input.double(), *running, grad_output=grad_output, training=training).grad_input
+    assert found is not None
+    assert expected is not None
+    torch.testing.assert_close(found, expected.half(), rtol=2**-11, atol=0)
+
+
 @pytest.mark.parametrize("mean", [math.inf, math.nan, 1e300], ids=str)
 def test_gradients_of_half_values_by_a_mean_that_float32_has_not_come_without_a_warning(mean: float) -> None:
     input, running_mean = torch.ones(2, 2, dtype=torch.float16), torch.tensor([mean, 0.0], dtype=torch.float64)
