@@ -6,8 +6,9 @@ import numpy as np
 
 from normcore._column_loops import combine_rows
 from normcore._column_sweeps import joined, sum_columns
-from normcore._compiled import as_computed, as_read, compiled, parameters_at, values_at
+from normcore._compiled import compiled
 from normcore._sweeps import CENTER, INVSTD, OFFSET, copy, parameters_in, repeat, values_in
+from normcore._values import as_computed, as_read, parameters_at, values_at
 
 
 @compiled

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from normcore._compiled import compiled_sum, fetch, fetch_to_store, fused, inlined, load, read, store
+from normcore._compiled import compiled_sum, fused, inlined
+from normcore._values import fetch, fetch_to_store, load, read, store
 
 # Columns of a block, as the compiler likes a loop's length to be given, and bytes that are fetched at once.
 _BLOCK, _LINE = np.uintp(32), 64

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from normcore._column_loops import add_rows, scale_rows
-from normcore._compiled import as_computed, as_read, compiled, inlined, load, parameters_at, store, values_at
+from normcore._compiled import compiled, inlined
 from normcore._sweeps import LEAST, MOST, copy, fill_terms, parameters_in, repeat, settle, values_in
+from normcore._values import as_computed, as_read, load, parameters_at, store, values_at
 
 _FEW = 16
 # Of a tensor of more bytes than this, a sweep that reads and one that writes take pages in turn: memory is read while

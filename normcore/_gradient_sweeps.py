@@ -9,21 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from normcore._compiled import (
-    as_computed,
-    as_read,
-    compiled,
-    compiled_sum,
-    fused,
-    inlined,
-    load,
-    parameters_at,
-    read,
-    store,
-    values_at,
-)
+from normcore._compiled import compiled, compiled_sum, fused, inlined
 from normcore._far_output import arrive, piece, send, way_to
 from normcore._sweeps import CENTER, INVSTD, OFFSET, parameters_in, standardize_channel, values_in
+from normcore._values import as_computed, as_read, load, parameters_at, read, store, values_at
 
 _BLOCK = 1024
 # Samples whose sums are made in the datatype of outputs before they are added to those of the slot. Of n values in

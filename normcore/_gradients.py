@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normcore._plan import Operand, column_sweeps, compiled, sweeps
+from normcore._plan import KINDS, Operand, column_sweeps, sweeps
 
 # Slots of samples that sum gradients of weight and bias: so many, or fewer of so many elements.
 _SLOTS, _SLOT_ELEMENTS = 32, 2**14
@@ -132,7 +132,7 @@ def _per_parameter(values: Operand, sums: Any, shape: tuple[int, ...], dtype: to
     """Two sums (2, *, G * K) of rows of channels as those of each weight."""
     width, first, second = values.box.width, torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
     places = first.data_ptr(), second.data_ptr(), values.box.parameters_count // width
-    column_sweeps().join_rows(compiled().KINDS[dtype], sums.reshape(2, -1, width), *places)
+    column_sweeps().join_rows(KINDS[dtype], sums.reshape(2, -1, width), *places)
     return first, second
 
 

@@ -17,6 +17,13 @@ from torch import Tensor
 
 from normcore._box import Box, box_of
 
+# A number of the datatype that kernels see the values in, which tells them.
+KINDS: dict[torch.dtype, Any] = {
+    torch.float16: np.int16(0),
+    torch.bfloat16: np.uint16(0),
+    torch.float32: np.float32(0),
+    torch.float64: np.float64(0),
+}
 # Fewer columns than this are repeated up to so many bytes of values, for loops that are worth their start.
 _FEW_COLUMNS, _NARROW_BYTES = 64, 256
 # Elements summed as one part.
@@ -228,7 +235,7 @@ def _cached(
     box = box_of(shape, strides, reduced, *parameters)
     front = next((own for own in parameters if own is not None), ())
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    return None if box is None else Plan(box, wide, compiled().KINDS[dtype], front, made_for)
+    return None if box is None else Plan(box, wide, KINDS[dtype], front, made_for)
 
 
 @lru_cache(64)

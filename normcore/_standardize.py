@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from normcore._plan import Operand, as_stored, column_sweeps, compiled, sweeps
+from normcore._plan import KINDS, Operand, as_stored, column_sweeps, compiled, sweeps
 
 
 def given(values: Operand, mean: Tensor, var: Tensor, *, eps: float) -> Any:
@@ -20,7 +20,7 @@ def given(values: Operand, mean: Tensor, var: Tensor, *, eps: float) -> Any:
     if mean.dtype is not var.dtype:
         mean, var = mean.double(), var.double()
     rows, mean, var = np.empty((5, box.groups)), as_stored(mean), as_stored(var)
-    sweeps().fill_given(compiled().KINDS[mean.dtype], mean.data_ptr(), var.data_ptr(), rows, eps)
+    sweeps().fill_given(KINDS[mean.dtype], mean.data_ptr(), var.data_ptr(), rows, eps)
     return rows
 
 

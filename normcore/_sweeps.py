@@ -9,27 +9,16 @@ leaves is added with the bias. Sums are made around a value near the mean, in fl
 in float32 within a block and in float64 over blocks; so one sweep finds mean and variance. For float64 values, and
 where the value proves to have been far from the mean, a second one sums around the mean that the first has found.
 
-Kernels take a kind and addresses for values, weight and bias, as `_compiled.values_at` has them; 0 where there is none.
+Kernels take a kind and addresses for values, weight and bias, as `_values.values_at` has them; 0 where there is none.
 """
 
 from typing import Any
 
 import numpy as np
 
-from normcore._compiled import (
-    as_computed,
-    as_read,
-    compiled,
-    compiled_sum,
-    fused,
-    inlined,
-    load,
-    parameters_at,
-    read,
-    store,
-    values_at,
-)
+from normcore._compiled import compiled, compiled_sum, fused, inlined
 from normcore._far_output import arrive, piece, send, way_to
+from normcore._values import as_computed, as_read, load, parameters_at, read, store, values_at
 
 _BLOCK = 1024
 _NEAR = 64

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normcore._compiled import bits_of, byte_at, compiled, inlined
+from normcore._compiled import compiled, inlined
+from normcore._values import bits_of, byte_at
 
 _MAX_RANK = 64
 _MAX_DIGITS = 19  # that a word of 64 bits holds, whatever they are

@@ -12,7 +12,8 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
-from normcore._compiled import as_computed, compiled, compiled_sum, divide, flat, load, store
+from normcore._compiled import compiled, compiled_sum, divide, flat
+from normcore._values import as_computed, load, store
 
 _NOTHING = np.empty(0)
 # Vectors side by side that are worked on together, so that what is between two sweeps stays in the cache.

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from normcore._compiled import compiled, load, store
+from normcore._compiled import compiled
+from normcore._values import load, store
 
 
 @compiled

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from normcore._compiled import compiled, compiled_sum, load
+from normcore._compiled import compiled, compiled_sum
+from normcore._values import load
 
 COUNT, MEAN, M2, MEAN_LOW, M2_LOW = range(5)
 # A loop over fewer values costs more to begin than to run.

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import normcore
-from normcore import _compiled
-from normcore._compiled import compiled, divide, flat, load, store
+from normcore import _values
+from normcore._compiled import compiled, divide, flat
+from normcore._values import load, store
 from normcore.normalization import batch_norm
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -43,8 +44,8 @@ def _double(values: Any) -> None:
 @compiled
 def _soft_there_and_back(values: Any, wide: Any, output: Any) -> None:
     for index in range(values.size):
-        wide[index] = _compiled._from_half(values[index])
-        output[index] = _compiled._to_half(np.float32(wide[index]))
+        wide[index] = _values._from_half(values[index])
+        output[index] = _values._to_half(np.float32(wide[index]))
 
 
 def _all_of(dtype: torch.dtype) -> Tensor:
@@ -89,9 +90,7 @@ def test_float16_without_instructions_for_it_is_the_same() -> None:
     assert bool(wide[is_nan].isnan().all())
     assert torch.equal(output[~is_nan].view(torch.int16), values[~is_nan].view(torch.int16))
     between = _between(values)
-    rounded = torch.tensor(
-        [_compiled._to_half(np.float32(value)) for value in between[::5].tolist()], dtype=torch.int16
-    )
+    rounded = torch.tensor([_values._to_half(np.float32(value)) for value in between[::5].tolist()], dtype=torch.int16)
     expected = between[::5].to(torch.float16)
     assert torch.equal(rounded.view(torch.float16).nan_to_num(-7.0), expected.nan_to_num(-7.0))
 
