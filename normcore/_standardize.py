@@ -4,6 +4,8 @@ Every sum is made in blocks that depend on shapes alone and joined in one order:
 threads.
 """
 
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -117,9 +119,16 @@ def _measure_counted(values: Operand, by: Any, mask: Tensor, *, eps: float, has_
     for is_last in (False, True):
         sums[:] = 0.0
         arguments = array, counted, center, sums, values.box.sizes
-        compiled().divide(sweeps().sum_counted, samples, array.size, *arguments)
+        compiled().divide(_counted_sweeps().sum_counted, samples, array.size, *arguments)
         if is_last or not has_mean or array.itemsize < 8:
             break
         center = center + sums[1] / sums[0]
-    sweeps().settle_counted(array, by, center, sums, eps, has_mean)
+    _counted_sweeps().settle_counted(array, by, center, sums, eps, has_mean)
     return sums[0]
+
+
+@cache
+def _counted_sweeps() -> ModuleType:
+    from normcore import _counted_sweeps
+
+    return _counted_sweeps

@@ -18,15 +18,8 @@ from torch import Tensor
 from normcore._checks import refuse_tangents
 from normcore._precision import accumulation_dtype
 from normcore.normalization.closed_forms import Statistics, as_functions, double_backward
-from normcore.normalization.kernel import (
-    AS_GIVEN,
-    Seen,
-    Standardized,
-    backward,
-    standardize,
-    standardize_given,
-    standardize_own,
-)
+from normcore.normalization.kernel import AS_GIVEN, Seen, Standardized, standardize, standardize_given, standardize_own
+from normcore.normalization.kernel_backward import backward
 
 __all__ = [
     "AS_GIVEN",

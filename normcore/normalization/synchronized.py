@@ -19,13 +19,8 @@ from normcore._checks import check_eps
 from normcore.errors import ShapeError, StatisticsError
 from normcore.normalization.batch_view import BatchView
 from normcore.normalization.closed_forms import Statistics, invstd_of
-from normcore.normalization.kernel import (
-    GradientSums,
-    gradient_sums,
-    input_gradient,
-    own_statistics,
-    standardize,
-)
+from normcore.normalization.kernel import own_statistics, standardize
+from normcore.normalization.kernel_backward import GradientSums, gradient_sums, input_gradient
 from normcore.statistics.moments import Moments
 
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from normcore.normalization.batch_norm import batch_norm
 from normcore.normalization.group_norm import group_norm
-from normcore.normalization.kernel import gradient_sums, input_gradient, own_statistics
+from normcore.normalization.kernel import own_statistics
+from normcore.normalization.kernel_backward import gradient_sums, input_gradient
 from normcore.normalization.layer_norm import layer_norm
 from normcore.normalization.lp_norm import lp_norm
 from normcore.normalization.weight_norm import weight_norm

@@ -24,14 +24,8 @@ from normcore.normalization import (
     rms_norm,
 )
 from normcore.normalization.closed_forms import Statistics, given_statistics
-from normcore.normalization.kernel import (
-    GradientSums,
-    backward,
-    gradient_sums,
-    input_gradient,
-    own_statistics,
-    standardize_own,
-)
+from normcore.normalization.kernel import own_statistics, standardize_own
+from normcore.normalization.kernel_backward import GradientSums, backward, gradient_sums, input_gradient
 
 # input, axes reduced, weight
 LAYOUTS = {
