@@ -11,7 +11,7 @@ import numpy as np
 
 from normcore._compiled import compiled, compiled_sum, fused, inlined
 from normcore._far_output import arrive, piece, send, way_to
-from normcore._sweeps import CENTER, INVSTD, OFFSET, parameters_in, standardize_channel, values_in
+from normcore._sweeps import CENTER, INVSTD, OFFSET, affine_row, parameters_in, standardize_channel, values_in
 from normcore._values import as_computed, as_read, load, parameters_at, read, store, values_at
 
 _BLOCK = 1024
@@ -42,20 +42,21 @@ def gradient_of_groups(
     weight = parameters_at(kind, weight, parameters_in(sizes, per))
     count = rows * channels * positions
     way = way_to(out, channels * positions)
+    is_shared = weight.size == groups * channels
+    sample, index = start // groups, start % groups
     for group in range(start, stop):
-        sample = group // groups
-        index = group - sample * groups
         total, dot = 0.0, 0.0
         for row in range(sample * rows, (sample + 1) * rows):
-            cell, affine = row * groups + index, (row // per * groups + index) * channels
+            cell, affine = row * groups + index, (affine_row(row, per, is_shared) * groups + index) * channels
             _sum_cell(x, grad, by, sums, group, cell, channels, positions)
             for channel in range(channels):
                 total += weight[affine + channel] * sums[0, cell * channels + channel]
                 dot += weight[affine + channel] * sums[1, cell * channels + channel]
         own = _terms(x, by, group, total / count if has_mean else 0.0, dot / count)
         for row in range(sample * rows, (sample + 1) * rows):
-            cell, affine = row * groups + index, (row // per * groups + index) * channels
+            cell, affine = row * groups + index, (affine_row(row, per, is_shared) * groups + index) * channels
             _combine_cell(x, grad, out, way, weight, own, cell, affine, channels, positions)
+        sample, index = (sample, index + 1) if index + 1 < groups else (sample + 1, 0)
     arrive(way)
 
 

@@ -51,15 +51,16 @@ def standardize_groups(
     count = parameters_in(sizes, per)
     weight, bias = parameters_at(kind, weight, count), parameters_at(kind, bias, count)
     way = way_to(y, channels * positions)
+    is_shared = count == groups * channels
+    sample, index = start // groups, start % groups
     for group in range(start, stop):
-        sample = group // groups
-        index = group - sample * groups
         first = sample * rows * groups + index
         _measure(x, by, group, first, rows, groups, channels * positions, eps, has_mean)
         if has_output:
             for row in range(sample * rows, (sample + 1) * rows):
-                affine = row // per * groups + index
+                affine = affine_row(row, per, is_shared) * groups + index
                 _standardize_cell(x, y, way, weight, bias, by, group, row * groups + index, affine, sizes)
+        sample, index = (sample, index + 1) if index + 1 < groups else (sample + 1, 0)
     arrive(way)
 
 
@@ -78,6 +79,12 @@ def standardize_vectors(
         for index in range(groups):
             _standardize_cell(x, y, way, weight, bias, by, group + index, row * groups + index, affine + index, sizes)
     arrive(way)
+
+
+@inlined
+def affine_row(row: int, per: int, is_shared: bool) -> int:
+    """The row of weights for a row of the B * R: to divide takes as long as dozens of values."""
+    return 0 if is_shared else row // per
 
 
 @inlined
