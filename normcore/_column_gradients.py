@@ -8,7 +8,7 @@ from normcore._column_loops import combine_rows
 from normcore._column_sweeps import joined, sum_columns
 from normcore._compiled import compiled
 from normcore._sweeps import CENTER, INVSTD, OFFSET, copy, parameters_in, repeat, values_in
-from normcore._values import as_computed, as_read, parameters_at, values_at
+from normcore._values import as_computed, as_read, parameters_at, three_at
 
 
 @compiled
@@ -30,7 +30,7 @@ def gradient_of_samples(
     _, rows, groups, channels, _ = sizes
     per, wide = steps
     width, count = groups * channels, values_in(sizes)
-    x, grad, out = values_at(kind, x, count), values_at(kind, grad, count), values_at(kind, out, count)
+    x, grad, out = three_at(kind, x, grad, out, count)
     weight = parameters_at(kind, weight, parameters_in(sizes, per))
     own, parts = (1, rows, groups, channels, 1), (1, rows * width, rows * width)
     center = np.full((1, wide), as_computed(x, 0.0))
@@ -101,7 +101,7 @@ def gradient_of_columns(kind: Any, x: Any, grad: Any, out: Any, terms: Any, part
     """The gradient dy * scale + (x - center) * slope + constant; `terms` are center, scale, ..., (4, P, W)."""
     blocks, size, elements = parts
     count = elements * terms.shape[1]
-    x, grad, out = values_at(kind, x, count), values_at(kind, grad, count), values_at(kind, out, count)
+    x, grad, out = three_at(kind, x, grad, out, count)
     for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
         at, length = np.uintp(own * elements + first), min(size, elements - first)

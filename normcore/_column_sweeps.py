@@ -13,7 +13,7 @@ import numpy as np
 from normcore._column_loops import add_rows, scale_rows
 from normcore._compiled import compiled, inlined
 from normcore._sweeps import LEAST, MOST, copy, fill_terms, parameters_in, repeat, settle, values_in
-from normcore._values import as_computed, as_read, load, parameters_at, store, values_at
+from normcore._values import as_computed, as_read, load, parameters_at, store, three_at, values_at
 
 _FEW = 16
 # Of a tensor of more bytes than this, a sweep that reads and one that writes take pages in turn: memory is read while
@@ -109,7 +109,7 @@ def sum_columns(
     """
     blocks, size, elements = parts
     count = elements * len(center)
-    x, grad, target = values_at(kind, x, count), values_at(kind, grad, count), values_at(kind, out, count)
+    x, grad, target = three_at(kind, x, grad, out, count)
     for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
         at, length = np.uintp(own * elements + first), min(size, elements - first)

@@ -12,7 +12,7 @@ import numpy as np
 from normcore._compiled import compiled, compiled_sum, fused, inlined
 from normcore._far_output import arrive, piece, send, way_to
 from normcore._sweeps import CENTER, INVSTD, OFFSET, affine_row, parameters_in, standardize_channel, values_in
-from normcore._values import as_computed, as_read, load, parameters_at, read, store, values_at
+from normcore._values import as_computed, as_read, load, parameters_at, read, store, three_at
 
 _BLOCK = 1024
 # Samples whose sums are made in the datatype of outputs before they are added to those of the slot. Of n values in
@@ -38,7 +38,7 @@ def gradient_of_groups(
 ) -> None:
     """The whole backward of each group while it is in the cache; `sums` as `sum_cells` has them."""
     _, rows, groups, channels, positions = sizes
-    x, grad, out = _three_at(kind, x, grad, out, values_in(sizes))
+    x, grad, out = three_at(kind, x, grad, out, values_in(sizes))
     weight = parameters_at(kind, weight, parameters_in(sizes, per))
     count = rows * channels * positions
     way = way_to(out, channels * positions)
@@ -79,7 +79,7 @@ def sum_cells(
     With `out`, what `standardize_cells` makes of dy goes there, cell by cell, while it is in the cache.
     """
     _, rows, groups, channels, positions = sizes
-    x, grad, target = _three_at(kind, x, grad, out, values_in(sizes))
+    x, grad, target = three_at(kind, x, grad, out, values_in(sizes))
     if out is not None:
         way = way_to(target, channels * positions)
     for row in range(start, stop):
@@ -108,7 +108,7 @@ def gradient_of_cells(
 ) -> None:
     """The gradient of the input from given means, from row to row of the B * R."""
     _, rows, groups, channels, positions = sizes
-    x, grad, out = _three_at(kind, x, grad, out, values_in(sizes))
+    x, grad, out = three_at(kind, x, grad, out, values_in(sizes))
     weight = parameters_at(kind, weight, parameters_in(sizes, per))
     way = way_to(out, out.size)
     for row in range(start, stop):
@@ -143,7 +143,7 @@ def gradient_of_vectors(
     samples, _, groups, channels, _ = sizes
     height, per, has_mean = steps
     has_sums, has_gradient = sums.shape[1] > 0, out != 0
-    x, grad, out = _three_at(kind, x, grad, out, values_in(sizes))
+    x, grad, out = three_at(kind, x, grad, out, values_in(sizes))
     weight = parameters_at(kind, weight, parameters_in(sizes, per))
     few = np.zeros((2, groups * channels if has_sums else 0), weight.dtype)
     for slot in range(start, stop):
@@ -163,11 +163,6 @@ def gradient_of_vectors(
             if has_sums and sample + 1 in (before + _FEW, last):
                 _move_sums(few, sums, slot, before == slot * height)
                 before = sample + 1
-
-
-@inlined
-def _three_at(kind: Any, x: Any, grad: Any, out: Any, count: int) -> Any:
-    return values_at(kind, x, count), values_at(kind, grad, count), values_at(kind, out, count)
 
 
 @inlined

@@ -17,7 +17,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from normcore._compiled import compiled
+from normcore._compiled import compiled, inlined
 
 # Typed as a class, of which it makes none.
 _intrinsic: Any = intrinsic
@@ -33,6 +33,12 @@ def values_at(kind: Any, place: Any, count: Any) -> Any:
 def parameters_at(kind: Any, place: Any, count: Any) -> Any:
     """The same of weight or bias, which are of the datatype that `read` gives for such values."""
     raise NotImplementedError
+
+
+@inlined
+def three_at(kind: Any, x: Any, grad: Any, out: Any, count: int) -> Any:
+    """What a backward reads and writes: values, gradient of the output and that of the input."""
+    return values_at(kind, x, count), values_at(kind, grad, count), values_at(kind, out, count)
 
 
 def load(array: Any, index: Any) -> Any:
