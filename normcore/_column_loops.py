@@ -15,14 +15,11 @@ _BLOCK, _LINE = np.uintp(32), 64
 
 
 @compiled_sum
-def add_rows(
-    x: Any, grad: Any, out: Any, start: Any, length: int, center: Any, scale: Any, total: Any, products: Any
-) -> None:
+def add_rows(x: Any, grad: Any, out: Any, start: Any, length: int, center: Any, total: Any, products: Any) -> None:
     """Four rows together share what is loaded and stored of their columns.
 
-    With `scale`, `grad` times it goes into `out`. Several rows that are read in turn are not fetched from memory ahead
-    of the loop: it asks for the next ones itself, in their order, a few with each block of columns; and for those of
-    `out`, even where something else is to be written there.
+    Several rows that are read in turn are not fetched from memory ahead of the loop: it asks for the next ones itself,
+    in their order, a few with each block of columns; and for those of `out`, where something is to be written.
     """
     width = np.uintp(center.size)
     whole = width - width % _BLOCK
@@ -30,9 +27,9 @@ def add_rows(
         ahead = start + width + width + width + width
         for first in range(np.uintp(0), whole, _BLOCK):
             _fetch_rows(x, grad, out, ahead + first + first + first + first, _BLOCK)
-            _add_block(x, grad, out, start, width, first, first + _BLOCK, center, scale, total, products)
+            _add_block(x, grad, start, width, first, first + _BLOCK, center, total, products)
         _fetch_rows(x, grad, out, ahead + whole + whole + whole + whole, width - whole)
-        _add_block(x, grad, out, start, width, whole, width, center, scale, total, products)
+        _add_block(x, grad, start, width, whole, width, center, total, products)
         start = ahead
     rest = length % (4 * center.size)
     while rest > 0:
@@ -41,8 +38,6 @@ def add_rows(
             e = a if grad is None else load(grad, start + column)
             total[column] += e
             products[column] += e * a
-            if scale is not None:
-                store(out, start + column, read(grad, start + column) * scale[column])
         start += width
         rest -= center.size
 
@@ -70,6 +65,27 @@ def combine_rows(
         length -= center.size
 
 
+@fused
+def scale_and_add_row(
+    x: Any,
+    grad: Any,
+    out: Any,
+    start: Any,
+    length: int,
+    center: Any,
+    scale: Any,
+    invstd: Any,
+    total: Any,
+    products: Any,
+) -> None:
+    """The gradient by given statistics, and what a row adds to sums of dy and dy * xh."""
+    for column in range(np.uintp(min(length, center.size))):
+        value = read(grad, start + column)
+        total[column] += value
+        products[column] += value * ((read(x, start + column) - center[column]) * invstd[column])
+        store(out, start + column, value * scale[column])
+
+
 @inlined
 def _fetch_rows(x: Any, grad: Any, out: Any, start: Any, columns: Any) -> None:
     if grad is not None or out is not None:
@@ -83,17 +99,7 @@ def _fetch_rows(x: Any, grad: Any, out: Any, start: Any, columns: Any) -> None:
 
 @compiled_sum
 def _add_block(
-    x: Any,
-    grad: Any,
-    out: Any,
-    start: Any,
-    width: Any,
-    first_column: Any,
-    stop: Any,
-    center: Any,
-    scale: Any,
-    total: Any,
-    products: Any,
+    x: Any, grad: Any, start: Any, width: Any, first_column: Any, stop: Any, center: Any, total: Any, products: Any
 ) -> None:
     for column in range(first_column, stop):
         first, near = start + column, center[column]
@@ -106,8 +112,3 @@ def _add_block(
             e, f, g, h = load(grad, first), load(grad, second), load(grad, third), load(grad, fourth)
             total[column] += (e + f) + (g + h)
             products[column] += (e * a + f * b) + (g * c + h * d)
-        if scale is not None:
-            store(out, first, read(grad, first) * scale[column])
-            store(out, second, read(grad, second) * scale[column])
-            store(out, third, read(grad, third) * scale[column])
-            store(out, fourth, read(grad, fourth) * scale[column])

@@ -66,10 +66,10 @@ def standardize_samples(
         state = FIRST
         while state != SETTLED:
             if state == AGAIN:
-                sum_columns(kind, values, None, None, None, center, sums, parts, 0, 1)
+                sum_columns(kind, values, None, None, center, sums, parts, 0, 1)
             elif state == WIDE:
                 copy(center, 0, wide_center, 0, wide)
-                sum_columns(kind, values, None, None, None, wide_center, sums, parts, 0, 1)
+                sum_columns(kind, values, None, None, wide_center, sums, parts, 0, 1)
             state = settle_columns(kind, values, found, center, sums, own, eps, has_mean, state)
         copy(found, 0, by, sample * groups, groups)
         fill_terms(kind, weight[affine : affine + width], bias[affine : affine + width], found, terms, own, rows, rows)
@@ -85,14 +85,14 @@ def _sweep_in_turn(
     sums[:] = 0.0
     if step >= size:
         if has_sums:
-            add_rows(x, None, y, at, size, center[0], None, sums[0, 0], sums[0, 1])
+            add_rows(x, None, y, at, size, center[0], sums[0, 0], sums[0, 1])
         if has_output:
             scale_rows(x, y, at - np.uintp(size), size, terms[0, 0], terms[1, 0], terms[2, 0])
         return
     for first in range(0, size, step):
         length = min(step, size - first)
         if has_sums:
-            add_rows(x, None, None, at, length, center[0], None, sums[0, 0], sums[0, 1])
+            add_rows(x, None, None, at, length, center[0], sums[0, 0], sums[0, 1])
         if has_output:
             scale_rows(x, y, at - np.uintp(size), length, terms[0, 0], terms[1, 0], terms[2, 0])
         at += np.uintp(step)
@@ -100,12 +100,11 @@ def _sweep_in_turn(
 
 @compiled
 def sum_columns(
-    kind: Any, x: Any, grad: Any, out: Any, terms: Any, center: Any, sums: Any, parts: Any, start: int, stop: int
+    kind: Any, x: Any, grad: Any, out: Any, center: Any, sums: Any, parts: Any, start: int, stop: int
 ) -> None:
     """Sums of deviations from `center` (P, W) and of their squares, into `sums` (parts of all, 2, W).
 
-    With `grad`, sums of it and of its products with the deviations. With `terms`, `grad` times the second of them, the
-    scales, goes into `out`; without, `out` is fetched into the cache.
+    With `grad`, sums of it and of its products with the deviations; `out` is fetched into the cache.
     """
     blocks, size, elements = parts
     count = elements * len(center)
@@ -113,9 +112,8 @@ def sum_columns(
     for part in range(start, stop):
         own, first = part // blocks, part % blocks * size
         at, length = np.uintp(own * elements + first), min(size, elements - first)
-        scale = None if terms is None else terms[1, own]
         sums[part] = 0.0
-        add_rows(x, grad, target, at, length, center[own], scale, sums[part, 0], sums[part, 1])
+        add_rows(x, grad, target, at, length, center[own], sums[part, 0], sums[part, 1])
 
 
 @compiled

@@ -61,6 +61,39 @@ def gradient_of_groups(
 
 
 @compiled
+def gradient_of_lone_cells(
+    kind: Any,
+    x: Any,
+    grad: Any,
+    out: Any,
+    weight: Any,
+    by: Any,
+    sums: Any,
+    sizes: Any,
+    per: int,
+    has_mean: bool,
+    start: int,
+    stop: int,
+) -> None:
+    """The same for groups of one cell of one channel, of which there may be many: nothing is kept but in registers."""
+    _, _, groups, _, positions = sizes
+    x, grad, out = three_at(kind, x, grad, out, values_in(sizes))
+    weight = parameters_at(kind, weight, parameters_in(sizes, per))
+    way, part, is_shared = way_to(out, positions), 1.0 / positions, weight.size == groups
+    sample, index = start // groups, start % groups
+    for group in range(start, stop):
+        total, dot = _cell_sums(x, grad, by, group, group, positions)
+        sums[0, group] = total
+        sums[1, group] = dot
+        affine = affine_row(sample, per, is_shared) * groups + index
+        share = weight[affine] * part
+        own = _terms(x, by, group, share * total if has_mean else 0.0, share * dot)
+        _combine_cell(x, grad, out, way, weight, own, group, affine, 1, positions)
+        sample, index = (sample, index + 1) if index + 1 < groups else (sample + 1, 0)
+    arrive(way)
+
+
+@compiled
 def sum_cells(
     kind: Any,
     x: Any,
@@ -218,16 +251,21 @@ def _move_sums(few: Any, sums: Any, slot: int, is_first: bool) -> None:
 
 @inlined
 def _sum_cell(x: Any, grad: Any, by: Any, sums: Any, group: int, cell: int, channels: int, positions: int) -> None:
-    center = as_computed(x, by[CENTER, group])
     for channel in range(cell * channels, (cell + 1) * channels):
-        total, dot = 0.0, 0.0
-        for block in range(0, positions, _BLOCK):
-            at = np.uintp(channel * positions + block)
-            found = _block_sums(x, grad, at, min(_BLOCK, positions - block), center)
-            total += np.float64(found[0])
-            dot += np.float64(found[1])
-        sums[0, channel] = total
-        sums[1, channel] = (dot - by[OFFSET, group] * total) * by[INVSTD, group]
+        sums[0, channel], sums[1, channel] = _cell_sums(x, grad, by, group, channel, positions)
+
+
+@inlined
+def _cell_sums(x: Any, grad: Any, by: Any, group: int, channel: int, positions: int) -> Any:
+    """Sums of dy and dy * xh of a channel of a cell."""
+    center = as_computed(x, by[CENTER, group])
+    total, dot = 0.0, 0.0
+    for block in range(0, positions, _BLOCK):
+        at = np.uintp(channel * positions + block)
+        found = _block_sums(x, grad, at, min(_BLOCK, positions - block), center)
+        total += np.float64(found[0])
+        dot += np.float64(found[1])
+    return total, (dot - by[OFFSET, group] * total) * by[INVSTD, group]
 
 
 @fused

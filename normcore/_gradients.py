@@ -29,7 +29,7 @@ def gradients(
 
     They are of a shape of Q * G * K values, and of any datatype.
     """
-    box, gamma = values.box, values.parameter(weight, 1.0)
+    box, gamma, found = values.box, values.parameter(weight, 1.0), _parameters(shape, dtype)
     if box.has_vectors:
         sums = _vectors(values, grad, out, gamma, by, np.empty((2, box.groups)), has_mean=has_mean)
     elif values.plan.is_cached:
@@ -40,7 +40,7 @@ def gradients(
         sums = _sums(values, grad, by)
         means = _means(values, gamma, sums, has_mean=has_mean)
         _gradient_of_cells(values, grad, out, gamma, by, means)
-    return _per_parameter(values, sums, shape, dtype)
+    return _per_parameter(values, sums, found)
 
 
 def frozen_gradients(
@@ -57,14 +57,21 @@ def frozen_gradients(
     box, columns = values.box, values.plan.columns
     if box.has_vectors:
         return None
-    gamma, terms = values.parameter(weight, 1.0), columns.terms(3)
+    gamma, terms, found = values.parameter(weight, 1.0), columns.terms(4), _parameters(shape, dtype)
     # Its shift is one that is not used.
     place = gamma.data_ptr()
     if not sweeps().fill_terms(values.plan.kind, place, place, by, terms, box.sizes, columns.segment, box.per):
         return None
-    # Nothing of the values is in the gradient.
-    terms[::2] = 0.0
-    return _per_parameter(values, _sums(values, grad, by, out, terms), shape, dtype)
+    if box.has_columns:
+        parts = columns.room_for_sums()
+        arguments = terms, parts, columns.parts
+        values.divide(_column_gradients().gradient_by_given, len(parts), (values.tensor, grad, out), *arguments)
+        sums = _column_gradients().standardized_sums(parts, by, box.sizes, columns.segment, True)
+    else:
+        # Nothing of the values is in the gradient.
+        terms[::2] = 0.0
+        sums = _sums_of_cells(values, (values.tensor, grad, out), (terms,), by)
+    return _per_parameter(values, sums, found)
 
 
 def gradient_sums(values: Operand, grad: Tensor, weight: Tensor | None, by: Any) -> tuple[Any, tuple[Tensor, Tensor]]:
@@ -76,7 +83,7 @@ def gradient_sums(values: Operand, grad: Tensor, weight: Tensor | None, by: Any)
     else:
         sums = _sums(values, grad, by)
         means = _means(values, gamma, sums)
-    return means * box.count, _per_parameter(values, sums, (box.parameters_count,), torch.float64)
+    return means * box.count, _per_parameter(values, sums, _parameters((box.parameters_count,), torch.float64))
 
 
 def input_gradient(values: Operand, grad: Tensor, out: Tensor, weight: Tensor | None, by: Any, means: Any) -> None:
@@ -107,8 +114,10 @@ def _cached(values: Operand, grad: Tensor, out: Tensor, gamma: Tensor, by: Any, 
         kernel = _column_gradients().gradient_of_samples
         values.divide(kernel, box.sizes[0], tensors, by, sums, box.sizes, steps, has_mean)
     else:
-        sums = np.empty((2, box.rows * box.width))
-        values.divide(_sweeps().gradient_of_groups, box.groups, tensors, by, sums, box.sizes, box.per, has_mean)
+        sums = np.empty((2, box.rows, box.width))
+        is_lone = box.sizes[1] == box.sizes[3] == 1
+        kernel = _sweeps().gradient_of_lone_cells if is_lone else _sweeps().gradient_of_groups
+        values.divide(kernel, box.groups, tensors, by, sums.reshape(2, -1), box.sizes, box.per, has_mean)
     return sums
 
 
@@ -128,33 +137,42 @@ def _means(values: Operand, gamma: Tensor, sums: Any, *, has_mean: bool = True) 
     return _column_gradients().weighted_means(*arguments)
 
 
-def _per_parameter(values: Operand, sums: Any, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _parameters(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for the gradients of bias and weight; made ahead of sweeps, which drive what makes it out of the caches."""
+    first = torch.empty(shape, dtype=dtype)
+    return first, torch.empty_like(first)
+
+
+def _per_parameter(values: Operand, sums: Any, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Two sums (2, *, G * K) of rows of channels as those of each weight."""
-    width, first, second = values.box.width, torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-    places = first.data_ptr(), second.data_ptr(), values.box.parameters_count // width
-    column_sweeps().join_rows(KINDS[dtype], sums.reshape(2, -1, width), *places)
-    return first, second
+    first, second = found
+    count = values.box.parameters_count // values.box.width
+    column_sweeps().join_rows(KINDS[first.dtype], sums, first.data_ptr(), second.data_ptr(), count)
+    return found
 
 
-def _sums(values: Operand, grad: Tensor, by: Any, out: Tensor | None = None, terms: Any = None) -> Any:
-    """Sums of dy and dy * xh, (2, rows, channels); with `out`, dy standardized by the terms goes there."""
-    box, columns = values.box, values.plan.columns
-    if box.has_columns:
-        sums = _parts_of_sums(values, grad, by, out, terms)
-        return _column_gradients().standardized_sums(sums, by, box.sizes, columns.segment)
-    sums = np.empty((2, box.rows * box.width))
-    tensors = (values.tensor, grad) if out is None else (values.tensor, grad, out)
-    arguments = (None, None) if out is None else (terms,)
-    values.divide(_sweeps().sum_cells, box.rows, tensors, *arguments, by, sums, box.sizes, columns.segment)
-    return sums.reshape(2, box.rows, box.width)
+def _sums(values: Operand, grad: Tensor, by: Any) -> Any:
+    """Sums of dy and dy * xh, (2, rows, channels)."""
+    if not values.box.has_columns:
+        return _sums_of_cells(values, (values.tensor, grad), (None, None), by)
+    sums, segment = _parts_of_sums(values, grad, by), values.plan.columns.segment
+    return _column_gradients().standardized_sums(sums, by, values.box.sizes, segment, False)
 
 
-def _parts_of_sums(values: Operand, grad: Tensor, by: Any, out: Tensor | None = None, terms: Any = None) -> Any:
+def _sums_of_cells(values: Operand, tensors: tuple[Tensor, ...], others: tuple[Any, ...], by: Any) -> Any:
+    box = values.box
+    sums = np.empty((2, box.rows, box.width))
+    arguments = *others, by, sums.reshape(2, -1), box.sizes, values.plan.columns.segment
+    values.divide(_sweeps().sum_cells, box.rows, tensors, *arguments)
+    return sums
+
+
+def _parts_of_sums(values: Operand, grad: Tensor, by: Any) -> Any:
     """Sums of dy and dy * (x - center) over parts of columns."""
     columns = values.plan.columns
     center = np.empty((columns.count, columns.width), values.plan.sum_dtype)
     _column_gradients().fill_centers(by, center, values.box.sizes, columns.segment)
-    return columns.sums(values, center, (grad,) if out is None else (grad, out), terms)
+    return columns.sums(values, center, grad)
 
 
 def _vectors(

@@ -167,15 +167,15 @@ class Columns:
         """Room for terms (count, segments, W), the columns repeated."""
         return np.empty((count, self.count, self.width), self.plan.dtype)
 
-    def sums(self, values: Operand, center: Any, others: Sequence[Tensor] = (), terms: Any = None) -> Any:
-        """Two sums (parts of all, 2, W) around centers (segments, W), made in their datatype.
+    def room_for_sums(self) -> Any:
+        """Room for two sums (parts of all, 2, W)."""
+        return np.empty((self.count * self.parts[0], 2, self.width))
 
-        `others` are a gradient, and where what `standardize` by the terms makes of it goes.
-        """
-        parts = self.parts
-        found = np.empty((self.count * parts[0], 2, self.width))
-        arguments = (*(None,) * (2 - len(others)), terms, center, found, parts)
-        values.divide(column_sweeps().sum_columns, len(found), (values.tensor, *others), *arguments)
+    def sums(self, values: Operand, center: Any, *grad: Tensor) -> Any:
+        """Two sums (parts of all, 2, W) around centers (segments, W), made in their datatype."""
+        found = self.room_for_sums()
+        arguments = (*(None,) * (2 - len(grad)), center, found, self.parts)
+        values.divide(column_sweeps().sum_columns, len(found), (values.tensor, *grad), *arguments)
         return found
 
     def apply(self, kernel: Any, values: Operand, others: Sequence[Tensor], terms: Any) -> None:

@@ -22,7 +22,8 @@ def given(values: Operand, mean: Tensor, var: Tensor, *, eps: float) -> Any:
     if mean.dtype is not var.dtype:
         mean, var = mean.double(), var.double()
     rows, mean, var = np.empty((5, box.groups)), as_stored(mean), as_stored(var)
-    sweeps().fill_given(KINDS[mean.dtype], mean.data_ptr(), var.data_ptr(), rows, eps)
+    is_narrow = values.plan.itemsize < 8
+    sweeps().fill_given(KINDS[mean.dtype], mean.data_ptr(), var.data_ptr(), rows, eps, is_narrow)
     return rows
 
 

@@ -106,8 +106,13 @@ def are_usual(by: Any) -> bool:
     """Whether every scale is within the bounds, or no number."""
     is_usual = True
     for group in range(by.shape[1]):
-        is_usual &= not (by[INVSTD, group] < LEAST_SCALE or by[INVSTD, group] > MOST_SCALE)
+        is_usual &= _is_usual(by[INVSTD, group])
     return is_usual
+
+
+@inlined
+def _is_usual(scale: float) -> bool:
+    return not (scale < LEAST_SCALE or scale > MOST_SCALE)
 
 
 @compiled
@@ -121,12 +126,14 @@ def with_narrow_centers(by: Any) -> Any:
 
 
 @compiled
-def fill_given(kind: Any, mean: Any, var: Any, by: Any, eps: float) -> None:
-    """Statistics of a mean and a variance of any one datatype."""
+def fill_given(kind: Any, mean: Any, var: Any, by: Any, eps: float, is_narrow: bool) -> None:
+    """Statistics of a mean and a variance of any one datatype, around centers that float32 holds where `is_narrow`."""
     mean, var = values_at(kind, mean, by.shape[1]), values_at(kind, var, by.shape[1])
     for group in range(by.shape[1]):
-        by[CENTER, group] = by[MEAN, group] = load(mean, group)
-        by[OFFSET, group] = 0.0
+        by[MEAN, group] = load(mean, group)
+        is_held = is_narrow and abs(by[MEAN, group]) < MOST
+        by[CENTER, group] = np.float32(by[MEAN, group]) if is_held else by[MEAN, group]
+        by[OFFSET, group] = by[MEAN, group] - by[CENTER, group]
         by[VAR, group] = load(var, group)
         by[INVSTD, group] = 1.0 / np.sqrt(by[VAR, group] + eps)
 
@@ -135,7 +142,7 @@ def fill_given(kind: Any, mean: Any, var: Any, by: Any, eps: float) -> None:
 def fill_terms(kind: Any, weight: Any, bias: Any, by: Any, terms: Any, sizes: Any, segment: int, per: int) -> bool:
     """Center, scale and shift, (3, P, W), of the channels of a segment of rows, repeated to the width W.
 
-    Whether the datatype of the terms holds the scales in full.
+    Of four terms the last is invstd. Whether their datatype holds the scales in full, with weights and without.
     """
     _, rows, groups, channels, _ = sizes
     width, count = groups * channels, parameters_in(sizes, per)
@@ -144,14 +151,17 @@ def fill_terms(kind: Any, weight: Any, bias: Any, by: Any, terms: Any, sizes: An
     for own in range(terms.shape[1]):
         affine, first = own * segment // per * width, own * segment // rows * groups
         for group in range(first, first + groups):
+            is_usual &= terms.itemsize == 8 or _is_usual(by[INVSTD, group])
             for column in range((group - first) * channels, (group - first + 1) * channels):
                 scale = by[INVSTD, group] * weight[affine + column]
                 terms[0, own, column] = by[CENTER, group]
                 terms[1, own, column] = scale
                 offset = (by[CENTER, group] - terms[0, own, column]) + by[OFFSET, group]
                 terms[2, own, column] = bias[affine + column] - offset * scale
-                is_usual &= terms.itemsize == 8 or not (0.0 < abs(scale) < LEAST_SCALE or abs(scale) > MOST_SCALE)
-        for term in range(3):
+                if len(terms) > 3:
+                    terms[3, own, column] = by[INVSTD, group]
+                is_usual &= terms.itemsize == 8 or scale == 0.0 or _is_usual(abs(scale))
+        for term in range(len(terms)):
             repeat(terms[term, own], width)
     return is_usual
 

@@ -26,10 +26,14 @@ from normcore._plan import Plan
 
 
 class Measured(NamedTuple):
-    """Statistics as compiled kernels have them: float64 rows (5, B * G), and the plan of what they are of."""
+    """Statistics as compiled kernels have them: float64 rows (5, B * G), and the plan of what they are of.
+
+    `is_usual` where kernels are known to hold their scales and centers.
+    """
 
     rows: Any
     plan: Plan
+    is_usual: bool = False
 
     @property
     def box(self) -> Box:

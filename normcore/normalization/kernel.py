@@ -88,7 +88,7 @@ def standardize_own(
         return Standardized(_standardized(input, by, weight, bias, out, seen), by)
     output = _target(values, out)
     rows, count, is_done = _standardize.standardize_own(values, output, weight, bias, eps=eps, has_mean=has_mean)
-    by = Statistics(Measured(rows, values.plan), eps, axes, count, None, has_mean)
+    by = Statistics(Measured(rows, values.plan, is_done), eps, axes, count, None, has_mean)
     return Standardized(output if is_done else _plainly(input, by, weight, bias, out, seen), by)
 
 
@@ -114,7 +114,7 @@ def standardize_given(
         by = closed_forms.given_statistics(mean.reshape(kept), var.reshape(kept), eps=eps)
         return Standardized(_standardized(input, by, weight, bias, out, seen), by)
     is_done = _standardize.standardize(values, output, weight, bias, rows)
-    by = Statistics(Measured(rows, values.plan), eps)
+    by = Statistics(Measured(rows, values.plan, is_done), eps)
     return Standardized(output if is_done else _plainly(input, by, weight, bias, out, seen), by)
 
 

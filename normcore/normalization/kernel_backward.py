@@ -136,7 +136,9 @@ def _pair(
         values = operand_of(input, view, axes_of(input, by, view), *fronts)
     if values is None:
         return None
-    rows = _standardize.rounded(values, by.rows(values.box))
+    rows = by.rows(values.box)
+    if not (isinstance(found, Measured) and found.is_usual and found.plan.itemsize == values.plan.itemsize):
+        rows = _standardize.rounded(values, rows)
     return None if rows is None else (values, _laid_out_as(values.tensor, grad_output), rows)
 
 

@@ -241,3 +241,50 @@ def test_gradient_of_weight_is_accurate_where_gradient_of_output_is_nearly_const
     result = batch_norm(input, None, None, torch.ones(16), training=True, grad_output=grad_output)
     expected = _exact(input, grad_output, torch.ones(16), eps=1e-5)[1]
     assert np.abs(oracle.exact(_gradients(result)[1]) - expected).max() <= 3e-7 * np.abs(expected).max()
+
+
+def _exact_frozen(grad: Tensor, input: Tensor, mean: Tensor, var: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """dx, dweight and dbias by statistics that are constants, of (N, C) in float64 by numpy."""
+    dy, x, mu, gamma = (own.double().numpy() for own in (grad, input, mean, weight))
+    scale = 1 / np.sqrt(var.double().numpy() + 1e-5)
+    found = gamma * scale * dy, (dy * (x - mu) * scale).sum(0), dy.sum(0)
+    return tuple(torch.from_numpy(own) for own in found)
+
+
+@pytest.mark.parametrize("channels", [3, 70])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_backward_by_given_statistics_is_accurate_in_rows_of_columns(dtype: torch.dtype, channels: int) -> None:
+    # More rows than are summed at once, and a rest of them; a mean between the numbers of float32.
+    mean, var = _randn(channels, seed=1) + 1e4, _randn(channels, seed=2).square() + 0.5
+    input = (_randn(2003, channels, seed=3) + 1e4).to(dtype)
+    grad, weight = _randn(2003, channels, seed=4).to(dtype), _randn(channels, seed=5).to(dtype)
+    found = _gradients(batch_norm(input, mean, var, weight, grad_output=grad))
+    bound = 2e-6 if dtype != torch.float64 else 1e-14
+    for own, exact in zip(found, _exact_frozen(grad, input, mean, var, weight), strict=True):
+        tolerance = 2**-8 if own.dtype == torch.bfloat16 else bound
+        assert float((own.double() - exact).abs().max()) <= tolerance * float(exact.abs().max())
+
+
+def test_backward_by_given_statistics_sums_beyond_float32() -> None:
+    grad = torch.full((37, 5), 2.5e38)
+    grad[18:] = -2.5e38
+    grad[36] = 0.0
+    input, mean, var, weight = torch.ones(37, 5), torch.zeros(5), torch.ones(5), torch.ones(5)
+    input[7] = 2.0
+    found = _gradients(batch_norm(input, mean, var, weight, grad_output=grad))
+    for own, exact in zip(found, _exact_frozen(grad, input, mean, var, weight), strict=True):
+        torch.testing.assert_close(own.double(), exact, rtol=1e-6, atol=1e32)
+
+
+@formats
+@in_both_modes
+def test_weights_may_make_up_for_a_scale_beyond_float32(training: bool, memory_format: torch.memory_format) -> None:
+    # More values than are normalized and checked in one go.
+    input = (_randn(8, 2, 150, 150) * 1e-30).float().contiguous(memory_format=memory_format)
+    grad = _randn(8, 2, 150, 150, seed=1).float().contiguous(memory_format=memory_format)
+    mean, var = torch.zeros(2), torch.full((2,), 1e-60, dtype=torch.float64)
+    how = {"weight": torch.full((2,), 1e-16), "eps": 1e-80, "training": training}
+    found = _gradients(batch_norm(input, mean, var, grad_output=grad, **how))  # type: ignore[arg-type]  # several types
+    wide = batch_norm(input.double(), mean, var, grad_output=grad.double(), **how)  # type: ignore[arg-type]
+    for own, exact in zip(found, _gradients(wide), strict=True):
+        assert float((own - exact).abs().max()) <= 2e-6 * float(exact.abs().max())
