@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from normcore._column_loops import combine_rows
-from normcore._column_sweeps import joined, sum_columns
+from normcore._column_sweeps import joined, parts_in, sum_columns
 from normcore._compiled import compiled
 from normcore._sweeps import CENTER, INVSTD, OFFSET, copy, parameters_in, repeat, values_in
 from normcore._values import as_computed, as_read, parameters_at, three_at
@@ -32,9 +32,9 @@ def gradient_of_samples(
     width, count = groups * channels, values_in(sizes)
     x, grad, out = three_at(kind, x, grad, out, count)
     weight = parameters_at(kind, weight, parameters_in(sizes, per))
-    own, parts = (1, rows, groups, channels, 1), (1, rows * width, rows * width)
+    own, parts = (1, rows, groups, channels, 1), parts_in(x, rows * width, wide)
     center = np.full((1, wide), as_computed(x, 0.0))
-    found = np.empty((1, 2, wide))
+    found = np.empty((parts[0], 2, wide))
     terms = np.full((4, 1, wide), as_read(x, 0.0))
     own_by = np.empty((5, groups))
     for sample in range(start, stop):
@@ -43,12 +43,12 @@ def gradient_of_samples(
         gamma = weight[affine : affine + width]
         copy(by, sample * groups, own_by, 0, groups)
         fill_centers(own_by, center, own, rows)
-        sum_columns(kind, x[first:last], grad[first:last], out[first:last], None, center, found, parts, 0, 1)
+        sum_columns(kind, x[first:last], grad[first:last], out[first:last], None, center, found, parts, 0, parts[0])
         own_sums = fill_gradient_terms(kind, found, gamma, own_by, terms, own, rows, rows, has_mean)
         for row in range(2):
             for column in range(width):
                 sums[row, sample, column] = own_sums[row, 0, column]
-        gradient_of_columns(kind, x[first:last], grad[first:last], out[first:last], terms, parts, 0, 1)
+        gradient_of_columns(kind, x[first:last], grad[first:last], out[first:last], terms, parts, 0, parts[0])
 
 
 @compiled
