@@ -5,15 +5,11 @@ from typing import Any
 import numpy as np
 
 from normcore._column_loops import add_rows, combine_rows, scale_and_add_row
-from normcore._column_sweeps import joined, sum_columns
+from normcore._column_sweeps import joined, parts_in, sum_columns
 from normcore._compiled import compiled, inlined
 from normcore._sweeps import CENTER, INVSTD, OFFSET, copy, parameters_in, repeat, values_in
 from normcore._values import as_computed, as_read, parameters_at, three_at
-
-# Rows whose sums are made in the datatype of outputs before they are added in float64. Of n values in float32, a sum in
-# turn is rounded by less than n * 6e-8 of the sum of their magnitudes: 1e-6 of 16; with signs as they come it is 1e-7
-# and less.
-FEW_ROWS = 16
+from normcore._vector_sums import FEW
 
 
 @compiled
@@ -37,9 +33,9 @@ def gradient_of_samples(
     width, count = groups * channels, values_in(sizes)
     x, grad, out = three_at(kind, x, grad, out, count)
     weight = parameters_at(kind, weight, parameters_in(sizes, per))
-    own, parts = (1, rows, groups, channels, 1), (1, rows * width, rows * width)
+    own, parts = (1, rows, groups, channels, 1), parts_in(x, rows * width, wide)
     center = np.full((1, wide), as_computed(x, 0.0))
-    found = np.empty((1, 2, wide))
+    found = np.empty((parts[0], 2, wide))
     terms = np.full((4, 1, wide), as_read(x, 0.0))
     own_by = np.empty((5, groups))
     for sample in range(start, stop):
@@ -48,12 +44,12 @@ def gradient_of_samples(
         gamma = weight[affine : affine + width]
         copy(by, sample * groups, own_by, 0, groups)
         fill_centers(own_by, center, own, rows)
-        sum_columns(kind, x[first:last], grad[first:last], out[first:last], center, found, parts, 0, 1)
+        sum_columns(kind, x[first:last], grad[first:last], out[first:last], center, found, parts, 0, parts[0])
         own_sums = fill_gradient_terms(kind, found, gamma, own_by, terms, own, rows, rows, has_mean)
         for row in range(2):
             for column in range(width):
                 sums[row, sample, column] = own_sums[row, 0, column]
-        gradient_of_columns(kind, x[first:last], grad[first:last], out[first:last], terms, parts, 0, 1)
+        gradient_of_columns(kind, x[first:last], grad[first:last], out[first:last], terms, parts, 0, parts[0])
 
 
 @compiled
@@ -73,7 +69,8 @@ def gradient_by_given(
 ) -> None:
     """The gradient dy * scale by statistics that are constants; `terms` are center, scale, ..., invstd, (4, P, W).
 
-    Sums of dy and dy * (x - center) * invstd over each part go into `sums` (parts of all, 2, W).
+    Sums of dy and dy * (x - center) * invstd over each part go into `sums` (parts of all, 2, W), made as `_vector_sums`
+    makes those of samples.
     """
     blocks, size, elements = parts
     x, grad, out = three_at(kind, x, grad, out, elements * terms.shape[1])
@@ -88,7 +85,7 @@ def gradient_by_given(
             done = row * center.size
             start_of_row = at + np.uintp(done)
             scale_and_add_row(x, grad, out, start_of_row, length - done, center, scale, invstd, few[0], few[1])
-            if (row + 1) % FEW_ROWS == 0 or row + 1 == rows:
+            if (row + 1) % FEW == 0 or row + 1 == rows:
                 _move(few, sums[part])
         if not _is_finite(sums[part]):
             sums[part] = 0.0

@@ -12,6 +12,7 @@ import numpy as np
 
 from normcore._column_loops import add_rows, scale_rows
 from normcore._compiled import compiled, inlined
+from normcore._group_sums import add_exactly, with_rest
 from normcore._sweeps import LEAST, MOST, copy, fill_terms, parameters_in, repeat, settle, values_in
 from normcore._values import as_computed, as_read, load, parameters_at, store, three_at, values_at
 
@@ -20,6 +21,8 @@ _FEW = 16
 # it is written. What is smaller stays in a cache, and there longer sweeps are faster.
 _FAR, _PAGE = 2**23, 2**12
 FIRST, AGAIN, WIDE, SETTLED = range(4)
+# Rows that are added in turn, four by four, before all is rounded too often for values that have float64's digits.
+FEW_ROWS = 128
 
 
 @compiled
@@ -48,51 +51,60 @@ def standardize_samples(
     weight, bias = parameters_at(kind, weight, count), parameters_at(kind, bias, count)
     width = groups * channels
     size = rows * width
-    own, parts = (1, rows, groups, channels, 1), (1, size, size)
+    own, parts = (1, rows, groups, channels, 1), parts_in(x, size, wide)
     # The whole rows in a page, in fours as loops take them together.
     step = max(1, _PAGE // (4 * wide * x.itemsize)) * 4 * wide if x.size * x.itemsize > _FAR else size
     center = np.full((1, wide), as_computed(x, 0.0))
     wide_center = np.zeros((1, wide))
-    sums = np.empty((1, 2, wide))
+    sums = np.empty((parts[0], 2, wide))
     found, terms = np.empty((5, groups)), np.full((3, 1, wide), as_read(x, 0.0))
     for sample in range(start, stop + 1):
         values = x[sample * size :][:size]
         affine = sample * rows // per * width
         if has_mean and sample < stop:
             find_centers(kind, values, center, width, rows)
-        _sweep_in_turn(x, y, center, sums, terms, (sample, size, step), sample > start, sample < stop)
+        _sweep_in_turn(x, y, center, sums, terms, (sample, step, parts), sample > start, sample < stop)
         if sample == stop:
             break
         state = FIRST
         while state != SETTLED:
             if state == AGAIN:
-                sum_columns(kind, values, None, None, center, sums, parts, 0, 1)
+                sum_columns(kind, values, None, None, center, sums, parts, 0, parts[0])
             elif state == WIDE:
                 copy(center, 0, wide_center, 0, wide)
-                sum_columns(kind, values, None, None, wide_center, sums, parts, 0, 1)
+                sum_columns(kind, values, None, None, wide_center, sums, parts, 0, parts[0])
             state = settle_columns(kind, values, found, center, sums, own, eps, has_mean, state)
         copy(found, 0, by, sample * groups, groups)
         fill_terms(kind, weight[affine : affine + width], bias[affine : affine + width], found, terms, own, rows, rows)
 
 
 @inlined
+def parts_in(x: Any, elements: int, wide: int) -> Any:
+    """The parts of a sample of so many elements, in rows of a width."""
+    size = min(elements, FEW_ROWS * wide) if x.itemsize == 8 else elements
+    return -(-elements // size), size, elements
+
+
+@inlined
 def _sweep_in_turn(
     x: Any, y: Any, center: Any, sums: Any, terms: Any, place: Any, has_output: bool, has_sums: bool
 ) -> None:
-    """Standardize the sample before one, and make the sums of that; `place` is (sample, elements of one, of a turn)."""
-    sample, size, step = place
+    """Standardize the sample before one, and make the sums of that; `place` is (sample, elements of a turn, parts)."""
+    sample, step, parts = place
+    blocks, part, size = parts
     at = np.uintp(sample * size)
     sums[:] = 0.0
     if step >= size:
-        if has_sums:
-            add_rows(x, None, y, at, size, center[0], sums[0, 0], sums[0, 1])
+        for own in range(blocks if has_sums else 0):
+            begin, length = at + np.uintp(own * part), min(part, size - own * part)
+            add_rows(x, None, y, begin, length, center[0], sums[own, 0], sums[own, 1])
         if has_output:
             scale_rows(x, y, at - np.uintp(size), size, terms[0, 0], terms[1, 0], terms[2, 0])
         return
     for first in range(0, size, step):
-        length = min(step, size - first)
+        own, length = first // part, min(step, size - first)
         if has_sums:
-            add_rows(x, None, None, at, length, center[0], sums[0, 0], sums[0, 1])
+            add_rows(x, None, None, at, length, center[0], sums[own, 0], sums[own, 1])
         if has_output:
             scale_rows(x, y, at - np.uintp(size), length, terms[0, 0], terms[1, 0], terms[2, 0])
         at += np.uintp(step)
@@ -129,17 +141,26 @@ def standardize_columns(kind: Any, x: Any, y: Any, terms: Any, parts: Any, start
 
 @compiled
 def joined(sums: Any, segments: int, width: int) -> Any:
-    """Sums (parts of all, 2, W) over parts and repeated columns, as (2, P, columns)."""
+    """Sums (parts of all, 2, W) over parts and repeated columns, as (2, P, columns); what rounding leaves is added."""
     blocks = len(sums) // segments
-    found = np.zeros((2, segments, width))
+    found = np.zeros((4, segments, width))
     for part in range(len(sums)):
         for index in range(2):
-            total = found[index, part // blocks]
+            total, rest = found[index, part // blocks], found[index + 2, part // blocks]
             for first in range(0, sums.shape[2], width):
-                own = sums[part, index, first : first + width]
-                for column in range(np.uintp(width)):
-                    total[column] += own[column]
-    return found
+                _add_columns(sums[part, index, first : first + width], total, rest)
+    for index in range(2):
+        for own in range(segments):
+            total, rest = found[index, own], found[index + 2, own]
+            for column in range(np.uintp(width)):
+                total[column] = with_rest(total[column], rest[column])
+    return found[:2]
+
+
+@inlined
+def _add_columns(terms: Any, total: Any, rest: Any) -> None:
+    for column in range(np.uintp(terms.size)):
+        total[column], rest[column] = add_exactly(total[column], rest[column], terms[column])
 
 
 @compiled

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from normcore._compiled import compiled, inlined
+from normcore._group_sums import add_exactly, with_rest
 from normcore._sweeps import settle
 from normcore._values import load
 
@@ -41,12 +42,8 @@ def sum_counted(x: Any, mask: Any, center: Any, sums: Any, sizes: Any, start: in
 
 @inlined
 def _add(sums: Any, row: int, group: int, term: float) -> None:
-    """Knuth's TwoSum; the rest goes two rows further."""
-    kept = sums[row, group]
-    total = kept + term
-    of_term = total - kept
-    sums[row, group] = total
-    sums[row + 2, group] += (kept - (total - of_term)) + (term - of_term)
+    """The rest goes two rows further."""
+    sums[row, group], sums[row + 2, group] = add_exactly(sums[row, group], sums[row + 2, group], term)
 
 
 @compiled
@@ -54,8 +51,6 @@ def settle_counted(x: Any, by: Any, center: Any, sums: Any, eps: float, has_mean
     """Statistics from what `sum_counted` has found."""
     for group in range(center.size):
         count, total, squares = sums[0, group], sums[1, group], sums[2, group]
-        if squares < np.inf:
-            total += sums[3, group]
-            squares += sums[4, group]
+        total, squares = with_rest(total, sums[3, group]), with_rest(squares, sums[4, group])
         offset = total / count if has_mean else 0.0
         settle(x, by, group, center[group], offset, squares / count - offset * offset, eps)

@@ -13,12 +13,9 @@ from normcore._compiled import compiled, compiled_sum, fused, inlined
 from normcore._far_output import arrive, piece, send, way_to
 from normcore._sweeps import CENTER, INVSTD, OFFSET, affine_row, parameters_in, standardize_channel, values_in
 from normcore._values import as_computed, as_read, load, parameters_at, read, store, three_at
+from normcore._vector_sums import FEW, add_vector, move_sums
 
 _BLOCK = 1024
-# Samples whose sums are made in the datatype of outputs before they are added to those of the slot. Of n values in
-# float32, a sum in turn is rounded by less than n * 6e-8 of the sum of their magnitudes: 1e-6 of 16, and for 1024 that
-# are added in 32 lanes or more 2e-6; with signs as they come it is 1e-7 and less.
-_FEW = 16
 
 
 @compiled
@@ -187,14 +184,14 @@ def gradient_of_vectors(
                 group, first = sample * groups + index, index * channels
                 at, affine = np.uintp(group * channels), np.uintp(own + first)
                 if has_sums:
-                    total, dot = _add_vector(x, grad, at, weight, affine, few, first, channels, by, group)
+                    total, dot = add_vector(x, grad, at, weight, affine, few, first, channels, by, group)
                     means[0, group] = total / channels if has_mean else 0.0
                     means[1, group] = dot / channels
                 if has_gradient:
                     own_terms = _terms(x, by, group, means[0, group], means[1, group])
                     _combine_vector(x, grad, out, at, weight, affine, channels, own_terms)
-            if has_sums and sample + 1 in (before + _FEW, last):
-                _move_sums(few, sums, slot, before == slot * height)
+            if has_sums and sample + 1 in (before + FEW, last):
+                move_sums(x, grad, by, few, sums, slot, (before, sample + 1), before == slot * height)
                 before = sample + 1
 
 
@@ -205,48 +202,6 @@ def _terms(x: Any, by: Any, group: int, mean: float, dot: float) -> Any:
     slope = -invstd * invstd * dot
     offset = (by[CENTER, group] - np.float64(center)) + by[OFFSET, group]
     return center, as_read(x, slope), as_read(x, -invstd * mean - offset * slope), invstd
-
-
-@inlined
-def _add_vector(
-    x: Any, grad: Any, at: Any, weight: Any, affine: Any, few: Any, first: int, channels: int, by: Any, group: int
-) -> Any:
-    """Sums of a and a * xh of a vector; what it adds to those of its channels goes into `few`."""
-    center, invstd = as_read(x, by[CENTER, group]), by[INVSTD, group]
-    offset = (by[CENTER, group] - np.float64(center)) + by[OFFSET, group]
-    terms = center, as_read(x, invstd), as_read(x, -offset * invstd)
-    total, dot = 0.0, 0.0
-    for block in range(0, channels, _BLOCK):
-        near, length = np.uintp(block), np.uintp(min(_BLOCK, channels - block))
-        found = _add_block(x, grad, at + near, weight, affine + near, few, np.uintp(first) + near, length, terms)
-        own_total, own_dot = np.float64(found[0]), np.float64(found[1])
-        if not np.isfinite(own_total + own_dot):
-            own_total, own_dot = _wide_sums(x, grad, at + near, weight, affine + near, length, terms)
-        total += own_total
-        dot += own_dot
-    return total, dot
-
-
-@inlined
-def _wide_sums(x: Any, grad: Any, start: Any, weight: Any, affine: Any, length: Any, terms: Any) -> Any:
-    """The sums of a block where float32 does not hold them."""
-    center, invstd, shift = terms
-    total, dot = 0.0, 0.0
-    for column in range(length):
-        weighted = np.float64(read(grad, start + column)) * weight[affine + column]
-        total += weighted
-        dot += weighted * ((read(x, start + column) - center) * invstd + shift)
-    return total, dot
-
-
-@inlined
-def _move_sums(few: Any, sums: Any, slot: int, is_first: bool) -> None:
-    """Add what a few samples have added up to the sums of their slot, and start anew."""
-    for index in range(2):
-        for column in range(np.uintp(few.shape[1])):
-            known = 0.0 if is_first else sums[index, slot, column]
-            sums[index, slot, column] = known + few[index, column]
-            few[index, column] = 0.0
 
 
 @inlined
@@ -303,23 +258,6 @@ def _block_sums(x: Any, grad: Any, start: Any, length: int, center: Any) -> Any:
         value = load(grad, index)
         total += value
         dot += value * (load(x, index) - center)
-    return total, dot
-
-
-@compiled_sum
-def _add_block(
-    x: Any, grad: Any, start: Any, weight: Any, affine: Any, few: Any, first: Any, length: Any, terms: Any
-) -> Any:
-    center, invstd, shift = terms
-    total, dot = center - center, center - center
-    for column in range(length):
-        value = read(grad, start + column)
-        standardized = (read(x, start + column) - center) * invstd + shift
-        weighted = value * weight[affine + column]
-        total += weighted
-        dot += weighted * standardized
-        few[0, first + column] += value
-        few[1, first + column] += value * standardized
     return total, dot
 
 

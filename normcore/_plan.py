@@ -160,7 +160,8 @@ class Columns:
     def parts(self) -> tuple[int, int, int]:
         """Parts of a segment, elements of a part, and elements of a segment."""
         elements = self.segment * self.plan.box.width
-        size = max(1, _PART // self.width) * self.width
+        rows = max(1, _PART // self.width)
+        size = (min(rows, column_sweeps().FEW_ROWS) if self.plan.itemsize == 8 else rows) * self.width
         return -(-elements // size), size, elements
 
     def terms(self, count: int) -> Any:

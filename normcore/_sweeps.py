@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from normcore._compiled import compiled, compiled_sum, fused, inlined
+from normcore._compiled import compiled, fused, inlined
 from normcore._far_output import arrive, piece, send, way_to
+from normcore._group_sums import block_sums, group_sums
 from normcore._values import as_computed, as_read, load, parameters_at, read, store, values_at
 
-_BLOCK = 1024
 _NEAR = 64
 # float32 sums of squares per value beyond these, which bfloat16 reaches, are made in float64.
 LEAST, MOST = 1e-25, 1e33
@@ -226,43 +226,19 @@ def _measure(
     x: Any, by: Any, group: int, first: int, rows: int, groups: int, length: int, eps: float, has_mean: bool
 ) -> None:
     count = rows * length
-    center = 0.0
+    center, start, step = 0.0, np.uintp(first * length), groups * length
     if has_mean:
-        origin = np.float64(load(x, first * length))
+        origin = np.float64(load(x, start))
         near = min(length, _NEAR)
-        center = np.float64(as_computed(x, origin + _block_sums(x, np.uintp(first * length), near, origin)[0] / near))
-    total, squares = _group_sums(x, first, rows, groups, length, as_computed(x, center))
+        center = np.float64(as_computed(x, origin + block_sums(x, start, near, origin)[0] / near))
+    total, squares = group_sums(x, start, rows, step, length, as_computed(x, center))
     if has_mean and (x.itemsize == 8 or 2.0 * total * total > squares * count):
         center = np.float64(as_computed(x, center + total / count))
-        total, squares = _group_sums(x, first, rows, groups, length, as_computed(x, center))
+        total, squares = group_sums(x, start, rows, step, length, as_computed(x, center))
     if x.itemsize == 2 and not LEAST * count < squares < MOST * count:  # zeros may be of squares too small
-        total, squares = _group_sums(x, first, rows, groups, length, np.float64(center))
+        total, squares = group_sums(x, start, rows, step, length, np.float64(center))
     offset = total / count if has_mean else 0.0
     settle(x, by, group, center, offset, squares / count - offset * offset, eps)
-
-
-@inlined
-def _group_sums(x: Any, first: int, rows: int, groups: int, length: int, center: Any) -> Any:
-    total, squares = 0.0, 0.0
-    for row in range(rows):
-        start = (first + row * groups) * length
-        for block in range(0, length, _BLOCK):
-            sums = _block_sums(x, np.uintp(start + block), min(_BLOCK, length - block), center)
-            total += sums[0]
-            squares += sums[1]
-    return total, squares
-
-
-# Unsigned indices count from the front alone: a choice between front and back would keep loops from being vectors. One
-# after the other: places apart that are read in turn are not fetched from memory ahead of the loop.
-@compiled_sum
-def _block_sums(x: Any, start: Any, length: int, center: Any) -> Any:
-    total, squares = 0.0, 0.0
-    for index in range(start, start + np.uintp(length)):
-        deviation = np.float64(load(x, index) - center)
-        total += deviation
-        squares += deviation * deviation
-    return total, squares
 
 
 @fused
