@@ -1,9 +1,13 @@
 """The function of a local response norm: D of windows of channels, the output by it, and its adjoint."""
 
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
+
+# Powers of D within this and its inverse have all the digits of float64.
+_LEAST_POWER = 1e-290
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +32,38 @@ class Response:
         return sums.mul_(self.scale).add_(self.k)
 
     def output(self, values: Tensor, divisor: Tensor) -> Tensor:
-        return values * self._power(divisor)
+        return _product(values, *self._factors(divisor))
 
     def gradient(self, values: Tensor, grad_output: Tensor, divisor: Tensor) -> Tensor:
         """The adjoint: a channel is reached by those that it reaches, so the window is mirrored."""
-        power = self._power(divisor)
+        first, *rest = self._factors(divisor)
         if self.scale == 0:
-            return grad_output * power
+            return _product(grad_output, first, *rest)
         # Values over D, far from 1 where they are, would take the products of float64 out of its range.
         unit = _units(values.detach()) if values.dtype == torch.float64 and values.numel() else 1.0
-        terms = self._without_zeros(values / self._positive(divisor), divisor) * unit * power * grad_output
+        ratios = self._without_zeros(values / self._positive(divisor), divisor) * unit
+        terms = _product(ratios, first, grad_output, *rest)
         sums = window_sums(terms, before=self.after, after=self.before)
-        return grad_output * power - values / unit * sums * (2 * self.scale * self.beta)
+        return _product(grad_output, first, *rest) - values / unit * sums * (2 * self.scale * self.beta)
 
     def gradient_without(self, ignored: Tensor, values: Tensor, grad_output: Tensor, divisor: Tensor) -> Tensor:
         """The same with some windows taken for windows of zeros, so that not even derivatives see their D."""
         return replace(self, k=0.0).gradient(values, grad_output, divisor.masked_fill(ignored, 0.0))
+
+    def _factors(self, divisor: Tensor) -> tuple[Tensor, ...]:
+        """D^-beta as a product, so that float64 holds each factor where it holds what they make of the values."""
+        power = self._power(divisor)
+        if self.beta <= 1 or divisor.dtype != torch.float64:
+            return (power,)
+        whole = power.detach()
+        least, most = torch.aminmax(whole) if whole.numel() else (whole, whole)
+        if not bool(((least < _LEAST_POWER) | (most > 1 / _LEAST_POWER)).any()):
+            return (power,)
+        is_beyond = (whole < _LEAST_POWER) | (whole > 1 / _LEAST_POWER)
+        # Not even derivatives see what is not taken.
+        power = self._power(divisor.masked_fill(is_beyond, 1.0))
+        root = replace(self, beta=self.beta / 2)._power(divisor).clamp(max=torch.finfo(torch.float64).max)
+        return torch.where(is_beyond, root, power), root.masked_fill(~is_beyond, 1.0)
 
     def _power(self, divisor: Tensor) -> Tensor:
         """D^-beta; 0 where D is 0, and so are the values."""
@@ -61,6 +81,10 @@ class Response:
 
     def _positive(self, divisor: Tensor) -> Tensor:
         return divisor if self.k > 0 else divisor.masked_fill(divisor == 0, 1.0)
+
+
+def _product(*terms: Tensor) -> Tensor:
+    return reduce(torch.mul, terms)
 
 
 def _units(values: Tensor) -> Tensor:

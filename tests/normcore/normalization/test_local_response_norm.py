@@ -201,6 +201,34 @@ def test_derivatives_of_float64_values_whose_squares_leave_float64(exponent: int
         assert k or torch.equal(own[1], other[1])
 
 
+@pytest.mark.parametrize(
+    ("exponent", "beta", "k"),
+    [
+        *((exponent, beta, k) for exponent, beta in ((60, 3.0), (80, 2.0), (110, 1.5), (150, 1.2)) for k in (0.0, 1.0)),
+        *((exponent, beta, 0.0) for exponent, beta in ((-80, 2.0), (-110, 1.5), (-140, 1.2))),
+    ],
+)
+def test_float64_values_whose_powers_leave_float64(exponent: int, beta: float, k: float) -> None:
+    options = {"size": 3, "alpha": 0.5, "beta": beta, "k": k}
+    input, grad_output = (_randn(3, 7, 3, dtype=torch.float64, seed=seed) for seed in (0, 1))
+    input[:, 2] = 0.0
+    plain = local_response_norm(input, grad_output, **options)  # type: ignore[arg-type]  # mypy takes all options alike
+    # The second sample alone: those beside it stay what they are.
+    input[1] *= 10.0**exponent
+    grad_output[1] *= 10.0 ** (beta * exponent)
+    result = local_response_norm(input, grad_output, **options)  # type: ignore[arg-type]  # the same
+    expected = _oracle(input, window="torch", **options)  # type: ignore[arg-type]  # the same
+    gradient = _oracle(input, window="torch", grad_output=grad_output, **options)  # type: ignore[arg-type]  # the same
+    assert result.grad_input is not None
+    assert plain.grad_input is not None
+    pairs = ((result.output, plain.output, expected), (result.grad_input, plain.grad_input, gradient))
+    for own, before, other in pairs:
+        peak = np.abs(other[1]).max()
+        assert np.isfinite(peak)
+        assert float(np.abs(exact(own)[1] - other[1]).max() / peak) <= 1e-13
+        assert own[::2].equal(before[::2])
+
+
 def test_without_alpha_values_are_divided_by_k_alone_however_large() -> None:
     input = torch.tensor([[1e200, -3.0]], dtype=torch.float64)
     result = local_response_norm(input, torch.ones_like(input), alpha=0.0, beta=0.5, k=4.0)
