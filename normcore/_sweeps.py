@@ -195,11 +195,15 @@ def standardize_cells(
     arrive(way)
 
 
-@fused
+@inlined
 def standardize_channel(x: Any, y: Any, way: Any, terms: Any, own: int, row: int, channel: int, positions: int) -> None:
     """The same for a channel of a row, by the terms of its own segment."""
-    center, scale, shift = terms[0, own, channel], terms[1, own, channel], terms[2, own, channel]
     at = np.uintp((row * terms.shape[2] + channel) * positions)
+    _standardize_run(x, y, way, at, positions, terms[0, own, channel], terms[1, own, channel], terms[2, own, channel])
+
+
+@fused
+def _standardize_run(x: Any, y: Any, way: Any, at: Any, positions: int, center: Any, scale: Any, shift: Any) -> None:
     end = at + np.uintp(positions)
     while at < end:
         length, place = piece(way, at, end)
@@ -266,10 +270,5 @@ def _standardize_cell(
     for channel in range(channels):
         scale = invstd * weight[affine + channel]
         near, own, shift = as_read(x, center), as_read(x, scale), as_read(x, bias[affine + channel] - offset * scale)
-        end = start + np.uintp(positions)
-        while start < end:
-            length, place = piece(way, start, end)
-            for index in range(length):
-                store(way[0], place + index, (read(x, start + index) - near) * own + shift)
-            send(way, y, start, length)
-            start += length
+        _standardize_run(x, y, way, start, positions, near, own, shift)
+        start += np.uintp(positions)
