@@ -105,7 +105,7 @@ def _move(few: Any, sums: Any) -> None:
 
 @inlined
 def _is_finite(sums: Any) -> bool:
-    """Whether no sum is infinite or NaN, as it is too where only what it was made in does not hold it."""
+    """Whether all are numbers: they are not either where float32 does not hold those of a few rows."""
     total = 0.0
     for index in range(2):
         for column in range(np.uintp(sums.shape[1])):

