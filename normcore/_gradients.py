@@ -57,7 +57,8 @@ def frozen_gradients(
     box, columns = values.box, values.plan.columns
     if box.has_vectors:
         return None
-    gamma, terms, found = values.parameter(weight, 1.0), columns.terms(4), _parameters(shape, dtype)
+    terms = columns.terms(4 if box.has_columns else 3)
+    gamma, found = values.parameter(weight, 1.0), _parameters(shape, dtype)
     # Its shift is one that is not used.
     place = gamma.data_ptr()
     if not sweeps().fill_terms(values.plan.kind, place, place, by, terms, box.sizes, columns.segment, box.per):
