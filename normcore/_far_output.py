@@ -18,16 +18,20 @@ from normcore._compiled import inlined
 _FAR = 2**24
 _LINE, _PIECE_LINES = 64, 4
 # Of fewer bytes between those that are read, it costs more than it spares.
-_LEAST_RUN = 2**13
+_LEAST_RUN = 2**10
+# Stretches of fewer bytes, unless of whole lines, have too much at their ends that is no line.
+_LEAST_STRETCH = 2**11
 
 
 @inlined
-def way_to(out: Any, run: int) -> Any:
+def way_to(out: Any, run: int, length: int) -> Any:
     """What an output is written to, the values of a line, and of the line where it starts those before it.
 
-    Where it is written directly, lines are of no values. A run are the values after which a sweep turns to reading.
+    Where it is written directly, lines are of no values. A run are the values after which a sweep turns to reading, of
+    one or more stretches of a length that it writes at once.
     """
-    is_far = out.size * out.itemsize > _FAR and run * out.itemsize >= _LEAST_RUN
+    is_long = length * out.itemsize >= _LEAST_STRETCH or length * out.itemsize % _LINE == 0
+    is_far = out.size * out.itemsize > _FAR and run * out.itemsize >= _LEAST_RUN and is_long
     lanes = _LINE // out.itemsize
     room = np.empty(_PIECE_LINES * lanes if is_far else 0, out.dtype)
     start = np.uintp(out.ctypes.data) % np.uintp(_LINE) // np.uintp(out.itemsize)

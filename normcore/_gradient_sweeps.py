@@ -12,10 +12,12 @@ import numpy as np
 from normcore._compiled import compiled, compiled_sum, fused, inlined
 from normcore._far_output import arrive, piece, send, way_to
 from normcore._sweeps import CENTER, INVSTD, OFFSET, affine_row, parameters_in, standardize_channel, values_in
-from normcore._values import as_computed, as_read, load, parameters_at, read, store, three_at
+from normcore._values import as_computed, as_read, fetch, fetch_to_store, load, parameters_at, read, store, three_at
 from normcore._vector_sums import FEW, add_vector, move_sums
 
 _BLOCK = 1024
+# Values that are fetched at once, and bytes of a line.
+_AHEAD, _LINE = 1024, 64
 
 
 @compiled
@@ -38,7 +40,7 @@ def gradient_of_groups(
     x, grad, out = three_at(kind, x, grad, out, values_in(sizes))
     weight = parameters_at(kind, weight, parameters_in(sizes, per))
     count = rows * channels * positions
-    way = way_to(out, channels * positions)
+    way = way_to(out, channels * positions, positions)
     is_shared = weight.size == groups * channels
     sample, index = start // groups, start % groups
     for group in range(start, stop):
@@ -79,7 +81,7 @@ def gradient_of_lone_cells(
     _, _, groups, _, positions = sizes
     x, grad, out = three_at(kind, x, grad, out, values_in(sizes))
     weight = parameters_at(kind, weight, parameters_in(sizes, per))
-    way, part, is_shared = way_to(out, positions), 1.0 / positions, weight.size == groups
+    way, part, is_shared = way_to(out, positions, positions), 1.0 / positions, weight.size == groups
     sample, index = start // groups, start % groups
     for group in range(start, stop):
         total, dot = _cell_sums(x, grad, by, group, group, positions)
@@ -87,6 +89,7 @@ def gradient_of_lone_cells(
         sums[1, group] = dot
         affine = affine_row(sample, per, is_shared) * groups + index
         share = weight[affine] * part
+        _fetch_next(x, grad, out, way, group + 1, positions)
         own = _terms(x, by, group, share * total if has_mean else 0.0, share * dot)
         _combine_cell(x, grad, out, way, weight, own, group, affine, 1, positions)
         sample, index = (sample, index + 1) if index + 1 < groups else (sample + 1, 0)
@@ -114,7 +117,7 @@ def sum_cells(
     _, rows, groups, channels, positions = sizes
     x, grad, target = three_at(kind, x, grad, out, values_in(sizes))
     if out is not None:
-        way = way_to(target, channels * positions)
+        way = way_to(target, channels * positions, positions)
     for row in range(start, stop):
         for index in range(groups):
             _sum_cell(x, grad, by, sums, row // rows * groups + index, row * groups + index, channels, positions)
@@ -143,7 +146,7 @@ def gradient_of_cells(
     _, rows, groups, channels, positions = sizes
     x, grad, out = three_at(kind, x, grad, out, values_in(sizes))
     weight = parameters_at(kind, weight, parameters_in(sizes, per))
-    way = way_to(out, out.size)
+    way = way_to(out, out.size, positions)
     for row in range(start, stop):
         for index in range(groups):
             group, affine = row // rows * groups + index, (row // per * groups + index) * channels
@@ -178,6 +181,7 @@ def gradient_of_vectors(
     has_sums, has_gradient = sums.shape[1] > 0, out != 0
     x, grad, out = three_at(kind, x, grad, out, values_in(sizes))
     weight = parameters_at(kind, weight, parameters_in(sizes, per))
+    way = way_to(out, channels, channels)
     few = np.zeros((2, groups * channels if has_sums else 0), weight.dtype)
     for slot in range(start, stop):
         before, last = slot * height, min((slot + 1) * height, samples)
@@ -192,10 +196,12 @@ def gradient_of_vectors(
                     means[1, group] = dot / channels
                 if has_gradient:
                     own_terms = _terms(x, by, group, means[0, group], means[1, group])
-                    _combine_vector(x, grad, out, at, weight, affine, channels, own_terms)
+                    _combine_vector(x, grad, out, way, at, weight, affine, channels, own_terms)
             if has_sums and sample + 1 in (before + FEW, last):
                 move_sums(x, grad, by, few, sums, slot, (before, sample + 1), before == slot * height)
                 before = sample + 1
+    if has_gradient:
+        arrive(way)
 
 
 @inlined
@@ -253,6 +259,17 @@ def _combine_cell(
             at += length
 
 
+@inlined
+def _fetch_next(x: Any, grad: Any, out: Any, way: Any, cell: int, length: int) -> None:
+    """Have the next cell fetched from memory while this one is computed: left alone, it is not until it is read."""
+    if way[1] == np.uintp(0):
+        start = np.uintp(cell * length)
+        for index in range(start, start + np.uintp(min(length, _AHEAD)), np.uintp(_LINE // x.itemsize)):
+            fetch(x, index)
+            fetch(grad, index)
+            fetch_to_store(out, index)
+
+
 # In float64: where dy is nearly constant, next to nothing is left of a sum of dy * xh.
 @compiled_sum
 def _block_sums(x: Any, grad: Any, start: Any, length: int, center: Any) -> Any:
@@ -266,11 +283,16 @@ def _block_sums(x: Any, grad: Any, start: Any, length: int, center: Any) -> Any:
 
 @fused
 def _combine_vector(
-    x: Any, grad: Any, out: Any, start: Any, weight: Any, affine: Any, channels: int, terms: Any
+    x: Any, grad: Any, out: Any, way: Any, at: Any, weight: Any, affine: Any, channels: int, terms: Any
 ) -> None:
     center, slope, constant, wide = terms
     invstd = as_read(x, wide)
-    for column in range(np.uintp(channels)):
-        index = start + column
-        correction = (read(x, index) - center) * slope + constant
-        store(out, index, read(grad, index) * (weight[affine + column] * invstd) + correction)
+    end = at + np.uintp(channels)
+    while at < end:
+        length, place = piece(way, at, end)
+        for index in range(length):
+            correction = (read(x, at + index) - center) * slope + constant
+            store(way[0], place + index, read(grad, at + index) * (weight[affine + index] * invstd) + correction)
+        send(way, out, at, length)
+        at += length
+        affine += length

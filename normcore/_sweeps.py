@@ -50,7 +50,7 @@ def standardize_groups(
     x, y = values_at(kind, x, values_in(sizes)), values_at(kind, y, values_in(sizes))
     count = parameters_in(sizes, per)
     weight, bias = parameters_at(kind, weight, count), parameters_at(kind, bias, count)
-    way = way_to(y, channels * positions)
+    way = way_to(y, channels * positions, positions if positions > 1 else channels)
     is_shared = count == groups * channels
     sample, index = start // groups, start % groups
     for group in range(start, stop):
@@ -69,11 +69,11 @@ def standardize_vectors(
     kind: Any, x: Any, y: Any, weight: Any, bias: Any, by: Any, sizes: Any, per: int, start: int, stop: int
 ) -> None:
     """The same by given statistics, in memory order: from row to row of the B * R."""
-    _, rows, groups, _, _ = sizes
+    _, rows, groups, channels, _ = sizes
     x, y = values_at(kind, x, values_in(sizes)), values_at(kind, y, values_in(sizes))
     count = parameters_in(sizes, per)
     weight, bias = parameters_at(kind, weight, count), parameters_at(kind, bias, count)
-    way = way_to(y, y.size)
+    way = way_to(y, y.size, channels)
     for row in range(start, stop):
         group, affine = row // rows * groups, row // per * groups
         for index in range(groups):
@@ -188,7 +188,7 @@ def standardize_cells(
     """The output (x - center) * scale + shift, from row to row; `terms` are those of (3, segments, channels)."""
     count = segment * terms.shape[1] * terms.shape[2] * positions
     x, y = values_at(kind, x, count), values_at(kind, y, count)
-    way = way_to(y, y.size)
+    way = way_to(y, y.size, positions)
     for row in range(start, stop):
         for channel in range(terms.shape[2]):
             standardize_channel(x, y, way, terms, row // segment, row, channel, positions)

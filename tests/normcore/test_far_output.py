@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from normcore.normalization import batch_norm, group_norm, instance_norm
+from normcore.normalization import batch_norm, group_norm, instance_norm, layer_norm
 
 # Planes that no line of memory divides, of more than 16 MiB together; of half of the channels it is less.
 SHAPES = {torch.float32: (2, 640, 61, 61), torch.float16: (3, 960, 61, 61), torch.float64: (1, 640, 61, 61)}
@@ -27,6 +27,10 @@ def _instance(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _group(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return group_norm(values, weight, bias, num_groups=values.shape[1] // 4).output
+
+
+def _layer(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return layer_norm(values, weight, bias).output
 
 
 METHODS = [_inference, _training, _instance, _group]
@@ -51,6 +55,21 @@ def test_large_output_and_gradients_are_those_of_halves(method: Method, dtype: t
         parts = _gradients(method, values[:, own].contiguous(), weight[own], grad[:, own].contiguous())
         for whole, part in zip(found, parts, strict=True):
             assert torch.equal(whole[:, own] if whole.ndim > 1 else whole[own], part)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1024, 1229])
+def test_large_output_and_gradient_of_vectors_are_those_of_halves(size: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    rows = 24000 // dtype.itemsize
+    values, grad = (torch.randn(rows, size, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.rand(size, generator=generator).to(dtype)
+    found = _gradients(_layer, values, weight, grad)
+    assert values.nbytes > 2**24
+    for own in (slice(0, rows // 2), slice(rows // 2, None)):
+        parts = _gradients(_layer, values[own], weight, grad[own])
+        for whole, part in zip(found[:2], parts[:2], strict=True):
+            assert torch.equal(whole[own], part)
 
 
 @pytest.mark.parametrize("first", [1, 7, 16])
