@@ -165,20 +165,26 @@ def _add_columns(terms: Any, total: Any, rest: Any) -> None:
 
 @compiled
 def join_rows(kind: Any, sums: Any, first: Any, second: Any, count: int) -> None:
-    """Write two sums (2, rows, columns) over as many rows in turn as one of `count` stands for, (count, columns)."""
+    """Write two sums (2, rows, columns) over as many rows in turn as one of `count` stands for, (count, columns).
+
+    In float64, with what rounding leaves.
+    """
     every, width = sums.shape[1] // count, sums.shape[2]
     first, second = values_at(kind, first, count * width), values_at(kind, second, count * width)
-    totals = np.empty((2, width))
+    totals = np.empty((4, width))
     for own in range(count):
         totals[:] = 0.0
         for row in range(own * every, (own + 1) * every):
             for index in range(2):
                 total, each = totals[index], sums[index, row]
-                for column in range(np.uintp(width)):
-                    total[column] += each[column]
+                if first.itemsize == 8:
+                    _add_columns(each, total, totals[index + 2])
+                else:
+                    for column in range(np.uintp(width)):
+                        total[column] += each[column]
         for column in range(width):
-            store(first, own * width + column, totals[0, column])
-            store(second, own * width + column, totals[1, column])
+            store(first, own * width + column, with_rest(totals[0, column], totals[2, column]))
+            store(second, own * width + column, with_rest(totals[1, column], totals[3, column]))
 
 
 @compiled

@@ -76,6 +76,20 @@ def test_sums_of_many_values_keep_the_digits(name: str, kind: str) -> None:
     assert error <= 1e-15
 
 
+@pytest.mark.parametrize("kind", ["normal", "exponential", "lognormal"])
+def test_gradients_of_parameters_of_many_instances_keep_the_digits(kind: str) -> None:
+    input, grad = torch.from_numpy(_values("normal", (50000, 2, 8))), torch.from_numpy(_values(kind, (50000, 2, 8)))
+    weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    output = instance_norm(input, weight=weight, bias=bias, eps=EPS).output
+    of_weight, of_bias = torch.autograd.grad(output, (weight, bias), grad)
+    normalized, exact = group_oracle.over_last(input, 8, eps=EPS).normalized, group_oracle.exact(grad)
+    for found, terms in ((of_weight, exact * normalized), (of_bias, exact)):
+        error = np.abs(group_oracle.exact(found) - terms.sum((0, 2))) / np.abs(terms).sum((0, 2))
+        print(f"{kind}: {float(error.max()):.1e}")  # noqa: T201
+        assert error.max() <= 2e-16
+
+
 def test_infinite_sums_of_many_parts_stay_infinite() -> None:
     input = torch.randn(4096, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     grad = torch.ones_like(input)
