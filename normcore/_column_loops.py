@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from normcore._compiled import compiled_sum, fused, inlined
-from normcore._values import fetch, fetch_to_store, load, read, store
+from normcore._values import fetch_lines, load, read, store
 
-# Columns of a block, as the compiler likes a loop's length to be given, and bytes that are fetched at once.
-_BLOCK, _LINE = np.uintp(32), 64
+# Columns of a block, as the compiler likes a loop's length to be given.
+_BLOCK = np.uintp(32)
 
 
 @compiled_sum
@@ -89,12 +89,7 @@ def scale_and_add_row(
 @inlined
 def _fetch_rows(x: Any, grad: Any, out: Any, start: Any, columns: Any) -> None:
     if grad is not None or out is not None:
-        for index in range(start, start + columns + columns + columns + columns, np.uintp(_LINE // x.itemsize)):
-            fetch(x, index)
-            if grad is not None:
-                fetch(grad, index)
-            if out is not None:
-                fetch_to_store(out, index)
+        fetch_lines(x, grad, out, start, columns + columns + columns + columns)
 
 
 @compiled_sum

@@ -12,12 +12,12 @@ import numpy as np
 from normcore._compiled import compiled, compiled_sum, fused, inlined
 from normcore._far_output import arrive, piece, send, way_to
 from normcore._sweeps import CENTER, INVSTD, OFFSET, affine_row, parameters_in, standardize_channel, values_in
-from normcore._values import as_computed, as_read, fetch, fetch_to_store, load, parameters_at, read, store, three_at
+from normcore._values import as_computed, as_read, fetch_lines, load, parameters_at, read, store, three_at
 from normcore._vector_sums import FEW, add_vector, move_sums
 
 _BLOCK = 1024
-# Values that are fetched at once, and bytes of a line.
-_AHEAD, _LINE = 1024, 64
+# Values that are fetched at once.
+_AHEAD = 1024
 
 
 @compiled
@@ -263,11 +263,7 @@ def _combine_cell(
 def _fetch_next(x: Any, grad: Any, out: Any, way: Any, cell: int, length: int) -> None:
     """Have the next cell fetched from memory while this one is computed: left alone, it is not until it is read."""
     if way[1] == np.uintp(0):
-        start = np.uintp(cell * length)
-        for index in range(start, start + np.uintp(min(length, _AHEAD)), np.uintp(_LINE // x.itemsize)):
-            fetch(x, index)
-            fetch(grad, index)
-            fetch_to_store(out, index)
+        fetch_lines(x, grad, out, np.uintp(cell * length), np.uintp(min(length, _AHEAD)))
 
 
 # In float64: where dy is nearly constant, next to nothing is left of a sum of dy * xh.

@@ -165,6 +165,7 @@ def _fetch(is_to_store: bool) -> Any:
 
 
 _SECOND_LEVEL = 2  # of the caches
+_LINE = 64  # bytes
 _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
 _BYTE, _SHORT, _WORD, _LONG = (ir.IntType(width) for width in (8, 16, 32, 64))
 # An array among the arguments of a step costs as much as a number of some digits, which is what these two are for.
@@ -181,6 +182,17 @@ _half_to_float = _instruction(
 _float_to_half = _instruction(
     types.float32, types.int16, lambda builder, value: builder.bitcast(builder.fptrunc(value, _HALF), _SHORT)
 )
+
+
+@inlined
+def fetch_lines(x: Any, grad: Any, out: Any, start: Any, count: Any) -> None:
+    """Fetch so many values of those that are given, line by line; `out` to be written."""
+    for index in range(start, start + count, np.uintp(_LINE // x.itemsize)):
+        fetch(x, index)
+        if grad is not None:
+            fetch(grad, index)
+        if out is not None:
+            fetch_to_store(out, index)
 
 
 # numba makes 64 bits of every integer operation; the casts back are what lets the compiler do it in 32.
