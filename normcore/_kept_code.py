@@ -104,9 +104,11 @@ def compiled_elsewhere(elsewhere: Elsewhere) -> Iterator[None]:
 def folder() -> Path | None:
     """Where machine code is kept: where all of it is, for this processor, or else is writable; None if nowhere is.
 
-    Its name is a digest of all kernels: one that is compiled into another changes that one's code too.
+    Its name is a digest of how kernels are compiled, and of all of them: one that is compiled into another changes that
+    one's code too.
     """
-    sources = sorted(path for path in Path(__file__).parent.rglob("*.py") if b"_compiled" in path.read_bytes())
+    sources = [Path(__file__).with_name("_compiled.py")]
+    sources += sorted(path for path in Path(__file__).parent.rglob("*.py") if b"_compiled" in path.read_bytes())
     libraries = (version("numba"), version("llvmlite"), sys.implementation.cache_tag)
     name = f"kernels-{_digest_of(b''.join(path.read_bytes() for path in sources), repr(libraries).encode())[:16]}"
     chosen = os.environ.get("NUMBA_CACHE_DIR")

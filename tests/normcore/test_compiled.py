@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llvmlite.binding import get_host_cpu_features
 from torch import Tensor
 
 import normcore
@@ -155,6 +156,7 @@ def _run(program: str, **environment: str) -> str:
     return found.stdout
 
 
+_FOLDER = "from normcore._kept_code import folder; print(folder().name)"
 _LAYER_NORM = (
     "import torch\n"
     "from normcore.normalization import layer_norm\n"
@@ -166,21 +168,37 @@ def test_without_a_writable_directory_kernels_compile_all_the_same() -> None:
     assert _run(_LAYER_NORM, NUMBA_CACHE_DIR="/proc/nowhere").strip() == "[[-1.0, 1.0]]"
 
 
-def test_kept_machine_code_belongs_to_these_sources(tmp_path: Path) -> None:
-    """A release with other kernels must not find the code of this one, whichever file the change is in."""
+def test_machine_code_is_kept_in_a_folder_of_its_own(tmp_path: Path) -> None:
     for _ in range(2):
         assert _run(_LAYER_NORM, NUMBA_CACHE_DIR=str(tmp_path)).strip() == "[[-1.0, 1.0]]"
-    (folder,) = tmp_path.iterdir()
-    assert list(folder.glob("*.code"))
+    (kept,) = tmp_path.iterdir()
+    assert list(kept.glob("*.code"))
+    assert _run(_FOLDER, NUMBA_CACHE_DIR=str(tmp_path)).strip() == kept.name
+
+
+@pytest.mark.parametrize("source", ["_sweeps.py", "_values.py", "_compiled.py", "normalization/vector_kernels.py"])
+def test_kept_machine_code_belongs_to_these_sources(tmp_path: Path, source: str) -> None:
+    """A release with other kernels must not find the code of this one, whichever file the change is in."""
     copy = tmp_path / "copy"
     shutil.copytree(Path(normcore.__file__).parent, copy / "normcore")
-    with (copy / "normcore" / "_sweeps.py").open("a") as changed:
+    program, cache = f"import sys; sys.path.insert(0, {str(copy)!r})\n{_FOLDER}", str(tmp_path)
+    before = _run(program, NUMBA_CACHE_DIR=cache)
+    assert before == _run(_FOLDER, NUMBA_CACHE_DIR=cache)
+    with (copy / "normcore" / source).open("a") as changed:
         changed.write("# another release\n")
-    cache = tmp_path / "other"
-    program = f"import sys; sys.path.insert(0, {str(copy)!r})\n{_LAYER_NORM}"
-    assert _run(program, NUMBA_CACHE_DIR=str(cache)).strip() == "[[-1.0, 1.0]]"
-    (other,) = cache.iterdir()
-    assert other.name != folder.name
+    assert _run(program, NUMBA_CACHE_DIR=cache) != before
+
+
+@pytest.mark.skipif(not get_host_cpu_features().get("avx512f"), reason="no vectors of 64 bytes")
+def test_kernels_are_made_of_the_widest_vectors(tmp_path: Path) -> None:
+    program = (
+        "import numpy as np\n"
+        "from normcore._column_loops import scale_rows\n"
+        "rows = np.ones(256, np.float32)\n"
+        "scale_rows(rows, rows, np.uintp(0), 256, *rows.reshape(4, 64)[:3])\n"
+        "print(*('%zmm' in code for code in scale_rows.inspect_asm().values()))"
+    )
+    assert _run(program, NUMBA_CACHE_DIR=str(tmp_path)).strip() == "True"
 
 
 def test_the_library_is_imported_without_the_compiler() -> None:
