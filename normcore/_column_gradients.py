@@ -8,8 +8,11 @@ from normcore._column_loops import add_rows, combine_rows, scale_and_add_row
 from normcore._column_sweeps import joined, parts_in, sum_columns
 from normcore._compiled import compiled, inlined
 from normcore._sweeps import CENTER, INVSTD, OFFSET, copy, parameters_in, repeat, values_in
-from normcore._values import as_computed, as_read, parameters_at, three_at
+from normcore._values import as_computed, as_read, fetch_to_write, parameters_at, three_at
 from normcore._vector_sums import FEW
+
+# How far ahead of what is written lines are fetched to be written.
+_AHEAD_BYTES = 2**11
 
 
 @compiled
@@ -84,6 +87,7 @@ def gradient_by_given(
         for row in range(rows):
             done = row * center.size
             start_of_row = at + np.uintp(done)
+            fetch_to_write(out, start_of_row + np.uintp(_AHEAD_BYTES // out.itemsize), np.uintp(center.size))
             scale_and_add_row(x, grad, out, start_of_row, length - done, center, scale, invstd, few[0], few[1])
             if (row + 1) % FEW == 0 or row + 1 == rows:
                 _move(few, sums[part])

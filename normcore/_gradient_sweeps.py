@@ -31,31 +31,45 @@ def gradient_of_groups(
     sums: Any,
     sizes: Any,
     per: int,
+    block: int,
     has_mean: bool,
     start: int,
     stop: int,
 ) -> None:
-    """The whole backward of each group while it is in the cache; `sums` as `sum_cells` has them."""
+    """The whole backward of each block of groups while it is in the cache; `sums` as `sum_cells` has them.
+
+    Groups that lie side by side are read together: of each row of a sample, the cells of the whole block.
+    """
     _, rows, groups, channels, positions = sizes
     x, grad, out = three_at(kind, x, grad, out, values_in(sizes))
     weight = parameters_at(kind, weight, parameters_in(sizes, per))
     count = rows * channels * positions
-    way = way_to(out, channels * positions, positions)
+    way = way_to(out, block * channels * positions, positions)
     is_shared = weight.size == groups * channels
-    sample, index = start // groups, start % groups
-    for group in range(start, stop):
-        total, dot = 0.0, 0.0
+    terms = np.empty((block, 4))
+    group = start
+    while group < stop:
+        sample, index = group // groups, group % groups
+        width = min(block, stop - group, groups - index)
         for row in range(sample * rows, (sample + 1) * rows):
-            cell, affine = row * groups + index, (affine_row(row, per, is_shared) * groups + index) * channels
-            _sum_cell(x, grad, by, sums, group, cell, channels, positions)
-            for channel in range(channels):
-                total += weight[affine + channel] * sums[0, cell * channels + channel]
-                dot += weight[affine + channel] * sums[1, cell * channels + channel]
-        own = _terms(x, by, group, total / count if has_mean else 0.0, dot / count)
+            for own in range(width):
+                _sum_cell(x, grad, by, sums, group + own, row * groups + index + own, channels, positions)
+        for own in range(width):
+            total, dot = 0.0, 0.0
+            for row in range(sample * rows, (sample + 1) * rows):
+                cell, affine = row * groups + index + own, affine_row(row, per, is_shared) * groups + index + own
+                for channel in range(channels):
+                    total += weight[affine * channels + channel] * sums[0, cell * channels + channel]
+                    dot += weight[affine * channels + channel] * sums[1, cell * channels + channel]
+            found = _terms(x, by, group + own, total / count if has_mean else 0.0, dot / count)
+            terms[own, 0], terms[own, 1], terms[own, 2], terms[own, 3] = found
         for row in range(sample * rows, (sample + 1) * rows):
-            cell, affine = row * groups + index, (affine_row(row, per, is_shared) * groups + index) * channels
-            _combine_cell(x, grad, out, way, weight, own, cell, affine, channels, positions)
-        sample, index = (sample, index + 1) if index + 1 < groups else (sample + 1, 0)
+            for own in range(width):
+                cell, affine = row * groups + index + own, affine_row(row, per, is_shared) * groups + index + own
+                near, slope, constant = as_read(x, terms[own, 0]), as_read(x, terms[own, 1]), as_read(x, terms[own, 2])
+                of_group = near, slope, constant, terms[own, 3]
+                _combine_cell(x, grad, out, way, weight, of_group, cell, affine * channels, channels, positions)
+        group += width
     arrive(way)
 
 

@@ -32,7 +32,7 @@ def gradients(
     box, gamma, found = values.box, values.parameter(weight, 1.0), _parameters(shape, dtype)
     if box.has_vectors:
         sums = _vectors(values, grad, out, gamma, by, np.empty((2, box.groups)), has_mean=has_mean)
-    elif values.plan.is_cached:
+    elif values.plan.block:
         sums = _cached(values, grad, out, gamma, by, has_mean=has_mean)
     elif box.has_columns:
         sums = _columns(values, grad, out, gamma, by, has_mean=has_mean)
@@ -117,8 +117,12 @@ def _cached(values: Operand, grad: Tensor, out: Tensor, gamma: Tensor, by: Any, 
     else:
         sums = np.empty((2, box.rows, box.width))
         is_lone = box.sizes[1] == box.sizes[3] == 1
-        kernel = _sweeps().gradient_of_lone_cells if is_lone else _sweeps().gradient_of_groups
-        values.divide(kernel, box.groups, tensors, by, sums.reshape(2, -1), box.sizes, box.per, has_mean)
+        arguments = by, sums.reshape(2, -1), box.sizes, box.per
+        if is_lone:
+            values.divide(_sweeps().gradient_of_lone_cells, box.groups, tensors, *arguments, has_mean)
+        else:
+            kernel = _sweeps().gradient_of_groups
+            values.divide(kernel, box.groups, tensors, *arguments, values.plan.block, has_mean)
     return sums
 
 

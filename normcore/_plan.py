@@ -34,6 +34,8 @@ _CACHED = 2**18
 _SMALL = 2**12
 # Places of fewer bytes than this, apart from each other, are slower to read twice in turn than all of memory in order.
 _RUN_BYTES = 2**14
+# Of a backward: groups side by side of so many bytes together, or one of twice as many, and their least run.
+_BLOCK_BYTES, _BLOCK_RUN_BYTES = 2**17, 2**11
 
 
 class Operand(NamedTuple):
@@ -115,6 +117,18 @@ class Plan:
             run = channels * positions * self.itemsize
             return box.count <= _CACHED and (rows == 1 or run >= _RUN_BYTES)
         return box.count * groups <= _CACHED and box.per >= rows
+
+    @cached_property
+    def block(self) -> int:
+        """Groups that a backward reads twice together, while they stay in the cache; 0 where all are read in order."""
+        box = self.box
+        if self.is_cached or box.has_columns or self.itemsize == 2:
+            # Half precision takes longer to compute than to read.
+            return int(self.is_cached)
+        size = box.count * self.itemsize
+        block = max(1, _BLOCK_BYTES // size)
+        is_long = block * box.sizes[3] * box.sizes[4] * self.itemsize >= _BLOCK_RUN_BYTES
+        return block if is_long and size <= 2 * _BLOCK_BYTES else 0
 
     @cached_property
     def columns(self) -> "Columns":

@@ -195,6 +195,16 @@ def fetch_lines(x: Any, grad: Any, out: Any, start: Any, count: Any) -> None:
             fetch_to_store(out, index)
 
 
+@inlined
+def fetch_to_write(out: Any, start: Any, count: Any) -> None:
+    """Fetch the lines of so many values that are written soon.
+
+    Stores are done in order: until such a line has come from memory, those to what is in the cache wait behind it.
+    """
+    for index in range(start, start + count, np.uintp(_LINE // out.itemsize)):
+        fetch_to_store(out, index)
+
+
 # numba makes 64 bits of every integer operation; the casts back are what lets the compiler do it in 32.
 @compiled
 def _from_half(half: Any) -> Any:

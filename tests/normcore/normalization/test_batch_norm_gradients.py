@@ -288,3 +288,33 @@ def test_weights_may_make_up_for_a_scale_beyond_float32(training: bool, memory_f
     wide = batch_norm(input.double(), mean, var, grad_output=grad.double(), **how)  # type: ignore[arg-type]
     for own, exact in zip(found, _gradients(wide), strict=True):
         assert float((own - exact).abs().max()) <= 2e-6 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("affine", [(71,), (8, 71)], ids=["shared", "adaptive"])
+def test_channels_that_are_computed_together_have_their_own_gradients(
+    affine: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Three or seven channels share a block, some of which the end of a thread's share cuts."""
+    at = torch.arange(71.0, dtype=torch.float64).reshape(-1, 1, 1)
+    input = ((_randn(8, 71, 24, 24) + at) * (1 + at)).to(dtype)
+    grad, weight = _randn(8, 71, 24, 24, seed=1).to(dtype), (_randn(*affine, seed=2) + 2).to(dtype)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.append(_gradients(batch_norm(input, weight=weight, training=True, grad_output=grad)))
+    torch.set_num_threads(threads)
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
+    bound = 2e-6 if dtype == torch.float32 else 1e-14
+    for channel in range(71):
+        own = slice(channel, channel + 1)
+        operands = (tensor[:, own].double() for tensor in (input, grad))
+        alone, dy = (tensor.transpose(0, 1).reshape(1, 1, -1) for tensor in operands)
+        gamma = weight[..., own].double()
+        gamma = gamma.reshape(-1, 1).expand(8, 576).reshape(1, 1, -1) if len(affine) == 2 else gamma
+        x = alone.clone().requires_grad_()
+        mean, var = x.mean(), x.var(unbiased=False)
+        (expected,) = torch.autograd.grad((x - mean) / (var + 1e-5).sqrt() * gamma, x, dy)
+        of_input = found[0][0][:, channel].double().reshape(expected.shape)
+        assert float((of_input - expected).abs().max()) <= bound * float(expected.abs().max())
