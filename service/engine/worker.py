@@ -85,12 +85,15 @@ class Worker:
     ) -> list[Ran[T] | None]:
         """Run in the event loop, joined as `submit` would join them, the calls that are known to be brief.
 
-        None for a call that did not run, or failed: `submit` is for those.
+        What `submit` was given in this turn of the loop comes first: if it were left to the end of the turn, calls
+        would be refused in its favour turn after turn. None for a call that did not run, or failed: `submit` is for
+        those.
         """
-        if self._is_closed or not self._runs_brief or self._arrived:
+        if self._is_closed or not self._runs_brief:
             return [None] * len(calls)
         tasks = [Task(call, self._loop.create_future(), deadline_s, part) for call, part in calls]
-        self._run_brief(tasks)
+        own = {id(task) for task in tasks}
+        self._arrived = [task for task in self._run_brief([*self._arrived, *tasks]) if id(task) not in own]
         return [
             task.future.result() if task.future.done() and task.future.exception() is None else None for task in tasks
         ]

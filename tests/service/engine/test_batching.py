@@ -287,6 +287,25 @@ async def test_calls_of_unknown_cost_never_run_in_the_event_loop() -> None:
     assert set(names) == {"thread"}
 
 
+async def test_calls_known_to_be_brief_run_with_those_that_came_before_them_in_the_turn() -> None:
+    worker = Worker("now", 20, batching=_batching(Runs()))
+    earlier, now = (0, 0), list[int | None]()
+    for _ in range(200):  # until batches of one and of two rows are known to be brief
+        await _submit(worker, 1)
+        await asyncio.gather(_submit(worker, 1), _submit(worker, 1))
+        waiting = asyncio.ensure_future(_submit(worker, 5))
+        await asyncio.sleep(0)  # it has been submitted then, and waits for the end of this turn
+        assert worker.waiting == 1
+        ran = worker.run_now([(partial(_alone, 1), Part("a", 1, 1, 1))], deadline_s=10)
+        now, found = [None if own is None else own.result for own in ran], await waiting
+        earlier = found.result, found.batch_rows
+        if now == [2]:
+            break
+    await worker.close()
+    assert now == [2]
+    assert earlier == (10, 2)
+
+
 async def test_calls_known_to_be_brief_run_at_once_and_those_that_fail_are_left() -> None:
     run = Runs(fails=True)  # so that the calls of a batch are run one by one
     worker = Worker("now", 20, batching=_batching(run))
