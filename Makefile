@@ -12,6 +12,7 @@ BIN = $(VENV)/bin
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt --upgrade pip
 	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[test,tracing,architectures,dev]'
 	touch $@
@@ -20,6 +21,7 @@ run: $(VENV)/.installed
 	$(BIN)/python -m service
 
 test: $(VENV)/.installed
+	$(BIN)/python -m normcore.compilation
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed

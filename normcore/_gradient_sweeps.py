@@ -13,7 +13,6 @@ from normcore._compiled import compiled, compiled_sum, fused, inlined
 from normcore._far_output import arrive, piece, send, way_to
 from normcore._sweeps import CENTER, INVSTD, OFFSET, affine_row, parameters_in, standardize_channel, values_in
 from normcore._values import as_computed, as_read, fetch_lines, load, parameters_at, read, store, three_at
-from normcore._vector_sums import FEW, add_vector, move_sums
 
 _BLOCK = 1024
 # Values that are fetched at once.
@@ -61,7 +60,7 @@ def gradient_of_groups(
                 for channel in range(channels):
                     total += weight[affine * channels + channel] * sums[0, cell * channels + channel]
                     dot += weight[affine * channels + channel] * sums[1, cell * channels + channel]
-            found = _terms(x, by, group + own, total / count if has_mean else 0.0, dot / count)
+            found = correction_terms(x, by, group + own, total / count if has_mean else 0.0, dot / count)
             terms[own, 0], terms[own, 1], terms[own, 2], terms[own, 3] = found
         for row in range(sample * rows, (sample + 1) * rows):
             for own in range(width):
@@ -104,7 +103,7 @@ def gradient_of_lone_cells(
         affine = affine_row(sample, per, is_shared) * groups + index
         share = weight[affine] * part
         _fetch_next(x, grad, out, way, group + 1, positions)
-        own = _terms(x, by, group, share * total if has_mean else 0.0, share * dot)
+        own = correction_terms(x, by, group, share * total if has_mean else 0.0, share * dot)
         _combine_cell(x, grad, out, way, weight, own, group, affine, 1, positions)
         sample, index = (sample, index + 1) if index + 1 < groups else (sample + 1, 0)
     arrive(way)
@@ -164,62 +163,13 @@ def gradient_of_cells(
     for row in range(start, stop):
         for index in range(groups):
             group, affine = row // rows * groups + index, (row // per * groups + index) * channels
-            own = _terms(x, by, group, means[0, group], means[1, group])
+            own = correction_terms(x, by, group, means[0, group], means[1, group])
             _combine_cell(x, grad, out, way, weight, own, row * groups + index, affine, channels, positions)
     arrive(way)
 
 
-@compiled
-def gradient_of_vectors(
-    kind: Any,
-    x: Any,
-    grad: Any,
-    out: Any,
-    weight: Any,
-    by: Any,
-    means: Any,
-    sums: Any,
-    sizes: Any,
-    steps: Any,
-    start: int,
-    stop: int,
-) -> None:
-    """The whole backward of groups of one position per channel, a slot of samples at a time; no gradient without `out`.
-
-    `steps` is (samples per slot, rows of the B * R that share a weight, has_mean). Sums of dy and dy * xh
-    over the samples of a slot go into `sums` (2, slots, G * K), and the means that correct the gradient into `means`;
-    where `sums` has no slots, `means` are given.
-    """
-    samples, _, groups, channels, _ = sizes
-    height, per, has_mean = steps
-    has_sums, has_gradient = sums.shape[1] > 0, out != 0
-    x, grad, out = three_at(kind, x, grad, out, values_in(sizes))
-    weight = parameters_at(kind, weight, parameters_in(sizes, per))
-    way = way_to(out, channels, channels)
-    few = np.zeros((2, groups * channels if has_sums else 0), weight.dtype)
-    for slot in range(start, stop):
-        before, last = slot * height, min((slot + 1) * height, samples)
-        for sample in range(slot * height, last):
-            own = sample // per * groups * channels
-            for index in range(groups):
-                group, first = sample * groups + index, index * channels
-                at, affine = np.uintp(group * channels), np.uintp(own + first)
-                if has_sums:
-                    total, dot = add_vector(x, grad, at, weight, affine, few, first, channels, by, group)
-                    means[0, group] = total / channels if has_mean else 0.0
-                    means[1, group] = dot / channels
-                if has_gradient:
-                    own_terms = _terms(x, by, group, means[0, group], means[1, group])
-                    _combine_vector(x, grad, out, way, at, weight, affine, channels, own_terms)
-            if has_sums and sample + 1 in (before + FEW, last):
-                move_sums(x, grad, by, few, sums, slot, (before, sample + 1), before == slot * height)
-                before = sample + 1
-    if has_gradient:
-        arrive(way)
-
-
 @inlined
-def _terms(x: Any, by: Any, group: int, mean: float, dot: float) -> Any:
+def correction_terms(x: Any, by: Any, group: int, mean: float, dot: float) -> Any:
     """Center, slope and constant of the corrections (x - center) * slope + constant, and invstd."""
     invstd, center = by[INVSTD, group], as_read(x, by[CENTER, group])
     slope = -invstd * invstd * dot
@@ -289,20 +239,3 @@ def _block_sums(x: Any, grad: Any, start: Any, length: int, center: Any) -> Any:
         total += value
         dot += value * (load(x, index) - center)
     return total, dot
-
-
-@fused
-def _combine_vector(
-    x: Any, grad: Any, out: Any, way: Any, at: Any, weight: Any, affine: Any, channels: int, terms: Any
-) -> None:
-    center, slope, constant, wide = terms
-    invstd = as_read(x, wide)
-    end = at + np.uintp(channels)
-    while at < end:
-        length, place = piece(way, at, end)
-        for index in range(length):
-            correction = (read(x, at + index) - center) * slope + constant
-            store(way[0], place + index, read(grad, at + index) * (weight[affine + index] * invstd) + correction)
-        send(way, out, at, length)
-        at += length
-        affine += length

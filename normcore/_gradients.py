@@ -198,7 +198,7 @@ def _vectors(
     slots = -(-samples // height)
     sums = np.empty((2, 0 if has_means else slots, box.width))
     tensors, steps = (values.tensor, grad, out, gamma), (height, box.per, has_mean)
-    values.divide(_sweeps().gradient_of_vectors, slots, tensors, by, means, sums, box.sizes, steps)
+    values.divide(_vector_gradients().gradient_of_vectors, slots, tensors, by, means, sums, box.sizes, steps)
     return sums
 
 
@@ -214,3 +214,10 @@ def _column_gradients() -> ModuleType:
     from normcore import _column_gradients
 
     return _column_gradients
+
+
+@cache
+def _vector_gradients() -> ModuleType:
+    from normcore import _vector_gradients
+
+    return _vector_gradients

@@ -1,5 +1,7 @@
 """Compilation ahead of the first call."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -11,17 +13,18 @@ from normcore.normalization.layer_norm import layer_norm
 from normcore.normalization.lp_norm import lp_norm
 from normcore.normalization.weight_norm import weight_norm
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# The datatypes that there are kernels for.
+COMPUTED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def warm_up() -> None:
-    """Compile the kernels that the methods use on the CPU, for every datatype and layout.
+def warm_up(dtypes: Iterable[torch.dtype] = COMPUTED) -> None:
+    """Compile the kernels that the methods use on the CPU, for these datatypes and every layout.
 
     A first call compiles what it needs, and keeps it on disk where it can: this is for a service that would rather wait
     before its first request. It takes tens of seconds where nothing is kept, else about one; other threads of the
     process make slow progress meanwhile.
     """
-    for dtype in _DTYPES:
+    for dtype in dtypes:
         images = torch.arange(96, dtype=torch.float32).view(2, 4, 3, 4).to(dtype)
         mask = torch.ones(images.shape, dtype=torch.bool)
         for input in (images, images.to(memory_format=torch.channels_last)):

@@ -19,9 +19,10 @@ def environment(name: str) -> Path:
     if not folder.exists():
         # A virtual environment cannot be moved, so it says itself when it is whole.
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        subprocess.run([sys.executable, "-m", "venv", str(partial)], check=True, timeout=120)
-        python = partial / "bin" / "python"
-        command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", str(requirements)]
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(partial)], check=True, timeout=120)
+        command = [sys.executable, "-m", "pip", "--python", str(partial / "bin" / "python"), "install"]
+        # All that is needed is pinned, and most of it never imported.
+        command += ["-q", "--no-deps", "--no-compile", "--disable-pip-version-check", "-r", str(requirements)]
         subprocess.run(command, check=True, timeout=600)
         partial.rename(folder)
     return folder

@@ -69,7 +69,7 @@ def test_a_client_generated_from_the_openapi_document(server: Server, tmp_path: 
 @pytest.mark.perf_analyzer
 @pytest.mark.parametrize("concurrency", [1, 64])
 def test_perf_analyzer(server: Server, model: Path, concurrency: int) -> None:
-    folder = environment("perf_analyzer")
+    folder = environment("tritonclient-2.48")
     libraries = [_cuda_runtime(folder), *_libb64(folder)]
     variables = {**os.environ, "LD_LIBRARY_PATH": ":".join(map(str, libraries))}
     binary = folder / "bin" / "perf_analyzer"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from normcore import _plan
 
@@ -18,3 +19,11 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     yield set_limits
     _plan._cached.cache_clear()
+
+
+@pytest.fixture
+def threads_set_back() -> Iterator[None]:
+    """For a test that sets torch's number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

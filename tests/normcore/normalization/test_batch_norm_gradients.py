@@ -290,6 +290,7 @@ def test_weights_may_make_up_for_a_scale_beyond_float32(training: bool, memory_f
         assert float((own - exact).abs().max()) <= 2e-6 * float(exact.abs().max())
 
 
+@pytest.mark.usefixtures("threads_set_back")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("affine", [(71,), (8, 71)], ids=["shared", "adaptive"])
 def test_channels_that_are_computed_together_have_their_own_gradients(
@@ -299,11 +300,10 @@ def test_channels_that_are_computed_together_have_their_own_gradients(
     at = torch.arange(71.0, dtype=torch.float64).reshape(-1, 1, 1)
     input = ((_randn(8, 71, 24, 24) + at) * (1 + at)).to(dtype)
     grad, weight = _randn(8, 71, 24, 24, seed=1).to(dtype), (_randn(*affine, seed=2) + 2).to(dtype)
-    threads, found = torch.get_num_threads(), []
+    found = []
     for count in (1, 2):
         torch.set_num_threads(count)
         found.append(_gradients(batch_norm(input, weight=weight, training=True, grad_output=grad)))
-    torch.set_num_threads(threads)
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
     bound = 2e-6 if dtype == torch.float32 else 1e-14

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -190,13 +190,6 @@ def test_a_value_that_does_not_count_leaves_no_trace_in_gradients(poison: float,
         _assert_close(own, expected, 1e-6)
 
 
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 NORMS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "batch": lambda input: batch_norm(input, training=True).output,
     "batch mean": lambda input: batch_norm(input, training=True).mean,
@@ -211,7 +204,7 @@ NORMS: dict[str, Callable[[Tensor], Tensor | None]] = {
 }
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("threads_set_back")
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @last_or_not
@@ -445,13 +438,13 @@ def test_warm_up_compiles_what_calls_need() -> None:
 _CALLS = """
 from itertools import product
 import torch
-from normcore import _column_gradients, _column_sweeps, _gradient_sweeps, _plan, _sweeps
+from normcore import _column_gradients, _column_sweeps, _gradient_sweeps, _plan, _sweeps, _vector_gradients
 from normcore.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm, warm_up
 
 warm_up()
 kernels = {
     kernel
-    for module in (_sweeps, _gradient_sweeps, _column_sweeps, _column_gradients)
+    for module in (_sweeps, _gradient_sweeps, _vector_gradients, _column_sweeps, _column_gradients)
     for kernel in vars(module).values()
     if hasattr(kernel, "signatures")
 }
