@@ -1,14 +1,16 @@
 # make run    set up and start the service         make check        static checks
 # make test   set up and run all tests             make docker-test  build and run the container files
 # make bench  time kernels, folding, statistics and serving beside their peers
+# make coverage  run all tests, half as slow again, and fail below the branch coverage asked for
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX_URL ?=
 PIP_FLAGS = $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 WORKERS ?= 2
 BIN = $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test check bench docker-test
+.PHONY: run test coverage check bench docker-test
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +24,13 @@ run: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m normcore.compilation
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+coverage: $(VENV)/.installed
+	$(BIN)/python -m normcore.compilation
+	$(PYTEST) --cov --cov-report=
+	$(BIN)/coverage report --fail-under=90
+	$(BIN)/coverage report --fail-under=95 --include='normcore/*'
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

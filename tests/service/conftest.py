@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.app import create_app
 from service.settings import Settings
 from tests.service.documented import check_documented
+from tests.service.zygotes import shared_zygotes
 
 
 @asynccontextmanager
 async def running_app(settings: Settings) -> AsyncIterator[ASGIApp]:
     """The app inside its lifespan, ready."""
     app = create_app(settings)
-    async with app.router.lifespan_context(app) as state:
+    async with AsyncExitStack() as stack:
+        with shared_zygotes():
+            state = await stack.enter_async_context(app.router.lifespan_context(app))
 
         async def asgi(scope: Scope, receive: Receive, send: Send) -> None:
             scope["state"] = dict(state or {})
