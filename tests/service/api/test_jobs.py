@@ -168,7 +168,7 @@ async def test_a_job_without_a_place_in_the_sandbox_is_refused_at_once(tmp_path:
 
 
 async def test_a_job_takes_one_place_for_all_that_it_runs(tmp_path: Path) -> None:
-    async with service(tmp_path, sandbox_slots=1, sandbox_queue=1) as client:
+    async with service(tmp_path, sandbox_slots=1, sandbox_queue=1, sandbox_deadline_s=8) as client:
         small, endless = [
             await upload(client, file) for file in (hostile.small_conv(), hostile.endless_loop_before_norm())
         ]
