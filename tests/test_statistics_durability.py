@@ -35,7 +35,7 @@ def _serve(environment: dict[str, str], output: Path) -> None:
     """The service's own entry point, in a forked process."""
     os.environ.update(environment)
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-    Sandbox.start = _later  # type: ignore[method-assign]
+    Sandbox.start = _later  # type: ignore[assignment, method-assign]
     os._exit(main([]))
 
 
