@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     )
 
     warm_up: bool = Field(
-        False, description="Compile all kernels on the CPU before turning ready, a minute or two the first time."
+        False, description="Compile all kernels on the CPU before turning ready, some minutes the first time."
     )
     compile_s: float = Field(
         60.0,

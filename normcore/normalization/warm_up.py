@@ -21,8 +21,8 @@ def warm_up(dtypes: Iterable[torch.dtype] = COMPUTED) -> None:
     """Compile the kernels that the methods use on the CPU, for these datatypes and every layout.
 
     A first call compiles what it needs, and keeps it on disk where it can: this is for a service that would rather wait
-    before its first request. It takes tens of seconds where nothing is kept, else about one; other threads of the
-    process make slow progress meanwhile.
+    before its first request. It takes some minutes where nothing is kept, else about a second; other threads
+    of the process make slow progress meanwhile.
     """
     for dtype in dtypes:
         images = torch.arange(96, dtype=torch.float32).view(2, 4, 3, 4).to(dtype)

@@ -229,6 +229,25 @@ def test_all_kernels_are_compiled_by_a_command_and_found_by_the_next_process(tmp
         next(copied.glob("are_usual-*.code")).unlink()
 
 
+def test_several_processes_compile_and_this_one_finds_it(tmp_path: Path) -> None:
+    program = (
+        "from normcore import compilation\n"
+        "if __name__ == '__main__':\n"
+        "    compilation._PARTS = compilation._PARTS[-1:]  # the smallest\n"
+        "    print(compilation.keep_all(2), compilation.is_all_kept(), compilation.compiled_here())\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(tmp_path / "program.py")],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert done.stdout == "True True 0\n"
+
+
 def test_without_a_folder_the_command_says_what_to_set() -> None:
     command = [sys.executable, "-m", "normcore.compilation"]
     environment = {**os.environ, "NUMBA_CACHE_DIR": "/proc/nowhere"}
