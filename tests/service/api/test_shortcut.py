@@ -8,10 +8,11 @@ import logging
 import re
 import weakref
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from uvicorn.server import ServerState
 from benchmarks.load import connected
 from service.api.connection import Connection
 from service.app import create_app
+from service.engine import pace
 from service.settings import Settings
 from tests.service.conftest import small_settings
 from tests.service.engine import graphs
@@ -151,8 +153,11 @@ def request(
 
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Service]:
+    """A service for which what it has run is brief, however busy the machine is."""
     app = create_app(settings)
-    async with app.router.lifespan_context(app) as state:
+    async with AsyncExitStack() as stack:
+        stack.enter_context(patch.object(pace, "_BRIEF_S", 60.0))
+        state = await stack.enter_async_context(app.router.lifespan_context(app))
         service = Service(app, dict(cast("dict[str, Any]", state)))
         checkpoint = json.loads((await service.post("/v1/checkpoints", graphs.doubling().SerializeToString()))[2])["id"]
         for name in ("brief", "other"):
