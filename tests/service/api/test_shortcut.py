@@ -264,8 +264,7 @@ async def test_many_clients_share_executions(service: Service) -> None:
         port = server.sockets[0].getsockname()[1]
         fewest_passed = fewest_executions = CLIENTS * REQUESTS
         end = asyncio.get_running_loop().time() + PATIENCE_S
-        # Until as many rows as come are known to be brief, and the machine has let them come together; how many are
-        # answered at once depends on what else it does.
+        # Until as many rows as come are known to be brief, and the machine has let them come together.
         while asyncio.get_running_loop().time() < end:
             before, passed = await _counts(service, "brief"), service.passed
             await asyncio.gather(*(_ask_over_and_over(port) for _ in range(CLIENTS)))
@@ -274,9 +273,9 @@ async def test_many_clients_share_executions(service: Service) -> None:
             assert inferences == CLIENTS * REQUESTS
             fewest_passed = min(fewest_passed, service.passed - passed)
             fewest_executions = min(fewest_executions, executions)
-            if fewest_passed < inferences * 0.9 and fewest_executions <= inferences / 3:
+            if fewest_passed < inferences / 2 and fewest_executions <= inferences / 3:
                 break
-    assert fewest_passed < CLIENTS * REQUESTS * 0.9
+    assert fewest_passed < CLIENTS * REQUESTS / 2
     assert fewest_executions <= CLIENTS * REQUESTS / 3
 
 
